@@ -1,0 +1,582 @@
+"""
+Mamba, the selective state space language model (S6, arXiv 2312.00752), in one file. Needs torch and nothing else.
+
+What is notable here:
+- the selective scan twice: as the paper's plain loop, and chunked, which trains fast on any device and keeps memory small
+- the decay over a stretch is always exp(A * sum of delta), never a quotient of products: nothing overflows at any length
+- activations stay (batch, length, channels) from the embedding to the logits: no tensor is transposed in memory
+- a state makes every call continue where the last one ended: constant time and memory per generated token
+- parameter names are those of the released state-spaces/mamba-* weights
+
+Glossary, with the paper's names:
+    B (size)      batch                                L       length of the sequence
+    d_model       width of the residual stream         D       d_inner = expand * d_model, channels of the scan
+    N             d_state, numbers remembered for each channel
+    dt_rank       rank of the projection that makes delta
+    u             input of the scan, (B, L, D)         z       gate, (B, L, D)
+    delta         step size, (B, L, D): large = take in this token and forget, near 0 = skip it
+    A             (D, N), negative: rate of forgetting; the decay of one step is exp(delta * A)
+    B, C          (B, L, N): what each token writes to the state, and what it reads from it
+    D             (D,): weight of the direct path from u to y
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass
+class MambaConfig:
+    """Shape of a model; the defaults are mamba-130m. A bad value is a ValueError at construction."""
+    vocab_size: int = 50277
+    d_model: int = 768
+    n_layer: int = 24
+    d_state: int = 16
+    d_conv: int = 4                     # width of the causal convolution in front of the scan
+    expand: int = 2                     # d_inner = expand * d_model
+    dt_rank: int | str = "auto"         # "auto" is ceil(d_model / 16)
+    dt_min: float = 0.001               # at initialisation delta lies in [dt_min, dt_max] ...
+    dt_max: float = 0.1
+    dt_init_floor: float = 1e-4         # ... and never below this
+    conv_bias: bool = True
+    bias: bool = False                  # biases in in_proj and out_proj
+    dropout: float = 0.0                # on the embedding, and on what enters and leaves each mixer
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    pad_vocab_size_multiple: int = 8    # rows of the embedding are rounded up to this, for the matrix units
+    d_intermediate: int = 0             # > 0 adds a gated MLP of this width after each mixer
+    scan: str = "auto"                  # method of selective_scan
+
+    def __post_init__(self):
+        if self.dt_rank == "auto":
+            self.dt_rank = math.ceil(self.d_model / 16)
+        for name in ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand", "dt_rank", "pad_vocab_size_multiple"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if not isinstance(self.d_intermediate, int) or self.d_intermediate < 0:
+            raise ValueError(f"d_intermediate must be a whole number of at least 0, not {self.d_intermediate!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+        if not 0 < self.dt_min <= self.dt_max:
+            raise ValueError(f"need 0 < dt_min <= dt_max, not {self.dt_min!r} and {self.dt_max!r}")
+        if not (self.dt_init_floor > 0 and self.norm_eps > 0):
+            raise ValueError("dt_init_floor and norm_eps must be above 0")
+        if self.scan not in SCAN_METHODS:
+            raise ValueError(f"scan must be one of {', '.join(SCAN_METHODS)}, not {self.scan!r}")
+
+    @property
+    def d_inner(self):
+        return self.expand * self.d_model
+
+    @property
+    def padded_vocab_size(self):
+        return math.ceil(self.vocab_size / self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The selective scan
+
+
+SCAN_METHODS = ("auto", "sequential", "chunked")
+
+
+def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, state=None,
+                   return_last_state=False, method="auto"):
+    """
+    The recurrence at the heart of Mamba (paper, section 3.2 and Algorithm 2; zero-order hold for A, Euler for B):
+
+        delta_t = softplus(delta_t + delta_bias)                  if delta_softplus
+        h_t     = exp(delta_t A) h_{t-1} + delta_t B_t u_t        h_0 = state, or zeros
+        y_t     = (C_t . h_t + D u_t) * silu(z_t)                 D and z are optional
+
+    u, delta, z: (B, L, D).  A: (D, N).  B, C: (B, L, N).  D, delta_bias: (D,).  state: (B, D, N).
+    Returns y (B, L, D) in the type of u, or (y, last_state) with last_state (B, D, N) in float32, so that
+    scan(x) equals scan(x[:, :k]) followed by scan(x[:, k:]) with that state. Computes in float32 (float64 if u is
+    float64) whatever the inputs are. Differentiable in every tensor, once.
+    method: "sequential" | "chunked" | "auto" (chunked, but one step is one step). ValueError on shapes that do not fit.
+    Names and meaning follow mamba_ssm's selective_scan_fn; the layout is (B, L, D) throughout.
+    """
+    if u.dim() != 3 or A.dim() != 2:
+        raise ValueError(f"u must be (B, L, D) and A (D, N), not {tuple(u.shape)} and {tuple(A.shape)}")
+    (batch, length, d_inner), d_state = u.shape, A.shape[1]
+    for name, tensor, shape in (("delta", delta, (batch, length, d_inner)), ("A", A, (d_inner, d_state)),
+                                ("B", B, (batch, length, d_state)), ("C", C, (batch, length, d_state)),
+                                ("D", D, (d_inner,)), ("z", z, (batch, length, d_inner)),
+                                ("delta_bias", delta_bias, (d_inner,)), ("state", state, (batch, d_inner, d_state))):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape} to fit u {tuple(u.shape)}, not {tuple(tensor.shape)}")
+    if length == 0:
+        raise ValueError("the sequence is empty: u must have at least one step")
+    if method not in SCAN_METHODS:
+        raise ValueError(f"method must be one of {', '.join(SCAN_METHODS)}, not {method!r}")
+
+    if state is None:
+        state = u.new_zeros(batch, d_inner, d_state, dtype=_at_least_float32(u))
+    if method == "auto":
+        method = "sequential" if length == 1 else "chunked"
+    scan = selective_scan_sequential if method == "sequential" else selective_scan_chunked
+    with torch.autocast(u.device.type, enabled=False):  # autocast would run the products below in 16 bits
+        y, last_state = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
+    return (y, last_state) if return_last_state else y
+
+
+def _at_least_float32(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def selective_scan_sequential(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state):
+    """Algorithm 2 as written: one step after the other. The reference; arguments as in selective_scan."""
+    dtype_in = u.dtype
+    u, delta, A, B, C, h = (t.to(_at_least_float32(u)) for t in (u, delta, A, B, C, state))
+    if delta_bias is not None:
+        delta = delta + delta_bias
+    if delta_softplus:
+        delta = F.softplus(delta)
+    ys = []
+    # unbind, not x[:, t]: each indexing would make a full-size gradient, and the backward pass quadratic in L
+    for u_t, delta_t, B_t, C_t in zip(u.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1)):
+        decay = torch.exp(delta_t[:, :, None] * A)                              # (B, D, N)
+        h = decay * h + (delta_t * u_t)[:, :, None] * B_t[:, None, :]           # (B, D, N)
+        ys.append((h * C_t[:, None, :]).sum(-1))                                # (B, D)
+    y = torch.stack(ys, dim=1)                                                  # (B, L, D)
+    if D is not None:
+        y = y + D * u
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(dtype_in), h
+
+
+@torch.compiler.disable
+def selective_scan_chunked(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state):
+    """The same function as selective_scan_sequential, in tiles that fit the cache and with a backward of its own."""
+    inputs = (u, delta, A, B, C, D, z, delta_bias, state)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    return ChunkedScan.apply(keep, delta_softplus, *inputs)
+
+
+class ChunkedScan(torch.autograd.Function):
+    """
+    The scan tile by tile. The states of all steps, (B, L, N, D), are 2N times larger than the input and are never in
+    memory at once: `a` and `h` below hold the steps of one tile and are used again for the next, so they stay in the cache.
+    Only the state at the start of each tile is kept, and the backward pass computes the states inside the tile again.
+
+        forward, per tile      a_t = exp(delta_t A)        h_t = a_t h_{t-1} + x_t B_t      y_t = C_t . h_t
+        backward, in reverse   g_t = C_t gy_t + a_{t+1} g_{t+1}                             (g_t is dLoss/dh_t)
+                               gC_t = h_t . gy_t    gB_t = g_t . x_t    gx_t = B_t . g_t    (x = delta u)
+                               dLoss/d(delta_t A) = g_t a_t h_{t-1}, which gives delta's gradient and A's
+
+    What costs N times less (softplus, gate, D) is done for a stretch of many tiles at once, so that it costs few calls.
+    The state is (N, D) inside, channels innermost: both outer products and both sums over N read it in order.
+    """
+
+    @staticmethod
+    def forward(ctx, keep, softplus, u, delta, A, B, C, D, z, delta_bias, state):
+        (batch, length, d_inner), d_state = u.shape, A.shape[1]
+        dtype, tile = _at_least_float32(u), _tile(u, d_state)
+        A_t = A.t().to(dtype).contiguous()                                      # (N, D)
+        y = torch.empty_like(u, memory_format=torch.contiguous_format)
+        a, h = (u.new_empty(batch * tile * d_state * d_inner, dtype=dtype) for _ in range(2))
+        start = state.transpose(1, 2).to(dtype, copy=True, memory_format=torch.contiguous_format)   # (B, N, D)
+        starts = u.new_empty(math.ceil(length / tile) if keep else 0, batch, d_state, d_inner, dtype=dtype)
+        for stretch in _slices(length, tile * TILES_PER_STRETCH):
+            s = _inputs_of(stretch, u, delta, B, C, z, delta_bias, softplus, A_t)
+            y_s = torch.empty_like(s.x)
+            for now in _slices(s.x.shape[1], tile):
+                if keep:
+                    starts[(stretch.start + now.start) // tile] = start
+                a_n, h_n = _states_of_tile(s, now, A_t, a, h, start)
+                y_s[:, now] = (s.C[:, now, None] @ h_n).squeeze(2)
+                start.copy_(h_n[:, -1])
+            if D is not None:
+                y_s.addcmul_(s.u, D.to(dtype))
+            y[:, stretch] = y_s if z is None else y_s.mul_(F.silu(s.z))
+        ctx.softplus = softplus
+        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, starts)
+        return y, start.transpose(1, 2).contiguous()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gy, glast):
+        with torch.autocast(gy.device.type, enabled=False):
+            return ChunkedScan._backward(ctx, gy, glast)
+
+    @staticmethod
+    def _backward(ctx, gy, glast):
+        u, delta, A, B, C, D, z, delta_bias, starts = ctx.saved_tensors
+        (batch, length, d_inner), d_state = u.shape, A.shape[1]
+        dtype, tile = _at_least_float32(u), _tile(u, d_state)
+        A_t = A.t().to(dtype).contiguous()                                      # (N, D)
+        gu, gdelta, gB, gC = (torch.empty_like(t) for t in (u, delta, B, C))
+        gz = None if z is None else torch.empty_like(z)
+        gA = u.new_zeros(batch, d_state, d_inner, dtype=dtype)
+        gD, gbias = (u.new_zeros(d_inner, dtype=dtype) for _ in range(2))
+        ones = u.new_ones(batch, 1, 1, d_state, dtype=dtype)
+        a, h, g = (u.new_empty(batch * tile * d_state * d_inner, dtype=dtype) for _ in range(3))
+        carry = glast.transpose(1, 2).to(dtype).contiguous()                    # a_{t+1} g_{t+1} of the tile's last step
+        for stretch in reversed(_slices(length, tile * TILES_PER_STRETCH)):
+            s = _inputs_of(stretch, u, delta, B, C, z, delta_bias, softplus=ctx.softplus, A_t=A_t)
+            gy_s = gy[:, stretch].to(dtype)
+            if z is not None:
+                gated = gy_s
+                gy_s = gy_s * F.silu(s.z)
+                y_s = torch.empty_like(gy_s)
+            gx, gd, gB_s, gC_s = (torch.empty_like(t) for t in (s.x, s.x, s.B, s.C))
+            for now in reversed(_slices(s.x.shape[1], tile)):
+                start = starts[(stretch.start + now.start) // tile]             # (B, N, D)
+                a_n, h_n = _states_of_tile(s, now, A_t, a, h, start)
+                g_n = g[:a_n.numel()].view(a_n.shape)
+                if z is not None:
+                    y_s[:, now] = (s.C[:, now, None] @ h_n).squeeze(2)
+                torch.mul(gy_s[:, now, None], s.C[:, now, :, None], out=g_n)
+                g_steps, a_steps = g_n.unbind(1), a_n.unbind(1)
+                g_steps[-1].add_(carry)
+                for i in reversed(range(1, len(g_steps))):
+                    g_steps[i - 1].addcmul_(a_steps[i], g_steps[i])
+                torch.mul(a_steps[0], g_steps[0], out=carry)
+                # a row times a transposed matrix: a third of the time of the matrix times a column
+                gC_s[:, now] = (gy_s[:, now, None] @ h_n.transpose(2, 3)).squeeze(2)
+                gB_s[:, now] = (s.x[:, now, None] @ g_n.transpose(2, 3)).squeeze(2)
+                gx[:, now] = (s.B[:, now, None] @ g_n).squeeze(2)
+                a_n.mul_(g_n)
+                a_steps[0].mul_(start)                                          # dLoss/d(delta A)
+                a_n[:, 1:].mul_(h_n[:, :-1])
+                gA += torch.mul(a_n, s.delta[:, now, None], out=g_n).sum(1)
+                gd[:, now] = (ones @ a_n.mul_(A_t)).squeeze(2)
+            gd.addcmul_(gx, s.u)
+            if ctx.softplus:
+                gd.mul_(-torch.expm1(-s.delta))                                 # sigmoid, from the softplus itself
+            if delta_bias is not None:
+                gbias += gd.sum((0, 1))
+            gu_s = gx.mul_(s.delta)
+            if D is not None:
+                gD += (gy_s * s.u).sum((0, 1))
+                gu_s.addcmul_(gy_s, D.to(dtype))
+            if z is not None:
+                if D is not None:
+                    y_s.addcmul_(s.u, D.to(dtype))
+                sigmoid = torch.sigmoid(s.z)
+                gz[:, stretch] = gated * y_s * sigmoid * (1 + s.z * (1 - sigmoid))
+            gu[:, stretch], gdelta[:, stretch], gB[:, stretch], gC[:, stretch] = gu_s, gd, gB_s, gC_s
+        return (None, None, gu, gdelta, gA.sum(0).t().to(A.dtype), gB, gC, None if D is None else gD.to(D.dtype), gz,
+                None if delta_bias is None else gbias.to(delta_bias.dtype), carry.transpose(1, 2))
+
+
+TILES_PER_STRETCH = 16
+
+
+def _tile(u, d_state):
+    """Steps in a tile: as many as keep its buffers in the cache, 1 MB each."""
+    return min(u.shape[1], max(4, 2 ** 18 // (u.shape[0] * u.shape[2] * d_state)))
+
+
+def _slices(length, size):
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _inputs_of(stretch, u, delta, B, C, z, delta_bias, softplus, A_t):
+    """The inputs of one stretch of the sequence in the scan's own type, delta finished, and x = delta u."""
+    u, delta, B, C = (t[:, stretch].to(A_t.dtype) for t in (u, delta, B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(A_t.dtype)
+    if softplus:
+        delta = F.softplus(delta)
+    # On a CPU exp is some 100 times slower where the result is denormal (below -87), and so are products with it.
+    # exp(-64) is 0 to any sum in float32, and its products with numbers of usual size are not denormal.
+    clamp = u.device.type == "cpu" and bool(delta.amax() * A_t.amin() < -64)
+    return SimpleNamespace(u=u, delta=delta, x=delta * u, B=B, C=C, z=None if z is None else z[:, stretch].to(A_t.dtype),
+                           clamp=clamp)
+
+
+def _states_of_tile(s, now, A_t, a, h, start):
+    """The decays and the states of the steps `now` of a stretch, both (B, n, N, D), made in the buffers a and h."""
+    (batch, n, d_inner), d_state = s.x[:, now].shape, A_t.shape[0]
+    a, h = (buffer[:batch * n * d_state * d_inner].view(batch, n, d_state, d_inner) for buffer in (a, h))
+    torch.mul(s.delta[:, now, None], A_t, out=a)
+    if s.clamp:
+        a.clamp_(min=-64)
+    a.exp_()
+    torch.mul(s.x[:, now, None], s.B[:, now, :, None], out=h)
+    for a_t, h_t in zip(a.unbind(1), h.unbind(1)):
+        start = h_t.addcmul_(a_t, start)
+    return a, h
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The block
+
+
+class MambaBlock(nn.Module):
+    """
+    The mixer (paper, figure 3): project up, short causal convolution, selective scan, gate, project down.
+
+    block(x) -> y, both (B, L, d_model). Stands alone: put it where a Transformer has attention.
+    With state = block.init_state(batch), block(x, state) continues where the last call ended and updates the state in
+    place; gradients do not flow through a state from one call to the next.
+    """
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        d_inner, self.dt_rank, self.d_state, self.scan = config.d_inner, config.dt_rank, config.d_state, config.scan
+        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=config.bias)
+        # holds the weights under their released names; the convolution itself is in causal_conv
+        self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner, bias=config.conv_bias)
+        self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * self.d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, d_inner, bias=True)
+        self.A_log = nn.Parameter(torch.log(torch.arange(1, self.d_state + 1, dtype=torch.float32)).repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+        self.out_proj = nn.Linear(d_inner, config.d_model, bias=config.bias)
+
+        # the steps delta start log-uniform in [dt_min, dt_max]: the bias is the inverse of softplus at such a draw
+        nn.init.uniform_(self.dt_proj.weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        dt = torch.exp(torch.rand(d_inner) * (high - low) + low).clamp(min=config.dt_init_floor)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        for linear in (self.in_proj, self.out_proj):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def init_state(self, batch):
+        """The state before the first token: the convolution's last inputs (batch, d_conv - 1, D), and h (batch, D, N)."""
+        weight, d_inner = self.conv1d.weight, self.conv1d.weight.shape[0]
+        return (torch.zeros(batch, weight.shape[2] - 1, d_inner, dtype=weight.dtype, device=weight.device),
+                torch.zeros(batch, d_inner, self.d_state, dtype=self.A_log.dtype, device=weight.device))
+
+    def forward(self, x, state=None):
+        conv_state, h = (None, None) if state is None else (t.clone() for t in state)
+        x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, L, D) each
+        x, conv_state = causal_conv(x, self.conv1d.weight, self.conv1d.bias, conv_state)
+        x = F.silu(x)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta = F.linear(dt, self.dt_proj.weight)           # (B, L, D); its bias is added inside the scan, in float32
+        A = -torch.exp(self.A_log)                                              # (D, N)
+        y, h = selective_scan(x, delta, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True, state=h,
+                              return_last_state=True, method=self.scan)
+        if state is not None:
+            state[0].copy_(conv_state.detach())
+            state[1].copy_(h.detach())
+        return self.out_proj(y)
+
+    def _apply(self, fn, recurse=True):
+        # model.bfloat16() and .half() leave these in float32: rounding A or delta's bias changes how long the model
+        # remembers by up to 1 %, at every step again
+        exact = (self.A_log, self.D, self.dt_proj.bias)
+
+        def keep_exact(tensor):
+            result = fn(tensor)
+            rounded = result.dtype in (torch.float16, torch.bfloat16) and any(tensor is p for p in exact)
+            return tensor.to(result.device) if rounded else result
+        return super()._apply(keep_exact, recurse)
+
+
+def causal_conv(x, weight, bias=None, state=None):
+    """
+    Depthwise causal convolution as d_conv shifted multiply-adds: y_t = sum_k weight[:, 0, k] x_{t - (d_conv - 1) + k}.
+
+    x: (B, L, D).  weight: (D, 1, d_conv).  bias: (D,).  state: (B, d_conv - 1, D), the inputs before x, or None for zeros.
+    Returns y (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d: that wants (B, D, L), and on MPS it is wrong for views.
+    """
+    (batch, length, d_inner), d_conv = x.shape, weight.shape[2]
+    if state is None:
+        state = x.new_zeros(batch, d_conv - 1, d_inner)
+    x = torch.cat([state.to(x.dtype), x], dim=1)                                # (B, d_conv - 1 + L, D)
+    y = x[:, :length] * weight[:, 0, 0]
+    for k in range(1, d_conv):
+        y = torch.addcmul(y, x[:, k:k + length], weight[:, 0, k])
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype), x[:, length:]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 inside."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        wide = x.to(_at_least_float32(x))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """fc2(value * silu(gate)), the MLP that mamba_ssm has under this name."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.d_model, 2 * config.d_intermediate, bias=config.bias)
+        self.fc2 = nn.Linear(config.d_intermediate, config.d_model, bias=config.bias)
+
+    def forward(self, x):
+        value, gate = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(value * F.silu(gate))
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)), and the same with the MLP if there is one."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.norm, self.mixer = RMSNorm(config.d_model, config.norm_eps), MambaBlock(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.mlp = None
+        if config.d_intermediate > 0:
+            self.norm2, self.mlp = RMSNorm(config.d_model, config.norm_eps), GatedMLP(config)
+
+    def forward(self, x, state=None):
+        x = x + self.dropout(self.mixer(self.dropout(self.norm(x)), state))
+        if self.mlp is not None:
+            x = x + self.dropout(self.mlp(self.norm2(x)))
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Mamba(nn.Module):
+    """
+    embedding -> n_layer x Layer -> RMSNorm -> head, tied to the embedding.
+
+    model(idx) -> (logits, None);  model(idx, targets) -> (None, loss);  model.generate(idx, 100) -> idx and 100 more.
+    """
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.config = config
+        self.backbone = nn.ModuleDict({
+            "embedding": nn.Embedding(config.padded_vocab_size, config.d_model),
+            "layers": nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
+            "norm_f": RMSNorm(config.d_model, config.norm_eps),
+        })
+        self.dropout = nn.Dropout(config.dropout)
+        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        nn.init.normal_(self.backbone["embedding"].weight, std=0.02)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone["embedding"].weight
+        # what each layer adds to the residual stream is scaled so that the sum does not grow with the depth
+        residuals = config.n_layer * (2 if config.d_intermediate > 0 else 1)
+        with torch.no_grad():
+            for layer in self.backbone["layers"]:
+                layer.mixer.out_proj.weight /= math.sqrt(residuals)
+                if layer.mlp is not None:
+                    layer.mlp.fc2.weight /= math.sqrt(residuals)
+
+    def forward(self, idx, targets=None, state=None, num_last_tokens=0):
+        """
+        idx: (B, L) token ids.  targets: (B, L), -1 is ignored.  state: from init_state, updated in place.
+        Without targets: logits (B, L, vocab_size), or of the last num_last_tokens positions, and None.
+        With targets: None, and the mean cross-entropy in nats.
+        With a state the call continues where the last one ended: any split of a text gives the logits of one call.
+        """
+        x = self.dropout(self.backbone["embedding"](idx))                       # (B, L, d_model)
+        for layer, layer_state in zip(self.backbone["layers"], state or [None] * self.config.n_layer):
+            x = layer(x, layer_state)
+        x = self.backbone["norm_f"](x[:, -num_last_tokens:])
+        logits = self.lm_head(x)[..., :self.config.vocab_size]                  # without the padding rows
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def init_state(self, batch):
+        """What the model remembers before the first token: for each layer (conv state, h). Its size never grows."""
+        return [layer.mixer.init_state(batch) for layer in self.backbone["layers"]]
+
+    def num_params(self, embedding=True):
+        """Number of parameters; with embedding=False without the embedding table (and an untied head)."""
+        tables = {id(self.backbone["embedding"].weight), id(self.lm_head.weight)}
+        return sum(p.numel() for p in self.parameters() if embedding or id(p) not in tables)
+
+    def configure_optimizers(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95)):
+        """AdamW with decay on the projection matrices alone: decay would pull A_log, D, delta's bias and the norms to a
+        wrong place (A to -1 for every state, D to 0), and an embedding row that is rarely used would just fade."""
+        decay = [m.weight for m in self.modules() if isinstance(m, nn.Linear) and m is not self.lm_head]
+        decayed = {id(p) for p in decay}
+        rest = [p for p in self.parameters() if id(p) not in decayed]
+        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+    @torch.no_grad()
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, state=None):
+        """
+        Yield the next tokens, (B,) each, as they are made: constant time and memory per token. Arguments as in generate.
+        With a state (from init_state), the prompts continue what it has read; it is updated in place, and when the stream
+        ends it has not yet read the last token.
+        """
+        device, training = self.lm_head.weight.device, self.training
+        prompts = [torch.as_tensor(p, dtype=torch.long, device=device) for p in prompts]
+        if min((len(p) for p in prompts), default=0) == 0:
+            raise ValueError("each prompt needs at least one token")
+        state = self.init_state(len(prompts)) if state is None else state
+        self.eval()
+        try:
+            logits = self._prefill(prompts, state)
+            for left in reversed(range(max_new_tokens)):
+                token = sample(logits, temperature, top_k, top_p, generator)
+                yield token
+                if left > 0:
+                    logits = self(token[:, None], state=state)[0][:, -1]
+        finally:
+            self.train(training)
+
+    def _prefill(self, prompts, state):
+        """Read the prompts into the state with the scan, those of one length together; returns (B, vocab_size) logits."""
+        logits = [None] * len(prompts)
+        for length in {len(p) for p in prompts}:
+            rows = [i for i, p in enumerate(prompts) if len(p) == length]
+            rows_state = [(conv[rows], h[rows]) for conv, h in state]
+            for part in torch.stack([prompts[i] for i in rows]).split(PREFILL, dim=1):
+                last, _ = self(part, state=rows_state, num_last_tokens=1)
+            for (conv, h), (rows_conv, rows_h) in zip(state, rows_state):
+                conv[rows], h[rows] = rows_conv, rows_h
+            for i, row in zip(rows, last[:, -1]):
+                logits[i] = row
+        return torch.stack(logits)
+
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
+        """
+        prompts: (B, L) token ids, or a list of B prompts of any lengths. Returns them with max_new_tokens more each, as one
+        (B, L + max_new_tokens) tensor, or as a list of tensors; every prompt gives what it gives alone.
+        temperature: 0 takes the likeliest token.  top_k: only among the k likeliest.  top_p: only among the fewest that
+        together have this probability.  generator: a torch.Generator, to get the same text again.
+        """
+        new = list(self.stream(prompts, max_new_tokens, temperature, top_k, top_p, generator))
+        new = torch.stack(new, dim=1) if new else [[]] * len(prompts)           # (B, max_new_tokens)
+        rows = [torch.cat([torch.as_tensor(p, dtype=torch.long, device=n.device), n]) for p, n in zip(prompts, new)]
+        return torch.stack(rows) if isinstance(prompts, torch.Tensor) else rows
+
+
+PREFILL = 2048      # a prompt is read in parts of this many tokens: the memory it takes does not grow with its length
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draw one token id for each row of logits (B, V); returns (B,). ValueError for settings without a meaning."""
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError("need temperature >= 0, top_k >= 1 and 0 < top_p <= 1, "
+                         f"not temperature={temperature}, top_k={top_k}, top_p={top_p}")
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    probs = logits.softmax(-1)
+    if top_p is not None:
+        ordered, order = probs.sort(descending=True)
+        enough = ordered.cumsum(-1) - ordered >= top_p                          # those before it reach top_p already
+        probs = probs.masked_fill(enough.scatter(-1, order, enough), 0)
+    # argmax of p / Exponential(1) is a draw from p: no multinomial, which returns impossible indices on MPS, and no
+    # wait for the GPU. The noise comes from the generator's own device.
+    noise = torch.empty(probs.shape, device=generator.device if generator else probs.device)
+    noise = noise.exponential_(generator=generator).clamp_(min=1e-20)
+    return (probs / noise.to(probs.device)).argmax(-1)
