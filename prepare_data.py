@@ -1,0 +1,527 @@
+"""
+Turns text into tokens to train on: data/<name>/train.bin, val.bin and meta.json.
+
+python prepare_data.py                                        # pydoc: Python's own manual, needs no network
+python prepare_data.py --dataset=shakespeare                  # also: alice, tinystories (2 GB)
+python prepare_data.py --dataset=book.txt --tokenizer=bpe     # your own text, a vocabulary trained on it
+python prepare_data.py --dataset=folder --tokenizer=gpt-neox  # all .txt below it, the vocabulary of mamba-130m
+python prepare_data.py --dataset=https://example.org/text.txt --tokenizer=tokenizer.json --name=mine
+
+The first 90 % of the characters train, the last 10 % validate. Text is read in blocks, so memory does not grow with it.
+"""
+from __future__ import annotations
+
+import codecs
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import requests
+from tqdm import tqdm
+
+BLOCK = 1 << 20  # bytes read at a time
+PIECE = 1 << 15  # characters that BPE encodes at a time; 16 pieces go to all cores at once
+LONGEST = 1 << 18  # BPE cuts a stretch longer than this wherever it stands
+PAUSES = (1, 2, 4)  # seconds before a dropped download goes on
+
+
+class Problem(Exception):
+    """Something the person can put right: shown as one line, without a traceback."""
+
+
+def run(main, Config):
+    """Calls main(cfg, given) with the flags of the command line; a Problem ends it with one line and status 2."""
+    try:
+        return main(*parse_flags(Config))
+    except Problem as problem:
+        message, status = str(problem), 2
+    except OSError as error:  # disk full, no permission, ...
+        message, status = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part), 2
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def flag(default, help):
+    """A field of a Config: its default and its line in --help."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+KINDS = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "text"}
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def parse_flags(Config, argv=None):
+    """Reads --key=value, --key value and, for a bool, --key alone. Returns (Config, dict of the flags given)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    types = {name: field.type.split(" | ") for name, field in fields.items()}  # "int | None" -> ["int", "None"]
+    if "--help" in words or "-h" in words:
+        print(f"{(sys.modules[Config.__module__].__doc__ or '').strip()}\n")
+        for name, field in fields.items():
+            print(f"  --{f'{name}={field.default}':<28} {types[name][0]:<6} {field.metadata.get('help', '')}")
+        sys.exit(0)
+    given = {}
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise Problem(f"unexpected argument '{name}'; flags are written --name=value")
+        if name[2:] not in fields:
+            raise Problem(f"unknown flag {name}" + nearest(name, [f"--{field}" for field in fields]))
+        kind, *optional = types[name[2:]]
+        if not equals:
+            if kind == "bool" and not (words and words[0].lower() in BOOLS):
+                value = "True"
+            elif not words or words[0].startswith("--"):
+                raise Problem(f"{name} needs a value: {KINDS[kind]}")
+            else:
+                value = words.pop(0)
+        try:
+            if optional and value.lower() == "none":
+                given[name[2:]] = None
+            else:
+                given[name[2:]] = {"int": int, "float": float, "str": str, "bool": lambda v: BOOLS[v.lower()]}[kind](value)
+                if kind == "float" and not math.isfinite(given[name[2:]]):
+                    raise ValueError
+        except (KeyError, ValueError):
+            raise Problem(f"{name} takes {KINDS[kind]}, not '{value}'") from None
+    return Config(**given), given
+
+
+def nearest(word, known):
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+@dataclasses.dataclass
+class Config:
+    dataset: str = flag("pydoc", "pydoc, shakespeare, alice, tinystories, a .txt file, a folder of them, or a URL")
+    tokenizer: str = flag("char", "char, bpe (trained on the text), gpt-neox, or the path of a tokenizer.json")
+    vocab_size: int = flag(4096, "tokens of a vocabulary trained here (bpe)")
+    data_dir: str = flag("data", "folder of all prepared data and downloads")
+    name: str = flag("", "folder under data_dir; by default from the names of dataset and tokenizer")
+
+
+class CharTokenizer:
+    """One token per character."""
+    end_of_text = None
+
+    def __init__(self, chars):
+        self.chars, self.vocab_size = chars, len(chars)
+        self.table = np.full(sys.maxunicode + 1, -1, np.int32)  # code point -> token
+        self.table[code_points(chars)] = np.arange(len(chars))
+
+    def encode_stream(self, blocks):
+        for block in blocks:
+            ids = self.table[code_points(block)]
+            if ids.min(initial=0) < 0:
+                raise Problem(f"character {block[ids.argmin()]!r} is not in this model's vocabulary "
+                              f"({self.vocab_size} characters)")
+            yield ids
+
+    def encode(self, text):
+        """Tokens of a text; a character outside the vocabulary is a Problem."""
+        return next(self.encode_stream([text])).tolist()
+
+    def decode(self, ids):
+        return "".join(self.chars[i] for i in ids)
+
+    def to_dict(self):
+        return {"type": "char", "chars": self.chars}
+
+
+def code_points(text):
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+class BPETokenizer:
+    """Any tokenizer.json of the `tokenizers` package, given as its text."""
+
+    def __init__(self, json_text):
+        tokenizers = import_tokenizers()
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(json_text)
+        except Exception as error:  # noqa: BLE001 (the package raises nothing narrower)
+            raise Problem(f"not a tokenizer.json ({str(error)[:80]})") from None
+        self.tokenizer.no_truncation()  # some published files would cut every text at 512 tokens
+        self.tokenizer.no_padding()
+        self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1  # ids may have holes
+        self.end_of_text = self.tokenizer.token_to_id("<|endoftext|>")
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """A byte-level BPE vocabulary, GPT-2's kind: it can spell any text."""
+        tokenizers = import_tokenizers()
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+        return cls(tokenizer.to_str())
+
+    def encode_stream(self, blocks):
+        pieces = cut_between_words(blocks)
+        while batch := list(itertools.islice(pieces, 16)):
+            for encoding in self.tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                yield np.array(encoding.ids, np.int64)
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def to_dict(self):
+        return {"type": "bpe", "json": self.tokenizer.to_str()}
+
+
+# Where a text may be cut without changing a token: before the first space after a word, or after a lone newline between
+# words. GPT-2's pattern and its successors join a space only to what follows it, and a run of whitespace stays whole.
+CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=\S)")
+
+
+def cut_between_words(blocks):
+    """The text in pieces of about PIECE characters that give the same tokens one by one as in one go."""
+    rest = ""
+    for block in blocks:
+        rest, start = rest + block, 0
+        while len(rest) - start > PIECE:
+            cut = CUT.search(rest, start + PIECE, start + LONGEST)
+            if cut is None and len(rest) - start < LONGEST:
+                break  # such a place may come with the next block
+            # A stretch without one must not fill the memory: it is cut at LONGEST, where tokens may then differ, but
+            # they still decode to the same text.
+            end = cut.end() if cut else start + LONGEST
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    if rest:
+        yield rest
+
+
+def import_tokenizers():
+    try:
+        import tokenizers  # only here: characters need no package
+    except ImportError:
+        raise Problem("this tokenizer needs a package: pip install tokenizers") from None
+    return tokenizers
+
+
+def load_tokenizer(saved):
+    """The tokenizer whose to_dict() this was, from meta.json or a checkpoint."""
+    if saved["type"] == "char":
+        return CharTokenizer(saved["chars"])
+    return BPETokenizer(saved["json"])
+
+
+def hugging_face(path=""):
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/") + "/" + path
+
+
+def download(url, path, size=None, sha256=None):
+    """
+    Fetches url to path, unless it is there already, and returns path. It grows as path.part, from which a later call
+    goes on, and gets its name only when size and sha256 are right, as far as they are known or the server tells them.
+    Problem: no network, an error status, a connection that keeps dropping, or contents that are not the expected.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    if path.exists() and sha256 in (None, sha256_of(path)):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"downloading {url}")
+    expected = {"size": size, "sha256": sha256}
+    for pause in (*PAUSES, None):
+        try:
+            if fetch(url, part, expected):
+                break
+            reason = "the connection dropped"
+        except requests.RequestException as error:
+            reason = type(error).__name__
+            if isinstance(error, requests.ConnectionError) and not part.exists():
+                pause = None  # no network: waiting for it helps nobody
+        if pause is None:
+            raise Problem(f"cannot download {url} ({reason}); the same command goes on where it stopped, and "
+                          "`python train.py` works without network on the built-in pydoc data")
+        time.sleep(pause)
+    size = part.stat().st_size
+    if expected["size"] not in (None, size) or expected["sha256"] not in (None, sha256_of(part)):
+        part.unlink()
+        raise Problem(f"{url} is not what it should be (size or sha256 differs, {size:,} bytes came); nothing was kept")
+    os.replace(part, path)
+    return path
+
+
+def fetch(url, part, expected):
+    """One attempt to get the rest of part. Returns whether it is whole; adds to expected what the server tells."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}  # a compressed answer would fit neither the size nor the range
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    if url.startswith(hugging_face()) and os.environ.get("HF_TOKEN"):
+        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as answer:
+        for response in (*answer.history, answer):  # Hugging Face describes a large file where it redirects
+            etag = re.fullmatch('"?([0-9a-f]{64})"?', response.headers.get("X-Linked-Etag", ""))
+            expected["sha256"] = expected["sha256"] or (etag and etag[1])
+            expected["size"] = expected["size"] or int(response.headers.get("X-Linked-Size", 0)) or None
+        start, total = re.match(r"(?:bytes (?:(\d+)-\d+|\*)/(\d+))?", answer.headers.get("Content-Range", "")).groups()
+        if answer.status_code == 416 and have:
+            if int(total or 0) != have:
+                part.unlink()  # what is there now is not the file that this part came from: start over
+            return int(total or 0) == have
+        if answer.status_code == 200:  # the whole file: this server may not know Range
+            have, total = 0, answer.headers.get("Content-Length")
+        elif answer.status_code != 206 or int(start or 0) != have:
+            raise Problem(f"{url}: status {answer.status_code} {answer.reason}")
+        total = int(total) if total else None
+        with open(part, "ab" if have else "wb") as f, progress(total, part.stem, have) as bar:
+            for chunk in answer.iter_content(1 << 16):
+                bar.update(f.write(chunk))
+    return total in (None, part.stat().st_size)
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while data := f.read(BLOCK):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def progress(total, what, done=0):
+    """A bar over bytes for what takes long enough to look at, on a terminal only."""
+    return tqdm(total=total, initial=done, desc=what, unit="B", unit_scale=True, leave=False,
+                disable=None if total is None or total > 4e6 else True)
+
+
+DATASETS = ("pydoc", "shakespeare", "alice", "tinystories")
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+ALICE = "https://www.gutenberg.org/cache/epub/11/pg11.txt"
+
+
+def is_url(dataset):
+    return dataset.startswith(("http://", "https://"))
+
+
+def dataset_name(dataset, tokenizer="char", name=""):
+    """The folder under data_dir: name if given, else from the dataset and the tokenizer, as in shakespeare-bpe."""
+    if name:
+        return name
+    if is_url(dataset):
+        url = urllib.parse.urlparse(dataset)
+        last = url.path.rstrip("/").split("/")[-1] or url.netloc.replace(":", "-")
+    else:
+        last = Path(dataset).resolve().name
+    return last.removesuffix(".txt") + ("" if tokenizer == "char" else f"-{Path(tokenizer).stem}")
+
+
+def find_text(dataset, downloads):
+    """Returns the sources of the text and, for a dataset with its own split, those of its validation part."""
+    if dataset == "pydoc":
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            raise Problem("this Python comes without pydoc_data; try --dataset=shakespeare or a file") from None
+        return ["\n\n".join(topics[key] for key in sorted(topics)).encode()], None
+    if dataset == "shakespeare":
+        return [download(SHAKESPEARE, downloads / "shakespeare.txt", 1115394,
+                         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")], None
+    if dataset == "alice":  # without the licence, which would be the whole validation part
+        path = download(ALICE, downloads / "alice.txt")
+        text = path.read_bytes().decode("utf-8-sig", "replace").replace("\r\n", "\n")
+        story = re.search(r"\*\*\* ?START OF[^\n]*\n(.*)\*\*\* ?END OF", text, re.DOTALL)
+        if not story:
+            path.unlink()
+            raise Problem(f"{ALICE} gave something else than the book; nothing was kept")
+        return [(story[1].strip() + "\n").encode()], None
+    if dataset == "tinystories":
+        files = [f"TinyStories-{part}.txt" for part in ("train", "valid")]
+        base = hugging_face("datasets/roneneldan/TinyStories/resolve/main/")
+        return tuple([download(base + file, downloads / file)] for file in files)
+    if is_url(dataset):  # the hash keeps apart two URLs that end alike
+        file = f"{dataset_name(dataset)}-{hashlib.sha256(dataset.encode()).hexdigest()[:8]}.txt"
+        return [download(dataset, downloads / file)], None
+    if dataset and Path(dataset).is_dir():  # Path("") is the current folder
+        files = sorted(path for path in Path(dataset).rglob("*.txt") if path.is_file())
+        if not files:
+            raise Problem(f"{dataset} is a folder without .txt files")
+        return files, None
+    if Path(dataset).is_file():
+        return [Path(dataset)], None
+    if Path(dataset).name != dataset or "." in dataset:
+        raise Problem(f"no such file or folder: {dataset}")
+    raise Problem(f"unknown dataset '{dataset}': it is {', '.join(DATASETS)}, a .txt file, a folder or a URL"
+                  + nearest(dataset, DATASETS))
+
+
+def read(source, start=0, stop=math.inf, bar=None, digest=None):
+    """The characters start to stop of a source in blocks, exactly as they stand. Problem if it is not text."""
+    name = "the text" if isinstance(source, bytes) else source
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as f:
+        position, data = 0, True
+        while data and position < stop:
+            data = f.read(BLOCK)
+            if b"\0" in data:
+                raise Problem(f"{name} has a NUL byte at offset {f.tell() - len(data) + data.index(0)}: "
+                              "a binary file, or text in UTF-16")
+            try:
+                block = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                offset = f.tell() - len(error.object) + error.start  # object begins with a rest of the last block
+                raise Problem(f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset}; "
+                              "convert it, for example with: iconv -f latin1 -t utf-8") from None
+            if digest:
+                digest.update(data)
+            if bar is not None and position >= start:
+                bar.update(len(data))
+            yield block[max(start - position, 0):max(min(stop - position, len(block)), 0)]
+            position += len(block)
+
+
+def prepare(cfg):
+    """
+    Makes data_dir/<name> as cfg (a Config) says and returns its path. All or nothing: a failure leaves what was there.
+    Problem: what the person gave is not a text, a tokenizer or a name, or a download failed.
+    """
+    name = dataset_name(cfg.dataset, cfg.tokenizer, cfg.name)
+    folder, downloads = Path(cfg.data_dir) / name, Path(cfg.data_dir) / "downloads"
+    if Path(name).name != name or name == "..":
+        raise Problem(f"--name takes the name of a folder, not '{name}'")
+    if cfg.tokenizer == "bpe" and import_tokenizers() and cfg.vocab_size < 257:
+        raise Problem(f"--vocab_size={cfg.vocab_size} is too small: 256 bytes and <|endoftext|> make 257")
+    tokenizer = None if cfg.tokenizer in ("char", "bpe") else open_tokenizer(cfg.tokenizer, downloads)
+    sources, own_val = find_text(cfg.dataset, downloads)
+
+    # First pass: is it text, how long is it, which characters does it have?
+    everything = sources + (own_val or [])
+    size = sum(len(s) if isinstance(s, bytes) else s.stat().st_size for s in everything)
+    digest, seen, lengths = hashlib.sha256(), np.zeros(sys.maxunicode + 1, bool), []
+    with progress(size, "reading") as bar:
+        for source in everything:
+            lengths.append(0)
+            for block in read(source, bar=bar, digest=digest):
+                seen[code_points(block)] = True
+                lengths[-1] += len(block)
+    n = sum(lengths)
+    if n < 10:
+        raise Problem(f"{cfg.dataset} is empty" if n == 0 else f"{cfg.dataset} has only {n} characters; 10 are needed")
+    chars = "".join(map(chr, np.flatnonzero(seen)))
+    print(f"{cfg.dataset}: {n:,} characters, {len(chars):,} different ones")
+
+    # The split counts characters, whatever the tokenizer, so that losses per character or byte can be compared.
+    split = sum(lengths[:len(sources)]) if own_val else int(n * 0.9)
+    train, val, begin = [], [], 0
+    for source, length in zip(everything, lengths):
+        cut = min(max(split - begin, 0), length)
+        train += [(source, 0, cut)] if cut > 0 else []
+        val += [(source, cut, length)] if cut < length else []
+        begin += length
+
+    if cfg.tokenizer == "char":
+        tokenizer = CharTokenizer(chars)
+    elif cfg.tokenizer == "bpe":
+        with progress(size, "training bpe") as bar:
+            tokenizer = BPETokenizer.train((piece for part in train for piece in cut_between_words(read(*part, bar))),
+                                           cfg.vocab_size)
+        if tokenizer.vocab_size < cfg.vocab_size:
+            print(f"the text is too small for {cfg.vocab_size} tokens: the vocabulary has {tokenizer.vocab_size}")
+    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 65536 else "uint32")
+    meta = {"name": name, "source": cfg.dataset, "sha256": digest.hexdigest(), "dtype": dtype.name,
+            "vocab_size": tokenizer.vocab_size, "train_chars": split, "val_chars": n - split,
+            "val_bytes": sum(len(block.encode()) for part in val for block in read(*part)),
+            "tokenizer": tokenizer.to_dict()}
+
+    # Second pass: into a temporary folder, and into place only when all of it is on the disk. meta.json moves last, and
+    # load_meta() sees by the sizes if a crash left the move half done.
+    verb = "replaced" if (folder / "meta.json").exists() else "wrote"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            new = Path(temporary)
+            with progress(size, "encoding") as bar:
+                meta["train_tokens"] = write_tokens(new / "train.bin", train, tokenizer, dtype, bar)
+                meta["val_tokens"] = write_tokens(new / "val.bin", val, tokenizer, dtype, bar)
+            with open(new / "meta.json", "w", encoding="utf-8") as f:
+                json.dump(meta, f)
+                flush_to_disk(f)
+            for file in ("train.bin", "val.bin", "meta.json"):
+                os.replace(new / file, folder / file)
+    finally:
+        for empty in (folder, folder.parent):  # after a failure; rmdir spares what holds a file
+            with contextlib.suppress(OSError):
+                empty.rmdir()
+    print(f"tokens: {meta['train_tokens']:,} to train, {meta['val_tokens']:,} to validate, "
+          f"vocabulary {tokenizer.vocab_size:,} ({dtype})")
+    print(f"{verb} {folder}; next: python train.py --dataset={name}")
+    return folder
+
+
+def write_tokens(path, parts, tokenizer, dtype, bar):
+    """Writes the tokens of parts, each (source, start, stop), and an end-of-text between two. Returns how many."""
+    with open(path, "wb") as f:
+        for i, part in enumerate(parts):
+            if i > 0 and tokenizer.end_of_text is not None:
+                f.write(np.array(tokenizer.end_of_text, dtype))
+            f.writelines(ids.astype(dtype) for ids in tokenizer.encode_stream(read(*part, bar)))
+        flush_to_disk(f)
+        return f.tell() // dtype.itemsize
+
+
+def open_tokenizer(tokenizer, downloads):
+    """The tokenizer that --tokenizer names: gpt-neox or the path of a tokenizer.json."""
+    path = Path(tokenizer)
+    if tokenizer == "gpt-neox":
+        path = downloads / "gpt-neox.json"
+        download(hugging_face("EleutherAI/gpt-neox-20b/resolve/main/tokenizer.json"), path)
+    elif not path.is_file():
+        raise Problem(f"unknown tokenizer '{tokenizer}': it is char, bpe, gpt-neox or the path of a tokenizer.json"
+                      + nearest(tokenizer, ("char", "bpe", "gpt-neox")))
+    import_tokenizers()
+    try:
+        return BPETokenizer(path.read_text(encoding="utf-8"))
+    except (Problem, UnicodeDecodeError) as problem:
+        if tokenizer == "gpt-neox":
+            path.unlink()  # or every later run would find it again
+        raise Problem(f"{path} is {problem if isinstance(problem, Problem) else 'not a tokenizer.json'}") from None
+
+
+def flush_to_disk(f):
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def load_meta(folder):
+    """The contents of folder/meta.json. Problem if it is missing, or does not fit train.bin and val.bin beside it."""
+    folder = Path(folder)
+    command = f"python prepare_data.py --dataset=<name, file, folder or URL> --name={folder.name}"
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        for split in ("train", "val"):
+            if (folder / f"{split}.bin").stat().st_size != meta[f"{split}_tokens"] * np.dtype(meta["dtype"]).itemsize:
+                raise ValueError
+        return meta
+    except FileNotFoundError as error:
+        raise Problem(f"{error.filename} is missing; make it with: {command}") from None
+    except (ValueError, KeyError, TypeError):
+        raise Problem(f"{folder} is damaged; make it again with: {command}") from None
+
+
+if __name__ == "__main__":
+    run(lambda cfg, given: prepare(cfg), Config)
