@@ -193,7 +193,7 @@ class ChunkedScan(torch.autograd.Function):
             for now in _slices(s.x.shape[1], tile):
                 if keep:
                     starts[(stretch.start + now.start) // tile] = start
-                a_n, h_n = _states_of_tile(s, now, A_t, a, h, start)
+                _, h_n = _states_of_tile(s, now, A_t, a, h, start)
                 y_s[:, now] = (s.C[:, now, None] @ h_n).squeeze(2)
                 start.copy_(h_n[:, -1])
             if D is not None:
@@ -274,8 +274,8 @@ TILES_PER_STRETCH = 16
 
 
 def _tile(u, d_state):
-    """Steps in a tile: as many as keep its buffers in the cache, 1 MB each."""
-    return min(u.shape[1], max(4, 2 ** 18 // (u.shape[0] * u.shape[2] * d_state)))
+    """Steps in a tile: as many as keep each buffer in the cache (1 MB), within limits that keep the loops short."""
+    return min(u.shape[1], 64, max(4, 2 ** 18 // (u.shape[0] * u.shape[2] * d_state)))
 
 
 def _slices(length, size):
@@ -551,8 +551,8 @@ class Mamba(nn.Module):
         together have this probability.  generator: a torch.Generator, to get the same text again.
         """
         new = list(self.stream(prompts, max_new_tokens, temperature, top_k, top_p, generator))
-        new = torch.stack(new, dim=1) if new else [[]] * len(prompts)           # (B, max_new_tokens)
-        rows = [torch.cat([torch.as_tensor(p, dtype=torch.long, device=n.device), n]) for p, n in zip(prompts, new)]
+        new = torch.stack(new, dim=1) if new else torch.empty(len(prompts), 0, dtype=torch.long)    # (B, max_new_tokens)
+        rows = [torch.cat([torch.as_tensor(p, device=n.device), n]) for p, n in zip(prompts, new)]
         return torch.stack(rows) if isinstance(prompts, torch.Tensor) else rows
 
 

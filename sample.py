@@ -83,9 +83,8 @@ def main(cfg, given):
     tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
     start = prompt_of(cfg.start)
     prompt = tokenizer.encode(start) if start else []
-    generator = torch.Generator()
-    seed = generator.seed() if cfg.seed is None else cfg.seed
-    generator.manual_seed(seed)
+    seed = torch.seed() % 2 ** 32 if cfg.seed is None else cfg.seed
+    generator = torch.Generator().manual_seed(seed)
     settings = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "generator": generator}
     print(f"{out_dir}, step {checkpoint['step']}: {model.num_params() / 1e6:.2f}M parameters; {device}, {dtype}, "
           f"scan {cfg.scan}, seed {seed}", file=sys.stderr)
