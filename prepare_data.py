@@ -395,10 +395,10 @@ def read(source, start=0, stop=math.inf, bar=None, digest=None):
             position += len(block)
 
 
-def prepare(cfg):
+def prepare(cfg, block_size=0):
     """
     Makes data_dir/<name> as cfg (a Config) says and returns its path. All or nothing: a failure leaves what was there.
-    Problem: what the person gave is not a text, a tokenizer or a name, or a download failed.
+    Problem: what the person gave is not a text, a tokenizer or a name, or too short for block_size; a failed download.
     """
     name = dataset_name(cfg.dataset, cfg.tokenizer, cfg.name)
     folder, downloads = Path(cfg.data_dir) / name, Path(cfg.data_dir) / "downloads"
@@ -423,8 +423,6 @@ def prepare(cfg):
     if n < 10:
         raise Problem(f"{cfg.dataset} is empty" if n == 0 else f"{cfg.dataset} has only {n} characters; 10 are needed")
     chars = "".join(map(chr, np.flatnonzero(seen)))
-    print(f"{cfg.dataset}: {n:,} characters, {len(chars):,} different ones")
-
     # The split counts characters, whatever the tokenizer, so that losses per character or byte can be compared.
     split = sum(lengths[:len(sources)]) if own_val else int(n * 0.9)
     train, val, begin = [], [], 0
@@ -458,6 +456,7 @@ def prepare(cfg):
             with progress(size, "encoding") as bar:
                 meta["train_tokens"] = write_tokens(new / "train.bin", train, tokenizer, dtype, bar)
                 meta["val_tokens"] = write_tokens(new / "val.bin", val, tokenizer, dtype, bar)
+            check_length(meta, block_size)
             with open(new / "meta.json", "w", encoding="utf-8") as f:
                 json.dump(meta, f)
                 flush_to_disk(f)
@@ -467,10 +466,19 @@ def prepare(cfg):
         for empty in (folder, folder.parent):  # after a failure; rmdir spares what holds a file
             with contextlib.suppress(OSError):
                 empty.rmdir()
+    print(f"{cfg.dataset}: {n:,} characters, {len(chars):,} different ones")
     print(f"tokens: {meta['train_tokens']:,} to train, {meta['val_tokens']:,} to validate, "
           f"vocabulary {tokenizer.vocab_size:,} ({dtype})")
     print(f"{verb} {folder}; next: python train.py --dataset={name}")
     return folder
+
+
+def check_length(meta, block_size):
+    """Problem if one of the two parts has no window of block_size tokens and the one after."""
+    for part in ("train", "val"):
+        if (n := meta[f"{part}_tokens"]) <= block_size:
+            raise Problem(f"{meta['source']} has only {n} tokens in its {part} part, too few for --block_size={block_size}; "
+                          f"give a longer text, or a --block_size below {n}")
 
 
 def write_tokens(path, parts, tokenizer, dtype, bar):

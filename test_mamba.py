@@ -6,24 +6,35 @@ run as real processes with real signals; downloads come from a small server here
 """
 from __future__ import annotations
 
-import collections
 import csv
+import functools
+import hashlib
+import http.server
 import itertools
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import mamba
+import prepare_data
+import sample
+import train
 from mamba import Mamba, MambaBlock, MambaConfig, selective_scan
 
 ROOT = Path(__file__).resolve().parent
@@ -485,3 +496,946 @@ def test_mamba_works_as_the_only_file_copied(tmp_path):
     assert "[1, 3, 16]" in result.stdout
     imports = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / "mamba.py").read_text(), re.MULTILINE))
     assert imports - set(sys.stdlib_module_names) == {"torch"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and sampling, as real processes
+
+
+def script(name, *flags, cwd, **more):
+    env = {**os.environ, "NO_PROXY": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "", **more.pop("env", {})}
+    return subprocess.run([sys.executable, str(ROOT / name), *flags], cwd=cwd, capture_output=True, text=True, check=False,
+                          env=env, **more)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """script() without the seconds that a new process takes to import torch."""
+    def call(name, *flags, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [str(ROOT / name), *flags])
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        module = {"train.py": train, "sample.py": sample}[name]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            prepare_data.run(module.main, module.Config)
+        return subprocess.CompletedProcess(["python", name], end.value.code, *capsys.readouterr())
+    return call
+
+
+def succeeded(result):
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def one_line_error(result, *words):
+    """Exit status 2 and one line on stderr: no traceback."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith(f"{Path(result.args[1]).name}: "), result.stderr
+    for word in words:
+        assert word in result.stderr
+    return result.stderr
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+TINY = ("--device=cpu", "--d_model=16", "--n_layer=2", "--batch_size=4", "--block_size=64", "--dropout=0.1",
+        "--max_iters=150", "--eval_interval=40", "--eval_iters=3", "--log_interval=1", "--warmup_iters=5",
+        "--learning_rate=3e-3", "--sample_tokens=5", "--dataset=words.txt", "--out_dir=run")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with words.txt in it, and in finished/ the same with a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(1, 6))) for _ in range(30)]
+    (folder / "words.txt").write_text("".join(rng.choice(words) + rng.choice("  \n") for _ in range(6000)))
+    (folder / "finished").mkdir()
+    shutil.copy(folder / "words.txt", folder / "finished")
+    succeeded(script("train.py", *TINY, cwd=folder / "finished"))
+    return folder
+
+
+@pytest.fixture
+def work(corpus, tmp_path):
+    """A folder of its own with words.txt in it."""
+    shutil.copy(corpus / "words.txt", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def finished(corpus, tmp_path):
+    """A copy of the finished run."""
+    return shutil.copytree(corpus / "finished", tmp_path / "copy")
+
+
+def losses(folder, run="run"):
+    """The rows of log.csv without the speed."""
+    with open(folder / run / "log.csv") as file:
+        return [row[:-1] for row in csv.reader(file)]
+
+
+def steps_done(folder):
+    rows = losses(folder) if (folder / "run" / "log.csv").exists() else []
+    return int(rows[-1][0]) if len(rows) > 1 else 0
+
+
+def wait_for_step(folder, step):
+    until(lambda: steps_done(folder) >= step)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_run(folder, expected):
+    assert losses(folder) == losses(expected)
+    for name in ("ckpt.pt", "best.pt"):
+        a, b = load(folder / "run" / name), load(expected / "run" / name)
+        assert a["step"] == b["step"] and a["best_loss"] == b["best_loss"]
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+        if name == "ckpt.pt":
+            states = [c["optimizer"]["state"] for c in (a, b)]
+            assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
+
+
+def test_training_learns(corpus):
+    rows = losses(corpus / "finished")
+    assert rows[0] == ["step", "tokens", "train_loss", "val_loss", "learning_rate"]
+    assert [int(r[0]) for r in rows[1:] if not r[3]] == list(range(1, 151))
+    evaluations = [(int(r[0]), float(r[3])) for r in rows[1:] if r[3]]
+    assert [step for step, _ in evaluations] == [0, 40, 80, 120, 150]
+    assert abs(evaluations[0][1] - math.log(10)) < 0.2 and evaluations[-1][1] < 2.1
+    assert int(rows[-1][1]) == 150 * 4 * 64
+    best = load(corpus / "finished" / "run" / "best.pt")
+    assert best["best_loss"] == min(loss for _, loss in evaluations)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send these signals to another process")
+def test_an_interrupted_run_equals_one_that_was_not(work, corpus):
+    rng = random.Random()
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9), (signal.SIGINT, 130)):
+        before = steps_done(work)
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY], cwd=work, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True)
+        wait_for_step(work, before + rng.randint(1, 25))
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == status, output
+        if number != signal.SIGKILL:
+            assert "the same command goes on from there" in output
+            assert load(work / "run" / "ckpt.pt")["step"] == steps_done(work)
+        assert not list((work / "run").glob("*.tmp")) or number == signal.SIGKILL
+    result = succeeded(script("train.py", *TINY, cwd=work))
+    assert "going on from step" in result.stdout and "->" not in result.stdout
+    assert_same_run(work, corpus / "finished")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send these signals to another process")
+def test_a_second_ctrl_c_stops_at_once(work, corpus):
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY], cwd=work, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    wait_for_step(work, 45)
+    process.send_signal(signal.SIGINT)
+    until(lambda: "stopping" in process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in output, output    # -SIGINT: just at its end
+    succeeded(script("train.py", *TINY, cwd=work))
+    assert_same_run(work, corpus / "finished")
+
+
+def test_a_finished_run_says_so(finished):
+    before = tree(finished)
+    result = succeeded(script("train.py", *TINY, cwd=finished))
+    assert "finished" in result.stdout and "--max_iters=300" in result.stdout and "--init_from=scratch" in result.stdout
+    assert tree(finished) == before
+    result = succeeded(script("train.py", *TINY, "--eval_only", cwd=finished))
+    assert f"val loss {load(finished / 'run' / 'ckpt.pt')['best_loss']:.4f}" in result.stdout and tree(finished) == before
+
+
+def test_going_on_with_other_flags(finished):
+    """Flags not given come from the checkpoint; those that changed are named; scratch starts over."""
+    result = succeeded(script("train.py", "--out_dir=run", "--device=cpu", "--max_iters=153", "--weight_decay=0.2",
+                              "--learning_rate=1e-3", cwd=finished))
+    for line in ("max_iters: 150 -> 153", "weight_decay: 0.1 -> 0.2", "learning_rate: 0.003 -> 0.001", "step 150 of 153"):
+        assert line in result.stdout
+    saved = load(finished / "run" / "ckpt.pt")
+    assert saved["step"] == 153 and saved["config"]["block_size"] == 64
+    assert [g["weight_decay"] for g in saved["optimizer"]["param_groups"]] == [0.2, 0.0]
+    succeeded(script("train.py", *TINY, "--init_from=scratch", "--max_iters=3", "--d_model=8", cwd=finished))
+    saved = load(finished / "run" / "ckpt.pt")
+    assert saved["step"] == 3 and saved["model_config"]["d_model"] == 8 and steps_done(finished) == 3
+
+
+@pytest.mark.parametrize("damage", ["cut off", "garbled", "gone", "empty"])
+def test_the_previous_checkpoint_is_used_if_the_newest_is_damaged(finished, corpus, damage):
+    path = finished / "run" / "ckpt.pt"
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes({"cut off": data[:len(data) // 2], "garbled": os.urandom(len(data)), "empty": b""}[damage])
+    result = succeeded(script("train.py", *TINY, cwd=finished))
+    assert "going on from step 120" in result.stdout
+    assert ("ckpt.pt is damaged" in result.stderr) == (damage != "gone")
+    assert_same_run(finished, corpus / "finished")
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch():
+    torch.manual_seed(0)
+    model, idx = small(), tokens(8, 20)
+    def grads(parts):
+        model.zero_grad()
+        for part in idx.split(8 // parts):
+            (model(part, part)[1] / parts).backward()
+        return [p.grad.clone() for p in model.parameters()]
+    assert all(relative(a, b) < 1e-5 for a, b in zip(grads(4), grads(1)))
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    data, cfg = np.arange(1000, dtype=np.uint16), train.Config(batch_size=6, block_size=9)
+    batch = lambda step, micro=0, rank=0, world=1: train.get_batch(data, cfg, step, micro, rank, world, torch.device("cpu"))
+    x, y = batch(3)
+    assert x.shape == y.shape == (6, 9) and torch.equal(y, x + 1) and torch.equal(batch(3)[0], x)
+    assert not torch.equal(batch(4)[0], x) and not torch.equal(batch(3, 1)[0], x)
+    shares = [batch(3, 0, rank, 3)[0] for rank in range(3)]
+    assert sorted(torch.cat(shares)[:, 0].tolist()) == sorted(x[:, 0].tolist())
+    reached = {int(i) for step in range(3000) for i in (batch(step)[0][:, 0].min(), batch(step)[1][:, -1].max())}
+    assert {0, 999} <= reached      # the first and the last window are drawn too
+
+
+def test_learning_rate():
+    cfg = train.Config(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
+    rates = [train.learning_rate(step, cfg) for step in range(120)]
+    assert rates[:10] == [pytest.approx((i + 1) / 11) for i in range(10)] and rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55) and rates[110] == rates[119] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_two_processes_train_as_one(work, corpus):
+    """torchrun with gloo: the losses of one process with the same batch, and a resumed run goes on exactly."""
+    flags = [flag for flag in TINY if not flag.startswith(("--dropout", "--max_iters"))]
+    flags += ["--dropout=0", "--gradient_accumulation_steps=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={random.randint(20000, 40000)}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def two(*more):
+        result = subprocess.run([*torchrun, str(ROOT / "train.py"), *flags, *more], cwd=work, env=env, capture_output=True,
+                                text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+    two("--max_iters=12", "--lr_decay_iters=24")
+    two("--max_iters=24", "--lr_decay_iters=24")
+    succeeded(script("train.py", *flags, "--max_iters=24", "--out_dir=one", cwd=work))
+    got, expected = ({int(r[0]): float(r[2]) for r in losses(work, name)[1:] if not r[3]} for name in ("run", "one"))
+    assert got.keys() == expected.keys() == set(range(1, 25))
+    assert all(abs(got[step] - expected[step]) < 1e-4 for step in got)
+
+
+def test_divergence_keeps_the_last_good_checkpoint(finished):
+    before = (finished / "run" / "ckpt.pt").read_bytes()
+    message = one_line_error(script("train.py", *TINY, "--max_iters=400", "--learning_rate=1e18", "--grad_clip=0",
+                                    cwd=finished), "diverged", "checkpoint of step 150 is kept")
+    assert "learning_rate" in message and (finished / "run" / "ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE")
+def test_a_full_disk_while_saving(finished):
+    """A limit on the size of a file stands for the disk: what was saved before stays, nothing half-written does."""
+    import resource
+    before = {k: v for k, v in tree(finished).items() if k.endswith(".pt")}
+    size = (finished / "run" / "best.pt").stat().st_size
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    one_line_error(script("train.py", *TINY, "--max_iters=151", cwd=finished, preexec_fn=limit),
+                   "could not write run/", "too large")
+    assert {k: v for k, v in tree(finished).items() if "run/" in k and "log" not in k} == before
+
+
+BAD_TEXTS = {"empty.txt": b"", "binary.txt": bytes(range(256)) * 20, "latin.txt": "caf\xe9 ".encode("latin-1") * 400,
+             "short.txt": b"only a few characters\n" * 5}
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--dataset=empty.txt"], ["empty.txt is empty"]),
+    (["--dataset=binary.txt"], ["NUL byte at offset 0", "binary"]),
+    (["--dataset=latin.txt"], ["not UTF-8", "0xe9 at offset 3", "iconv"]),
+    (["--dataset=short.txt", "--block_size=64"], ["too few for --block_size=64", "longer text"]),
+    (["--dataset=missing.txt"], ["no such file", "missing.txt"]),
+    (["--dataset=shakespear"], ["unknown dataset", "did you mean shakespeare"]),
+    (["--bach_size=3"], ["unknown flag --bach_size; did you mean --batch_size?"]),
+    (["--batch_size=many"], ["--batch_size takes a whole number, not 'many'"]),
+    (["--batch_size=0"], ["--batch_size must be at least 1"]),
+    (["--learning_rate=nan"], ["--learning_rate takes a number, not 'nan'"]),
+    (["--learning_rate=-1"], ["--learning_rate must not be negative"]),
+    (["--beta2=1"], ["--beta2 must be"]),
+    (["--dropout=1.5"], ["dropout must be"]),
+    (["--d_model=0"], ["d_model must be"]),
+    (["--device=cuda"], ["--device=cuda", "--device=cpu"]),
+    (["--device=gpu"], ["--device=gpu is not a device"]),
+    (["--device=meta"], ["--device=meta is not supported"]),
+    (["--dtype=float8"], ["--dtype takes float32, bfloat16"]),
+    (["--scan=fast"], ["scan must be one of"]),
+    (["--init_from=nothing"], ["--init_from takes"]),
+    (["train"], ["unexpected argument 'train'"]),
+])
+def test_bad_input_to_train(tmp_path, call, flags, words):
+    for name, data in BAD_TEXTS.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "good.txt").write_text("some words to learn from\n" * 400)
+    one_line_error(call("train.py", *([] if "--dataset" in flags[0] else ["--dataset=good.txt"]), *flags, cwd=tmp_path), *words)
+    assert not (tmp_path / "out").exists()
+    if "--dataset" in flags[0]:
+        assert tree(tmp_path).keys() == {*BAD_TEXTS, "good.txt"}
+
+
+def break_checkpoint(run, how):
+    for path in run.glob("*.pt"):
+        data = path.read_bytes()
+        if how == "truncated":
+            path.write_bytes(data[:1000])
+        elif how == "text":
+            path.write_text("this is not a checkpoint")
+        elif how == "other tensors":
+            torch.save({"weights": torch.zeros(3)}, path)
+        elif how == "other shape":
+            checkpoint = load(path)
+            torch.save({**checkpoint, "model_config": {**checkpoint["model_config"], "d_model": 32}}, path)
+        elif how == "other config":
+            checkpoint = load(path)
+            torch.save({**checkpoint, "model_config": {**checkpoint["model_config"], "d_modal": 32}}, path)
+
+
+@pytest.mark.parametrize("how, words", [("truncated", ["damaged or not a checkpoint"]), ("text", ["damaged or not a checkpoint"]),
+                                        ("other tensors", ["damaged or not a checkpoint"]), ("other shape", ["not of the shape"]),
+                                        ("other config", ["does not describe a model"])])
+@pytest.mark.parametrize("name", ["train.py", "sample.py"])
+def test_bad_checkpoints(finished, call, name, how, words):
+    break_checkpoint(finished / "run", how)
+    before = tree(finished)
+    one_line_error(call(name, *(TINY if name == "train.py" else ["--out_dir=run"]), cwd=finished), *words)
+    assert tree(finished) == before
+
+
+def test_a_checkpoint_that_does_not_fit(finished):
+    """Of another shape, of other data, of another vocabulary: an error that names what differs, and nothing is lost."""
+    (finished / "other.txt").write_text("some words to learn from\n" * 400)
+    before = tree(finished)
+    rest = [flag for flag in TINY if "d_model" not in flag]
+    one_line_error(script("train.py", *rest, "--d_model=32", "--n_layer=3", "--max_iters=200", cwd=finished),
+                   "n_layer 2", "d_model 16", "not 3, 32", "--init_from=scratch")
+    one_line_error(script("train.py", *TINY, "--dataset=other.txt", "--max_iters=200", cwd=finished),
+                   "trained on words.txt, not other.txt")
+    assert tree(finished) == before
+    (finished / "words.txt").write_text("zyx\n" * 1000)
+    one_line_error(script("train.py", *TINY, "--max_iters=200", cwd=finished), "another vocabulary")
+    assert {k: v for k, v in tree(finished).items() if k.startswith("run")} == {
+        k: v for k, v in before.items() if k.startswith("run")}
+
+
+def test_sample(finished):
+    """It needs the checkpoint alone: the data folder is gone. The newest run is found; a seed gives the same text."""
+    (finished / "out").mkdir()
+    shutil.move(finished / "run", finished / "out" / "run")
+    shutil.rmtree(finished / "data")
+    (finished / "prompt.txt").write_text("abc ")
+    flags = ["--max_new_tokens=40", "--device=cpu", "--seed=7"]
+    results = [succeeded(script("sample.py", *flags, f"--start={start}", cwd=finished))
+               for start in ("abc ", "FILE:prompt.txt", "abc ")]
+    assert len({r.stdout for r in results}) == 1 and results[0].stdout.startswith("abc ")
+    assert len(results[0].stdout) == len("abc ") + 40 + 1
+    assert "40 tokens in" in results[0].stderr and "tokens/s" in results[0].stderr
+    best = load(finished / "out" / "run" / "best.pt")
+    tokenizer, model = prepare_data.load_tokenizer(best["meta"]["tokenizer"]), train.load_model(best)
+    result = succeeded(script("sample.py", *flags, "--start=abc ", "--temperature=0", cwd=finished))
+    expected = model.generate([tokenizer.encode("abc ")], 40, temperature=0)[0].tolist()
+    assert result.stdout == tokenizer.decode(expected) + "\n"
+    result = succeeded(script("sample.py", "--num_samples=2", "--max_new_tokens=10", "--top_k=3", "--top_p=0.9", cwd=finished))
+    assert result.stdout.count("---------------") == 2
+    os.unlink(finished / "out" / "run" / "best.pt")
+    assert "step 150" in succeeded(script("sample.py", *flags, cwd=finished)).stderr
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--start=abcZ"], ["character 'Z' is not in this model's vocabulary (10 characters)"]),
+    (["--start=FILE:missing"], ["missing"]),
+    (["--start=FILE:latin.txt"], ["not UTF-8"]),
+    (["--out_dir=nowhere"], ["no checkpoint at nowhere", "train.py"]),
+    ([], ["there is no model under out/"]),
+    (["--temperature=-1"], ["temperature"]),
+    (["--top_k=0"], ["top_k"]),
+    (["--num_samples=0"], ["--num_samples"]),
+    (["--device=cuda"], ["--device=cpu"]),
+    (["--stat=x"], ["did you mean --start?"]),
+])
+def test_bad_input_to_sample(finished, call, flags, words):
+    (finished / "latin.txt").write_bytes(BAD_TEXTS["latin.txt"])
+    before = tree(finished)
+    where = [] if not flags or "--out_dir" in flags[0] else ["--out_dir=run"]
+    one_line_error(call("sample.py", *where, *flags, cwd=finished), *words)
+    assert tree(finished) == before
+
+
+def test_chat(finished):
+    """The state goes on from turn to turn: greedy answers are those of the whole conversation read at once."""
+    result = succeeded(script("sample.py", "--out_dir=run", "--interactive", "--temperature=0", "--max_new_tokens=12",
+                              "--device=cpu", cwd=finished, input="abc\nZ\ndef\n/quit\n"))
+    assert "character 'Z'" in result.stderr
+    best = load(finished / "run" / "best.pt")
+    tokenizer, model = prepare_data.load_tokenizer(best["meta"]["tokenizer"]), train.load_model(best)
+    history = [0]
+    answers = []
+    for line in ("abc\n", "def\n"):
+        history = model.generate([history + tokenizer.encode(line)], 12, temperature=0)[0].tolist()
+        answers.append(tokenizer.decode(history[-12:]))
+    assert result.stdout == f"> {answers[0]}\n> > {answers[1]}\n> "
+
+
+def test_text_is_never_shown_in_the_middle_of_a_character():
+    pytest.importorskip("tokenizers")
+    text = "añ日👩‍👩‍👧 e\u0301 x"
+    tokenizer = prepare_data.BPETokenizer.train(["abc"], 257)     # one token a byte
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.encode())
+    pieces = list(sample.as_text(tokenizer, torch.tensor(ids)[:, None]))
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces) and len(pieces) > len(text)
+    cut = list(sample.as_text(tokenizer, torch.tensor(ids[:-5])[:, None]))
+    assert "".join(cut) == tokenizer.decode(ids[:-5])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Apple's GPU: no Mac is needed to see that every operation has a kernel there
+
+
+def mps_operators():
+    """Names of the aten operators that run on MPS, from the list that torch's own build is made of."""
+    import torchgen
+    text = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
+    entries = {entry.split("(", 1)[0].strip(): entry for entry in text.split("\n- func: ")[1:]}
+
+    def runs(entry):
+        delegate = re.search(r"structured_delegate: (\S+)", entry)
+        if delegate:
+            return runs(entries[delegate[1]])
+        return "dispatch:" not in entry or re.search(r"\bMPS\b|CompositeExplicit|CompositeImplicit", entry)
+    return {name for name, entry in entries.items() if runs(entry)}
+
+
+class Recorder(TorchDispatchMode):
+    """Every operator called, and the types of all its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.dtypes = set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "aten":
+            self.operators.add(func.name().removeprefix("aten::"))
+        self.dtypes |= {t.dtype for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("changes", [{}, {"d_intermediate": 16, "dropout": 0.1, "bias": True, "scan": "sequential"}])
+def test_all_operators_have_an_mps_kernel(changes):
+    available = mps_operators()
+    assert len(available) > 1000 and "linalg_eig" not in available and "mm" in available
+    model, idx = small(**changes), tokens(2, 70)
+    optimizer = model.configure_optimizers(1e-3)
+    with Recorder() as recorded:
+        for _ in range(2):
+            model(idx, idx)[1].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        model.generate([idx[0, :5], idx[1, :9]], 4, top_k=5, top_p=0.9, generator=torch.Generator().manual_seed(0))
+    assert {"mm", "addcmul", "_fused_adamw_", "exponential_"} <= recorded.operators
+    missing = recorded.operators - available
+    assert not missing, missing
+    assert not recorded.dtypes & {torch.float64, torch.complex64, torch.complex128}
+
+
+def test_the_check_against_the_cpu_notices_a_wrong_device(monkeypatch):
+    train.check_against_cpu(torch.device("cpu"))
+    right = torch.Tensor.to
+
+    def wrong(self, *args, **kwargs):
+        result = right(self, *args, **kwargs)
+        return result + 1 if args and args[0] == torch.device("cpu") and result.dtype == torch.long else result
+    monkeypatch.setattr(torch.Tensor, "to", wrong)
+    monkeypatch.setattr(torch, "randint", lambda n, shape, old=torch.randint: old(n - 1, shape))
+    with pytest.raises(prepare_data.Problem, match="computes wrong"):
+        train.check_against_cpu(torch.device("cpu"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data
+
+
+prep = functools.partial(script, "prepare_data.py")
+AWKWARD = ("Hello  world!\r\n\r\n  It's  the \t tab,\n\n\n\nthree   spaces   \n \n x\n日本語の文\nです。\n"
+           "emoji 👩‍👩‍👧 🏳️‍🌈 e\u0301\u0323 \u0301 \u00a0\u2003wide\u3000x\n\u0301y 12 345's I'll\x1c don't...!\n?? a\nb")
+
+
+def prepared(tmp_path, text, name="x", **flags):
+    """prepare() on a text; returns (meta, train ids, val ids, tokenizer)."""
+    (tmp_path / "x.txt").write_bytes(text.encode())
+    folder = prepare_data.prepare(prepare_data.Config(**{"dataset": str(tmp_path / "x.txt"), "data_dir": str(tmp_path / "data"), "name": name,
+                                   **flags}))
+    return opened(folder)
+
+
+def opened(folder):
+    meta = prepare_data.load_meta(folder)
+    train, val = (np.fromfile(folder / f"{split}.bin", meta["dtype"]) for split in ("train", "val"))
+    assert (len(train), len(val)) == (meta["train_tokens"], meta["val_tokens"])
+    return meta, train.tolist(), val.tolist(), prepare_data.load_tokenizer(meta["tokenizer"])
+
+
+# tokenizers and the split
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_round_trip(tmp_path, tokenizer):
+    text = AWKWARD * 7
+    meta, train, val, t = prepared(tmp_path, text, tokenizer=tokenizer, vocab_size=300)
+    cut = int(len(text) * 0.9)
+    assert t.decode(train) == text[:cut] and t.decode(val) == text[cut:]
+    assert (meta["train_chars"], meta["val_chars"]) == (cut, len(text) - cut)
+    assert meta["val_bytes"] == len(text[cut:].encode())
+    assert meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert meta["vocab_size"] == t.vocab_size == (300 if tokenizer == "bpe" else len(set(text)))
+    assert meta["dtype"] == "uint16" and meta["name"] == "x" and max(train + val) < t.vocab_size
+    assert t.encode(text[:cut]) == train and prepare_data.load_tokenizer(t.to_dict()).encode("the") == t.encode("the")
+    assert t.encode("") == [] and all(type(i) is int for i in t.encode("the"))
+
+
+def test_char_outside_the_vocabulary():
+    t = prepare_data.CharTokenizer("\nabc")
+    assert t.encode("cab\n") == [3, 1, 2, 0]
+    with pytest.raises(prepare_data.Problem, match="character 'é' is not in this model's vocabulary .4 characters"):
+        t.encode("abcé!")
+    with pytest.raises(prepare_data.Problem):
+        t.encode("\udc80")  # what a terminal may pass on
+
+
+def test_bpe_says_when_the_text_is_too_small(tmp_path, capsys):
+    meta, *_ = prepared(tmp_path, "abc abc abc abc", tokenizer="bpe", vocab_size=1000)
+    assert 257 <= meta["vocab_size"] < 300
+    assert "too small for 1000 tokens" in capsys.readouterr().out
+
+
+def gpt4_like():
+    """The newer pattern, where punctuation takes the newline after it, and tokens for runs of spaces as in NeoX."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    level = tokenizers.pre_tokenizers.ByteLevel
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+        level(add_prefix_space=False, use_regex=False)])
+    t.decoder = tokenizers.decoders.ByteLevel()
+    t.normalizer = tokenizers.normalizers.NFC()
+    t.train_from_iterator([AWKWARD * 50], tokenizers.trainers.BpeTrainer(
+        vocab_size=500, show_progress=False, initial_alphabet=level.alphabet()))
+    t.add_tokens([" " * k for k in range(2, 6)])
+    t.enable_truncation(20)  # which prepare_data has to switch off
+    return prepare_data.BPETokenizer(t.to_str())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt4"])
+def test_streaming_gives_the_tokens_of_the_whole_text(tmp_path, monkeypatch, kind):
+    rng = random.Random(0)
+    bits = ["a", "word", " ", " ", "  ", "\n", "\n", "\r\n", "\t", ".", "!", "'s", "👍", "é", "e\u0301", "\u0301",
+            "日本", "12", "\u00a0", "\u3000", "\x1c", "\x85", "<|endoftext|>"]
+    text = AWKWARD + "".join(rng.choices(bits, k=6000))
+    tokenizer = gpt4_like() if kind == "gpt4" else prepare_data.BPETokenizer.train([AWKWARD * 50], 400)
+    (tmp_path / "t.json").write_text(tokenizer.to_dict()["json"], encoding="utf-8")
+    monkeypatch.setattr(prepare_data, "BLOCK", 37)
+    monkeypatch.setattr(prepare_data, "PIECE", 11)
+    pieces = list(prepare_data.cut_between_words(prepare_data.read(text.encode())))
+    assert "".join(pieces) == text and len(pieces) > 300
+    _, train, val, _ = prepared(tmp_path, text, tokenizer=str(tmp_path / "t.json"))
+    cut = int(len(text) * 0.9)
+    assert train == tokenizer.encode(text[:cut]) and val == tokenizer.encode(text[cut:])
+
+
+def test_no_place_to_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "BLOCK", 100)
+    monkeypatch.setattr(prepare_data, "PIECE", 20)
+    monkeypatch.setattr(prepare_data, "LONGEST", 300)
+    text = "日本" * 2000 + " " * 3000
+    assert max(map(len, prepare_data.cut_between_words(prepare_data.read(text.encode())))) <= 300
+    _, train, val, t = prepared(tmp_path, text, tokenizer="bpe", vocab_size=300)
+    assert t.decode(train) + t.decode(val) == text
+
+
+def test_a_large_vocabulary_is_uint32(tmp_path):
+    text = "".join(map(chr, range(0x10000, 0x10000 + 65537)))
+    meta, train, val, t = prepared(tmp_path, text)
+    assert meta["dtype"] == "uint32" and train + val == list(range(65537)) and t.decode(val) == text[-len(val):]
+    assert prepared(tmp_path, text[:65536])[0]["dtype"] == "uint16"
+
+
+def test_a_folder(tmp_path):
+    texts = {"a.txt": "first\r\n" * 10, "b.txt": "", "sub/c.txt": "second é\n" * 10, "sub/d.txt": "third\n" * 30}
+    for name, text in texts.items():
+        (tmp_path / "books.old" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "books.old" / name).write_bytes(text.encode())
+    (tmp_path / "books.old" / "no.md").write_text("not this")
+    everything = "".join(texts.values())
+    flags = {"dataset": str(tmp_path / "books.old"), "data_dir": str(tmp_path)}  # prepared beside its own sources
+    _, train, val, t = opened(prepare_data.prepare(prepare_data.Config(**flags)))
+    assert t.decode(train + val) == everything and len(train) == int(len(everything) * 0.9)
+    assert (tmp_path / "books.old" / "sub" / "c.txt").exists()
+    meta, train, val, t = opened(prepare_data.prepare(prepare_data.Config(**flags, tokenizer="bpe", vocab_size=300)))
+    assert meta["name"] == "books.old-bpe"
+    joined = t.decode(train) + t.decode(val)
+    assert joined.replace("<|endoftext|>", "") == everything and joined.count("<|endoftext|>") == 2
+    assert train.count(t.end_of_text) == 2 and meta["val_bytes"] == len(t.decode(val).encode())
+
+
+def test_pydoc(tmp_path):
+    meta, train, val, t = opened(prepare_data.prepare(prepare_data.Config(data_dir=str(tmp_path))))
+    from pydoc_data.topics import topics
+    assert meta["name"] == "pydoc" and t.decode(train + val) == "\n\n".join(topics[k] for k in sorted(topics))
+
+
+@pytest.mark.parametrize("args, name", [
+    (("pydoc",), "pydoc"), (("shakespeare", "bpe"), "shakespeare-bpe"), (("pydoc", "gpt-neox"), "pydoc-gpt-neox"),
+    (("some/book.txt", "my/own.json"), "book-own"), (("folder.d/",), "folder.d"), (("x", "bpe", "mine"), "mine"),
+    (("https://a.org/b/text.txt?download=1",), "text"), (("http://a.org:80/",), "a.org-80"),
+    (("shakespeare-bpe",), "shakespeare-bpe")])
+def test_dataset_name(args, name):
+    assert prepare_data.dataset_name(*args) == name
+
+
+def test_load_meta(tmp_path):
+    with pytest.raises(prepare_data.Problem, match="is missing; make it with: python prepare_data.py"):
+        prepare_data.load_meta(tmp_path / "none")
+    prepared(tmp_path, "0123456789" * 3)
+    folder = tmp_path / "data" / "x"
+    with open(folder / "val.bin", "ab") as f:
+        f.write(b"xx")
+    with pytest.raises(prepare_data.Problem, match="is damaged"):
+        prepare_data.load_meta(folder)
+    for damage in ("{", "[]", "{}"):
+        (folder / "meta.json").write_text(damage)
+        with pytest.raises(prepare_data.Problem, match="is damaged"):
+            prepare_data.load_meta(folder)
+
+
+# flags
+
+@dataclass
+class Flags:
+    count: int = prepare_data.flag(3, "how many")
+    rate: float = prepare_data.flag(0.5, "how fast")
+    compile: bool = prepare_data.flag(True, "whether")
+    title: str = prepare_data.flag("", "what")
+    top_k: int | None = prepare_data.flag(None, "at most")
+
+
+@pytest.mark.parametrize("argv, given", [
+    ("", {}), ("--count=1_000", {"count": 1000}), ("--count -4", {"count": -4}), ("--rate=1e-3", {"rate": 1e-3}),
+    ("--compile", {"compile": True}), ("--compile --count 2", {"compile": True, "count": 2}),
+    ("--compile=False", {"compile": False}), ("--compile no", {"compile": False}), ("--compile=0", {"compile": False}),
+    ("--top_k=5", {"top_k": 5}), ("--top_k None", {"top_k": None}), ("--title=a=b", {"title": "a=b"}),
+    ("--title=", {"title": ""}), ("--count=1 --count=2", {"count": 2})])
+def test_flags(argv, given):
+    assert prepare_data.parse_flags(Flags, argv.split()) == (Flags(**given), given)
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--cuont=3", "unknown flag --cuont; did you mean --count?"), ("--coun=3", "unknown flag --coun"),
+    ("--zzz", "unknown flag --zzz"), ("--count=abc", "--count takes a whole number, not 'abc'"),
+    ("--count=1e4", "whole number"), ("--count", "--count needs a value"), ("--count --rate=1", "--count needs"),
+    ("--rate=nan", "--rate takes a number"), ("--rate=-inf", "takes a number"), ("--compile=maybe", "True or False"),
+    ("--top_k=x", "whole number"), ("book.txt", "unexpected argument 'book.txt'"), ("-count=3", "unexpected"),
+    ("--count=none", "whole number")])
+def test_bad_flags(argv, words):
+    with pytest.raises(prepare_data.Problem) as problem:
+        prepare_data.parse_flags(Flags, argv.split())
+    assert words in str(problem.value)
+
+
+def test_help(tmp_path):
+    result = prep("--help", cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.startswith("Turns text into tokens")
+    for name in prepare_data.Config.__dataclass_fields__:
+        assert f"--{name}=" in result.stdout
+
+
+# problems: one line, status 2, nothing written
+
+@pytest.mark.parametrize("flags, words", [
+    (["--dataset=none.txt"], ["no such file or folder: none.txt"]),
+    (["--dataset=empty.txt"], ["empty.txt is empty"]),
+    (["--dataset=short.txt"], ["only 9 characters"]),
+    (["--dataset=binary.txt"], ["binary.txt", "NUL byte at offset 4"]),
+    (["--dataset=latin.txt"], ["latin.txt is not UTF-8", "0xe9 at offset 2000003", "iconv"]),
+    (["--dataset=cut.txt"], ["cut.txt is not UTF-8", "0xe2 at offset 20"]),
+    (["--dataset=folder"], ["folder is a folder without .txt files"]),
+    (["--dataset=shakespear"], ["unknown dataset", "tinystories", "did you mean shakespeare?"]),
+    (["--dataset="], ["unknown dataset ''"]),
+    (["--tokenizer=bep"], ["unknown tokenizer 'bep'", "gpt-neox", "did you mean bpe?"]),
+    (["--tokenizer=bad.json"], ["bad.json is not a tokenizer.json"]),
+    (["--tokenizer=latin.txt"], ["latin.txt is not a tokenizer.json"]),
+    (["--tokenizer=bpe", "--vocab_size=256"], ["--vocab_size=256 is too small"]),
+    (["--dataset=good.txt", "--name=../x"], ["--name takes the name of a folder"]),
+    (["--dataset=good.txt", "--name=.."], ["--name"]),
+    (["--dataset=http://127.0.0.1:9/a.txt"], ["cannot download", "python train.py", "without network"]),
+    (["--datset=pydoc"], ["did you mean --dataset?"]),
+])
+def test_problems(tmp_path, flags, words):
+    (tmp_path / "folder").mkdir()
+    for name, data in {"empty.txt": b"", "short.txt": "ninechäré".encode(), "good.txt": b"good enough " * 9,
+                       "binary.txt": b"text\0more text", "latin.txt": b"a" * 2000000 + b"caf\xe9 au lait",
+                       "cut.txt": b"01234567890123456789\xe2\x82", "bad.json": b'{"version": "1.0"}'}.items():
+        (tmp_path / name).write_bytes(data)
+    before = tree(tmp_path)
+    one_line_error(prep(*flags, cwd=tmp_path), *words)
+    assert tree(tmp_path) == before and not list(tmp_path.glob("data/*/*"))
+
+
+def test_a_python_without_pydoc_data_or_tokenizers(tmp_path):
+    (tmp_path / "lib").mkdir()
+    for module in ("pydoc_data", "tokenizers"):
+        (tmp_path / "lib" / f"{module}.py").write_text("raise ImportError")
+    env = {"PYTHONPATH": str(tmp_path / "lib")}
+    one_line_error(prep(cwd=tmp_path, env=env), "without pydoc_data")
+    one_line_error(prep("--tokenizer=bpe", cwd=tmp_path, env=env), "pip install tokenizers")
+    assert not (tmp_path / "data").exists()
+
+
+def test_no_torch(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare_data; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+# failures in the middle leave what was there
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE")
+def test_disk_full(tmp_path):
+    import resource
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    prepared(tmp_path, "what was there before")
+    (tmp_path / "big.txt").write_text("text " * 200_000)
+    before = tree(tmp_path)
+    for name in ("x", "new"):
+        result = prep("--dataset=big.txt", f"--name={name}", cwd=tmp_path, preexec_fn=limit)
+        one_line_error(result, "too large")
+        assert tree(tmp_path) == before and os.listdir(tmp_path / "data") == ["x"]
+    assert "replaced" in prep("--dataset=big.txt", "--name=x", cwd=tmp_path).stdout
+
+
+def test_interrupted_from_inside(tmp_path, monkeypatch):
+    prepared(tmp_path, "what was there before")
+    before = tree(tmp_path / "data")
+    monkeypatch.setattr(prepare_data.json, "dump", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    for name in ("x", "new"):
+        with pytest.raises(KeyboardInterrupt):
+            prepared(tmp_path, "something new altogether", name=name)
+        assert tree(tmp_path / "data") == before and os.listdir(tmp_path / "data") == ["x"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")
+def test_ctrl_c(tmp_path):
+    prepared(tmp_path, "what was there before")
+    (tmp_path / "big.txt").write_text("some text of many words " * 300_000)
+    before = tree(tmp_path / "data")
+    child = subprocess.Popen([sys.executable, str(ROOT / "prepare_data.py"), "--dataset=big.txt", "--name=x",
+                              "--tokenizer=bpe", "--vocab_size=300"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    until(lambda: len(os.listdir(tmp_path / "data" / "x")) > 3)
+    child.send_signal(signal.SIGINT)
+    assert child.communicate()[1].splitlines() == ["prepare_data.py: interrupted"] and child.returncode == 130
+    assert tree(tmp_path / "data") == before
+
+
+PREPARE_PEAK = """
+import sys
+sys.path.insert(0, {root!r})
+import prepare_data
+prepare_data.prepare(prepare_data.Config(dataset=sys.argv[1], data_dir="data", tokenizer=sys.argv[2], name="x"))
+print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
+"""
+
+
+# VmHWM, because the ru_maxrss of a child begins at what its parent used
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("tokenizer, size", [("char", 60), ("tokenizer.json", 12)])
+def test_memory_stays_flat(tmp_path, tokenizer, size):
+    words = " ".join(random.Random(0).choices([f"wörd{i}" for i in range(5000)], k=2000)) + "\n"
+    (tmp_path / "tokenizer.json").write_text(prepare_data.BPETokenizer.train([words], 2000).to_dict()["json"], encoding="utf-8")
+    peaks = []
+    for megabytes in (1, size):
+        with open(tmp_path / "t.txt", "wb") as f:
+            f.writelines([words.encode()] * (megabytes * 1_000_000 // len(words.encode())))
+        result = subprocess.run([sys.executable, "-c", PREPARE_PEAK.format(root=str(ROOT)), "t.txt", tokenizer], cwd=tmp_path,
+                                capture_output=True, text=True, check=True)
+        peaks.append(int(result.stdout.split()[-1]) // 1024)
+    print(peaks)
+    assert peaks[1] - peaks[0] < 60, peaks
+
+
+# downloads, from a server on this machine
+
+BODY = bytes(random.Random(1).choices(b"abcdefghij klmnopqrstuvwxyz\n", k=300_000))
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers /<behaviour>/anything; .log holds (path, Range, Authorization) of each request."""
+    daemon_threads = True
+
+    def __init__(self):
+        self.log, self.drops, self.files = [], 0, {}
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def handle_error(self, *_):
+        pass
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server, wanted = self.server, self.headers.get("Range")
+        server.log.append((self.path, wanted, self.headers.get("Authorization")))
+        behaviour = self.path.split("/")[1]
+        body = server.files.get(self.path, BODY)
+        start, status, headers = 0, 200, {}
+        if behaviour == "missing":
+            return self.send_error(404)
+        if behaviour == "linked":  # as Hugging Face: size and hash stand on the redirect
+            self.send_response(302)
+            self.send_header("Location", "/plain/other-host")
+            self.send_header("X-Linked-Size", str(len(BODY)))
+            self.send_header("X-Linked-Etag", f'"{server.files.get("etag", SHA)}"')
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if wanted and behaviour != "norange":
+            start = int(wanted[6:-1])
+            status, headers = 206, {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
+            if start >= len(body):
+                status, headers = 416, {"Content-Range": f"bytes */{len(body)}"}
+        data = body[start:]
+        end = len(data)
+        if server.drops > 0 and status < 300:
+            server.drops, end = server.drops - 1, min(end, 2 << 16)
+        self.send_response(status)
+        headers["Content-Length"] = str(len(data) + (1000 if behaviour == "toolong" else 0))
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(data[:end])
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(prepare_data, "PAUSES", (0, 0, 0))
+    server = Server()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_download(tmp_path, server):
+    path = prepare_data.download(server.url + "/plain", tmp_path / "d" / "f.txt", len(BODY), SHA)
+    assert path.read_bytes() == BODY and os.listdir(path.parent) == ["f.txt"]
+    prepare_data.download(server.url + "/plain", path, len(BODY), SHA)
+    assert len(server.log) == 1  # it was there
+    path.write_bytes(b"damaged")
+    assert prepare_data.download(server.url + "/plain", path, len(BODY), SHA).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("behaviour, ranges", [("plain", [None, "bytes=131072-", "bytes=262144-"]),
+                                               ("norange", [None, "bytes=131072-", "bytes=131072-"])])
+def test_download_goes_on_after_a_drop(tmp_path, server, behaviour, ranges):
+    server.drops = 2
+    assert prepare_data.download(f"{server.url}/{behaviour}", tmp_path / "f").read_bytes() == BODY
+    assert [wanted for _, wanted, _ in server.log] == ranges
+
+
+def test_download_goes_on_in_a_later_run(tmp_path, server):
+    server.drops = 9
+    with pytest.raises(prepare_data.Problem, match="the same command goes on"):
+        prepare_data.download(server.url + "/norange", tmp_path / "f")
+    assert [p.name for p in tmp_path.iterdir()] == ["f.part"]
+    server.drops = 0
+    assert prepare_data.download(server.url + "/plain", tmp_path / "f", sha256=SHA).read_bytes() == BODY
+    assert server.log[-1][1] == "bytes=131072-"
+
+
+@pytest.mark.parametrize("part", [BODY, BODY + b"of another, longer file"])
+def test_download_with_a_part_of_full_length(tmp_path, server, part):
+    (tmp_path / "f.part").write_bytes(part)
+    assert prepare_data.download(server.url + "/plain", tmp_path / "f").read_bytes() == BODY
+
+
+def test_download_problems(tmp_path, server):
+    for behaviour, more, words in [("missing", {}, "status 404"), ("toolong", {}, "cannot download"),
+                                   ("plain", {"sha256": "0" * 64}, "sha256 differs"), ("plain", {"size": 5}, "size")]:
+        path = tmp_path / behaviour
+        with pytest.raises(prepare_data.Problem, match=words):
+            prepare_data.download(f"{server.url}/{behaviour}", path, **more)
+        assert not path.exists()
+    assert sorted(os.listdir(tmp_path)) == ["toolong.part"]  # garbage is gone, a drop can go on
+
+
+def test_hugging_face(tmp_path, server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert prepare_data.download(prepare_data.hugging_face("linked"), tmp_path / "good").read_bytes() == BODY
+    assert server.log[0][2] == "Bearer secret"
+    server.files["etag"] = "1" * 64
+    with pytest.raises(prepare_data.Problem, match="sha256 differs"):
+        prepare_data.download(prepare_data.hugging_face("linked"), tmp_path / "bad")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    prepare_data.download(server.url + "/plain", tmp_path / "elsewhere")
+    assert server.log[-1][2] is None and sorted(os.listdir(tmp_path)) == ["elsewhere", "good"]
+
+
+def test_gpt_neox(tmp_path, server):
+    env, path = {"HF_ENDPOINT": server.url}, "/EleutherAI/gpt-neox-20b/resolve/main/tokenizer.json"
+    one_line_error(prep("--tokenizer=gpt-neox", cwd=tmp_path, env=env), "gpt-neox.json is not a tokenizer.json")
+    assert not any(p.is_file() for p in tmp_path.rglob("*"))
+    server.files[path] = prepare_data.BPETokenizer.train([AWKWARD], 300).to_dict()["json"].encode()
+    result = prep("--tokenizer=gpt-neox", cwd=tmp_path, env=env)
+    assert result.returncode == 0 and prepare_data.load_meta(tmp_path / "data" / "pydoc-gpt-neox")["vocab_size"] == 300
+
+
+def test_datasets_from_the_network(tmp_path, server, monkeypatch):
+    flags = {"data_dir": str(tmp_path)}
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr(prepare_data, "ALICE", server.url + "/plain/alice")
+    base = "/datasets/roneneldan/TinyStories/resolve/main/TinyStories-"
+    server.files = {base + "train.txt": b"One day.\n<|endoftext|>\nA dog. " * 9, base + "valid.txt": b"Val story.\n",
+                    "/plain/alice": "\ufefflicence\r\n*** START OF THE X ***\r\n\r\nAlice was\r\nbored.\r\n\r\n"
+                                    "*** END OF THE X ***\r\nmore licence".encode()}
+    _, train, val, t = opened(prepare_data.prepare(prepare_data.Config(dataset="alice", **flags)))
+    assert t.decode(train + val) == "Alice was\nbored.\n"
+    for tokenizer in ("char", "bpe"):
+        config = prepare_data.Config(dataset="tinystories", tokenizer=tokenizer, vocab_size=270, **flags)
+        meta, train, val, t = opened(prepare_data.prepare(config))
+        assert t.decode(train).encode() == server.files[base + "train.txt"] and t.decode(val) == "Val story.\n"
+    assert train.count(t.end_of_text) == 9 and meta["name"] == "tinystories-bpe"
+    meta, train, val, t = opened(prepare_data.prepare(prepare_data.Config(dataset=server.url + "/plain/text.txt", **flags)))
+    assert meta["name"] == "text" and t.decode(train + val).encode() == BODY
+    monkeypatch.setattr(prepare_data, "ALICE", server.url + "/plain")
+    (tmp_path / "downloads" / "alice.txt").unlink()
+    with pytest.raises(prepare_data.Problem, match="something else than the book"):
+        prepare_data.prepare(prepare_data.Config(dataset="alice", **flags))
+    assert not (tmp_path / "downloads" / "alice.txt").exists()

@@ -31,6 +31,7 @@ from mamba import Mamba, MambaConfig
 from prepare_data import Config as DataConfig
 from prepare_data import (
     Problem,
+    check_length,
     dataset_name,
     flag,
     load_meta,
@@ -163,7 +164,7 @@ def save_checkpoint(checkpoint, path, previous=None):
 
 
 # what torch.load raises for a file that is cut off, garbled or something else altogether
-UNREADABLE = (RuntimeError, ValueError, LookupError, EOFError, AttributeError, pickle.UnpicklingError)
+UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, EOFError, AttributeError, pickle.UnpicklingError)
 
 
 def load_checkpoint(*paths):
@@ -367,12 +368,18 @@ def main(cfg, given):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # the data
-    folder = Path(cfg.data_dir, dataset_name(cfg.dataset))
-    if master and not (folder / "meta.json").exists():
-        prepare(DataConfig(dataset=cfg.dataset, data_dir=cfg.data_dir))
+    folder, file = Path(cfg.data_dir, dataset_name(cfg.dataset)), Path(cfg.dataset)
+    if master:
+        ready = (folder / "meta.json").exists()
+        if ready and file.is_file():    # not when the file is another one, or was changed since
+            ready = (load_meta(folder)["source"] == cfg.dataset
+                     and file.stat().st_mtime <= (folder / "meta.json").stat().st_mtime)
+        if not ready:
+            prepare(DataConfig(dataset=cfg.dataset, data_dir=cfg.data_dir), cfg.block_size)
     if world > 1:
         dist.barrier()
     meta = load_meta(folder)
+    check_length(meta, cfg.block_size)
     if checkpoint and checkpoint["meta"]["tokenizer"] != meta["tokenizer"]:
         raise Problem(f"the checkpoint in {out_dir} has another vocabulary than {folder}; start over with "
                       "--init_from=scratch, or use another --out_dir")
@@ -380,10 +387,6 @@ def main(cfg, given):
         raise Problem(f"{folder} is not the text that the checkpoint in {out_dir} was trained on; start over with "
                       "--init_from=scratch, or use another --out_dir")
     train_data, val_data = (np.memmap(folder / f"{part}.bin", dtype=meta["dtype"], mode="r") for part in ("train", "val"))
-    for name, data in (("train", train_data), ("val", val_data)):
-        if len(data) <= cfg.block_size:
-            raise Problem(f"{folder / name}.bin has {len(data)} tokens, too few for --block_size={cfg.block_size}; "
-                          f"use a longer text, or --block_size={max(1, len(data) - 1)} or less")
     tokenizer = load_tokenizer(meta["tokenizer"])
 
     # the model
