@@ -121,12 +121,16 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 
     if state is None:
         state = u.new_zeros(batch, d_inner, d_state, dtype=_at_least_float32(u))
-    if method == "auto":
-        method = "sequential" if length == 1 else "chunked"
-    scan = selective_scan_sequential if method == "sequential" else selective_scan_chunked
+    one_step = method == "auto" and length == 1
+    scan = selective_scan_sequential if method == "sequential" or one_step else selective_scan_chunked
     with torch.autocast(u.device.type, enabled=False):  # autocast would run the products below in 16 bits
         y, last_state = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
     return (y, last_state) if return_last_state else y
+
+
+def scan_method(method):
+    """The method that selective_scan uses for a sequence: what "auto" stands for."""
+    return "chunked" if method == "auto" else method
 
 
 def _at_least_float32(x):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from mamba import sample
+from mamba import sample, scan_method
 from prepare_data import Problem, flag, load_tokenizer, run
 from train import load_checkpoint, load_model, pick_device, pick_dtype
 
@@ -87,7 +87,7 @@ def main(cfg, given):
     generator = torch.Generator().manual_seed(seed)
     settings = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "generator": generator}
     print(f"{out_dir}, step {checkpoint['step']}: {model.num_params() / 1e6:.2f}M parameters; {device}, {dtype}, "
-          f"scan {cfg.scan}, seed {seed}", file=sys.stderr)
+          f"scan {scan_method(cfg.scan)}, seed {seed}", file=sys.stderr)
     if cfg.interactive:
         chat(model, tokenizer, prompt, cfg.max_new_tokens, settings)
         return

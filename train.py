@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mamba import Mamba, MambaConfig
+from mamba import Mamba, MambaConfig, scan_method
 from prepare_data import Config as DataConfig
 from prepare_data import (
     Problem,
@@ -84,8 +84,8 @@ class Config:
 
 
 PRESETS = {  # what trains in minutes on such a device
-    "cpu": {"d_model": 128, "n_layer": 4, "d_state": 16, "dropout": 0.0, "batch_size": 16, "block_size": 128,
-            "max_iters": 1500, "learning_rate": 4e-3},
+    "cpu": {"d_model": 160, "n_layer": 3, "d_state": 8, "dropout": 0.0, "batch_size": 12, "block_size": 128,
+            "max_iters": 2400, "learning_rate": 4e-3},
     "mps": {"d_model": 256, "n_layer": 6, "d_state": 16, "dropout": 0.1, "batch_size": 32, "block_size": 256,
             "max_iters": 2000, "learning_rate": 2e-3},
     "cuda": {"d_model": 384, "n_layer": 8, "d_state": 16, "dropout": 0.2, "batch_size": 64, "block_size": 256,
@@ -305,15 +305,16 @@ def learning_rate(step, cfg):
 
 
 class Log:
-    """log.csv: one row every log_interval steps and one for each evaluation. Rows after `step` never happened."""
+    """log.csv: one row every log_interval steps and one for each evaluation. What the checkpoint does not know is cut."""
     COLUMNS = ("step", "tokens", "train_loss", "val_loss", "learning_rate", "tokens_per_s")
 
-    def __init__(self, path, step):
+    def __init__(self, path, step, evaluated):
         self.path = path
         rows = []
         if path.exists():
             with open(path, newline="") as file:
-                rows = [row for row in list(csv.reader(file))[1:] if len(row) == len(self.COLUMNS) and int(row[0]) <= step]
+                rows = [row for row in list(csv.reader(file))[1:]
+                        if len(row) == len(self.COLUMNS) and int(row[0]) <= (evaluated if row[3] else step)]
         unfinished = path.with_suffix(".csv.tmp")
         with open(unfinished, "w", newline="") as file:
             csv.writer(file).writerows([self.COLUMNS, *rows])
@@ -413,7 +414,7 @@ def main(cfg, given):
     by_char = meta["tokenizer"]["type"] == "char"
     unit = "bits per character" if by_char else "bits per byte"
     per_unit = (1 if by_char else meta["val_tokens"] / meta["val_bytes"]) / math.log(2)
-    say(f"{device.type}, {dtype}, scan {cfg.scan}{', compiled' if cfg.compile else ''}; "
+    say(f"{device.type}, {dtype}, scan {scan_method(cfg.scan)}{', compiled' if cfg.compile else ''}; "
         f"{raw_model.num_params() / 1e6:.2f}M parameters ({cfg.n_layer} layers of {cfg.d_model})")
     say(f"{folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate, "
         f"vocabulary of {meta['vocab_size']:,}")
@@ -445,16 +446,18 @@ def main(cfg, given):
         if not checkpoint:
             for name in ("ckpt.pt", "ckpt.prev.pt", "best.pt", "log.csv"):      # of the run that this one replaces
                 (out_dir / name).unlink(missing_ok=True)
-        log = Log(out_dir / "log.csv", step)
+        log = Log(out_dir / "log.csv", step, evaluated)
     bar = tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=None if master else True)
     tokens_per_step = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
-    saved, norm, speed, clock, clock_step = step, 0.0, 0, time.perf_counter(), step
+    saved, speed, clock, clock_step = step, 0, time.perf_counter(), step
     stop = Stop()
 
+    def check(**values):
+        if not all(math.isfinite(v) for v in values.values()):
+            raise Problem(f"training diverged at step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()) +
+                          f"; the checkpoint of step {saved} is kept. Try a lower --learning_rate")
+
     def save():
-        if not all(math.isfinite(v) for v in (train_loss or 0, best_loss, 0 if scaler.is_enabled() else norm)):
-            raise Problem(f"step {step}: training diverged (loss {train_loss}, norm of the gradient {norm:.4g}); the "
-                          f"checkpoint of step {saved} is kept. Try a lower --learning_rate")
         if master:
             state = {"model": raw_model.state_dict(), "model_config": asdict(raw_model.config), "meta": meta, "step": step,
                      "best_loss": best_loss}
@@ -470,11 +473,12 @@ def main(cfg, given):
         if step != evaluated and (step % cfg.eval_interval == 0 or step == cfg.max_iters):
             val_loss = evaluate(raw_model, val_data, cfg, device, dtype, stop)
             if val_loss is not None:
-                evaluated, better = step, not val_loss >= best_loss             # nan is "better", and save() refuses it
-                best_loss = val_loss if better else best_loss
+                check(val_loss=val_loss)
+                evaluated, better, best_loss = step, val_loss < best_loss, min(val_loss, best_loss)
+                if master:
+                    log.row(step, step * tokens_per_step, train_loss, val_loss, learning_rate(max(step - 1, 0), cfg), speed)
                 saved = save()
                 if master:
-                    log.row(step, step * tokens_per_step, train_loss, val_loss, learning_rate(step, cfg), speed)
                     say(f"step {step}: val loss {val_loss:.4f} nats, {val_loss * per_unit:.3f} {unit}{', best' * better}")
                     say(a_sample(raw_model, tokenizer, val_data[:1].tolist(), cfg, dtype))
                 clock, clock_step = time.perf_counter(), step
@@ -506,7 +510,8 @@ def main(cfg, given):
         if stopping or step % cfg.log_interval == 0 or step % cfg.eval_interval == 0 or step == cfg.max_iters:
             if world > 1:
                 dist.all_reduce(total)
-            train_loss, norm = total.item() / world, norm.item()                # waits for the device
+            train_loss = total.item() / world                                   # waits for the device
+            check(loss=train_loss, gradient_norm=0 if scaler.is_enabled() else norm.item())     # the scaler skips such a step
             if step % cfg.log_interval == 0 and master:
                 speed = round((step - clock_step) * tokens_per_step / (time.perf_counter() - clock))
                 clock, clock_step = time.perf_counter(), step
