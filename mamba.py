@@ -170,42 +170,49 @@ def selective_scan_chunked(u, delta, A, B, C, D, z, delta_bias, delta_softplus, 
 class ChunkedScan(torch.autograd.Function):
     """
     The scan tile by tile. The states of all steps, (B, L, N, D), are 2N times larger than the input and are never in
-    memory at once: `a` and `h` below hold the steps of one tile and are used again for the next, so they stay in the cache.
-    Only the state at the start of each tile is kept, and the backward pass computes the states inside the tile again.
+    memory at once: the buffers a, h and g hold the steps of one tile and are used again for the next, so they stay in
+    the cache. Only the state at the start of each tile is kept; the backward pass computes those inside it again.
 
         forward, per tile      a_t = exp(delta_t A)        h_t = a_t h_{t-1} + x_t B_t      y_t = C_t . h_t
         backward, in reverse   g_t = C_t gy_t + a_{t+1} g_{t+1}                             (g_t is dLoss/dh_t)
                                gC_t = h_t . gy_t    gB_t = g_t . x_t    gx_t = B_t . g_t    (x = delta u)
                                dLoss/d(delta_t A) = g_t a_t h_{t-1}, which gives delta's gradient and A's
 
-    What costs N times less (softplus, gate, D) is done for a stretch of many tiles at once, so that it costs few calls.
     The state is (N, D) inside, channels innermost: both outer products and both sums over N read it in order.
+    What costs N times less (softplus, gate, D) is done for a stretch of many tiles at once, so that it costs few calls.
+    On a GPU a call costs more than its arithmetic, so there the tiles of a stretch are rows of one batch: a first pass
+    from zero states finds what each tile adds, _carried what enters each, and the second pass starts from that.
     """
 
     @staticmethod
     def forward(ctx, keep, softplus, u, delta, A, B, C, D, z, delta_bias, state):
-        (batch, length, d_inner), d_state = u.shape, A.shape[1]
-        dtype, tile = _at_least_float32(u), _tile(u, d_state)
-        A_t = A.t().to(dtype).contiguous()                                      # (N, D)
+        A_t = A.t().to(_at_least_float32(u)).contiguous()                       # (N, D)
+        (batch, length, d_inner), tile = u.shape, _tile_shape(u, A_t)
+        a, h = (A_t.new_zeros(tile.at_once * batch, tile.steps, tile.d_state, d_inner) for _ in range(2))
         y = torch.empty_like(u, memory_format=torch.contiguous_format)
-        a, h = (u.new_empty(batch * tile * d_state * d_inner, dtype=dtype) for _ in range(2))
-        start = state.transpose(1, 2).to(dtype, copy=True, memory_format=torch.contiguous_format)   # (B, N, D)
-        starts = u.new_empty(math.ceil(length / tile) if keep else 0, batch, d_state, d_inner, dtype=dtype)
-        for stretch in _slices(length, tile * TILES_PER_STRETCH):
-            s = _inputs_of(stretch, u, delta, B, C, z, delta_bias, softplus, A_t)
+        state = F.pad(state.transpose(1, 2).to(A_t.dtype), (0, 0, 0, tile.d_state - len(A_t)))      # (B, N, D)
+        starts = []
+        for steps in _slices(length, tile.steps * tile.in_stretch):
+            s = _inputs_of(steps, tile, u, delta, B, C, z, delta_bias, softplus, A_t)
             y_s = torch.empty_like(s.x)
-            for now in _slices(s.x.shape[1], tile):
+            for rows in _slices(len(s.x), tile.at_once * batch):
+                start = state
+                if tile.at_once > 1:
+                    h_n = _states(s, rows, A_t, a, h, torch.zeros_like(a[:len(s.x[rows]), 0]))[1]
+                    start = _carried(state, _decay(s, rows, A_t, tile.d_state - len(A_t)), h_n[:, -1])
+                h_n = _states(s, rows, A_t, a, h, start)[1]                     # (rows, T, N, D)
+                h_all = h_n.flatten(0, 1)[:, :len(A_t)]                         # (rows * T, N, D)
+                torch.bmm(s.C[rows].view(len(h_all), 1, -1), h_all, out=y_s[rows].view(len(h_all), 1, -1))
+                state = h_n[-batch:, -1].clone()
                 if keep:
-                    starts[(stretch.start + now.start) // tile] = start
-                _, h_n = _states_of_tile(s, now, A_t, a, h, start)
-                y_s[:, now] = (s.C[:, now, None] @ h_n).squeeze(2)
-                start.copy_(h_n[:, -1])
+                    starts.append(start)
+            y_s = _from_tiles(y_s, s.u)
             if D is not None:
-                y_s.addcmul_(s.u, D.to(dtype))
-            y[:, stretch] = y_s if z is None else y_s.mul_(F.silu(s.z))
-        ctx.softplus = softplus
-        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, starts)
-        return y, start.transpose(1, 2).contiguous()
+                y_s = y_s.addcmul_(s.u, D.to(y_s.dtype))
+            y[:, steps] = y_s if z is None else y_s.mul_(F.silu(s.z))
+        ctx.softplus, ctx.starts = softplus, starts
+        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias)
+        return y, state[:, :len(A_t)].transpose(1, 2).contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -215,80 +222,98 @@ class ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, gy, glast):
-        u, delta, A, B, C, D, z, delta_bias, starts = ctx.saved_tensors
-        (batch, length, d_inner), d_state = u.shape, A.shape[1]
-        dtype, tile = _at_least_float32(u), _tile(u, d_state)
-        A_t = A.t().to(dtype).contiguous()                                      # (N, D)
+        u, delta, A, B, C, D, z, delta_bias = ctx.saved_tensors
+        A_t = A.t().to(_at_least_float32(u)).contiguous()                       # (N, D)
+        (batch, length, d_inner), tile = u.shape, _tile_shape(u, A_t)
+        a, h, g = (A_t.new_zeros(tile.at_once * batch, tile.steps, tile.d_state, d_inner) for _ in range(3))
         gu, gdelta, gB, gC = (torch.empty_like(t) for t in (u, delta, B, C))
         gz = None if z is None else torch.empty_like(z)
-        gA = u.new_zeros(batch, d_state, d_inner, dtype=dtype)
-        gD, gbias = (u.new_zeros(d_inner, dtype=dtype) for _ in range(2))
-        ones = u.new_ones(batch, 1, 1, d_state, dtype=dtype)
-        a, h, g = (u.new_empty(batch * tile * d_state * d_inner, dtype=dtype) for _ in range(3))
-        carry = glast.transpose(1, 2).to(dtype).contiguous()                    # a_{t+1} g_{t+1} of the tile's last step
-        for stretch in reversed(_slices(length, tile * TILES_PER_STRETCH)):
-            s = _inputs_of(stretch, u, delta, B, C, z, delta_bias, softplus=ctx.softplus, A_t=A_t)
-            gy_s = gy[:, stretch].to(dtype)
-            if z is not None:
-                gated = gy_s
-                gy_s = gy_s * F.silu(s.z)
-                y_s = torch.empty_like(gy_s)
-            gx, gd, gB_s, gC_s = (torch.empty_like(t) for t in (s.x, s.x, s.B, s.C))
-            for now in reversed(_slices(s.x.shape[1], tile)):
-                start = starts[(stretch.start + now.start) // tile]             # (B, N, D)
-                a_n, h_n = _states_of_tile(s, now, A_t, a, h, start)
-                g_n = g[:a_n.numel()].view(a_n.shape)
-                if z is not None:
-                    y_s[:, now] = (s.C[:, now, None] @ h_n).squeeze(2)
-                torch.mul(gy_s[:, now, None], s.C[:, now, :, None], out=g_n)
-                g_steps, a_steps = g_n.unbind(1), a_n.unbind(1)
-                g_steps[-1].add_(carry)
-                for i in reversed(range(1, len(g_steps))):
-                    g_steps[i - 1].addcmul_(a_steps[i], g_steps[i])
-                torch.mul(a_steps[0], g_steps[0], out=carry)
+        gA, gD, gbias = torch.zeros_like(a[:, 0]), A_t.new_zeros(d_inner), A_t.new_zeros(d_inner)
+        ones = A_t.new_ones(len(a) * tile.steps, 1, len(A_t))
+        starts = list(ctx.starts)
+        carry = F.pad(glast.transpose(1, 2).to(A_t.dtype), (0, 0, 0, tile.d_state - len(A_t)))  # a_{t+1} g_{t+1}
+        for steps in reversed(_slices(length, tile.steps * tile.in_stretch)):
+            s = _inputs_of(steps, tile, u, delta, B, C, z, delta_bias, ctx.softplus, A_t)
+            gout = gy[:, steps].to(A_t.dtype)
+            gy_s = gout if z is None else gout * F.silu(s.z)
+            s.gy = _to_tiles(gy_s, tile.steps)
+            y_s, gx, gd, gB_s, gC_s = (torch.empty_like(t) for t in (s.x, s.x, s.x, s.B, s.C))
+            for rows in reversed(_slices(len(s.x), tile.at_once * batch)):
+                start = starts.pop()
+                a_n, h_n = _states(s, rows, A_t, a, h, start)                   # (rows, T, N, D)
+                entering = carry
+                if tile.at_once > 1:
+                    g_n = _adjoints(s, rows, a_n, g, torch.zeros_like(start))
+                    entering = _carried(carry, _decay(s, rows, A_t, tile.d_state - len(A_t)), a_n[:, 0] * g_n[:, 0], backward=True)
+                g_n = _adjoints(s, rows, a_n, g, entering)
+                carry = a_n[:batch, 0] * g_n[:batch, 0]
+                h_all, g_all, a_all = (t.flatten(0, 1)[:, :len(A_t)] for t in (h_n, g_n, a_n))     # (rows * T, N, D)
+                C_n, B_n, gy_n, x_n, gC_n, gB_n, y_n, gx_n, gd_n = (
+                    t[rows].view(len(h_all), 1, -1) for t in (s.C, s.B, s.gy, s.x, gC_s, gB_s, y_s, gx, gd))
+                torch.bmm(C_n, h_all, out=y_n)
+                torch.bmm(B_n, g_all, out=gx_n)
                 # a row times a transposed matrix: a third of the time of the matrix times a column
-                gC_s[:, now] = (gy_s[:, now, None] @ h_n.transpose(2, 3)).squeeze(2)
-                gB_s[:, now] = (s.x[:, now, None] @ g_n.transpose(2, 3)).squeeze(2)
-                gx[:, now] = (s.B[:, now, None] @ g_n).squeeze(2)
-                a_n.mul_(g_n)
-                a_steps[0].mul_(start)                                          # dLoss/d(delta A)
-                a_n[:, 1:].mul_(h_n[:, :-1])
-                gA += torch.mul(a_n, s.delta[:, now, None], out=g_n).sum(1)
-                gd[:, now] = (ones @ a_n.mul_(A_t)).squeeze(2)
-            gd.addcmul_(gx, s.u)
+                torch.bmm(gy_n, h_all.transpose(1, 2), out=gC_n)
+                torch.bmm(x_n, g_all.transpose(1, 2), out=gB_n)
+                a_all.mul_(g_all)
+                a_n[:, 0].mul_(start)
+                a_n[:, 1:].mul_(h_n[:, :-1])                                    # now dLoss/d(delta A)
+                for a_t, delta_t in zip(a_n.unbind(1), s.delta[rows].unbind(1)):
+                    gA[:len(a_t)].addcmul_(a_t, delta_t[:, None])
+                torch.bmm(ones[:len(h_all)], a_all.mul_(A_t), out=gd_n)
+            y_s, gx, gd, gB_s, gC_s, d_s = (_from_tiles(t, gy_s) for t in (y_s, gx, gd, gB_s, gC_s, s.delta))
+            gd = gd.addcmul_(gx, s.u)
             if ctx.softplus:
-                gd.mul_(-torch.expm1(-s.delta))                                 # sigmoid, from the softplus itself
+                gd.mul_(-torch.expm1(-d_s))                                     # sigmoid, from the softplus itself
             if delta_bias is not None:
                 gbias += gd.sum((0, 1))
-            gu_s = gx.mul_(s.delta)
+            gu_s = gx.mul_(d_s)
             if D is not None:
                 gD += (gy_s * s.u).sum((0, 1))
-                gu_s.addcmul_(gy_s, D.to(dtype))
+                gu_s.addcmul_(gy_s, D.to(A_t.dtype))
+                y_s = y_s.addcmul_(s.u, D.to(A_t.dtype))
             if z is not None:
-                if D is not None:
-                    y_s.addcmul_(s.u, D.to(dtype))
                 sigmoid = torch.sigmoid(s.z)
-                gz[:, stretch] = gated * y_s * sigmoid * (1 + s.z * (1 - sigmoid))
-            gu[:, stretch], gdelta[:, stretch], gB[:, stretch], gC[:, stretch] = gu_s, gd, gB_s, gC_s
-        return (None, None, gu, gdelta, gA.sum(0).t().to(A.dtype), gB, gC, None if D is None else gD.to(D.dtype), gz,
-                None if delta_bias is None else gbias.to(delta_bias.dtype), carry.transpose(1, 2))
+                gz[:, steps] = y_s.mul_(gout).mul_(sigmoid).mul_(1 + s.z * (1 - sigmoid))
+            gu[:, steps], gdelta[:, steps], gB[:, steps], gC[:, steps] = gu_s, gd, gB_s, gC_s
+        return (None, None, gu, gdelta, gA.sum(0)[:len(A_t)].t().to(A.dtype), gB, gC, None if D is None else gD.to(D.dtype), gz,
+                None if delta_bias is None else gbias.to(delta_bias.dtype), carry[:, :len(A_t)].transpose(1, 2))
 
 
-TILES_PER_STRETCH = 16
-
-
-def _tile(u, d_state):
-    """Steps in a tile: as many as keep each buffer in the cache (1 MB), within limits that keep the loops short."""
-    return min(u.shape[1], 64, max(4, 2 ** 18 // (u.shape[0] * u.shape[2] * d_state)))
+def _tile_shape(u, A_t):
+    """Steps in a tile, tiles in a stretch, tiles computed at once, and rows of a state: what is fastest for the sizes."""
+    (batch, length, d_inner), d_state = u.shape, len(A_t)
+    if u.device.type == "cpu":
+        size = batch * d_inner * d_state                    # numbers in one step
+        steps = max(4, min(64, 2 ** 18 // size, length))    # 1 MB a buffer: it stays in the cache
+        # PyTorch runs a call of up to 2^15 numbers on one thread; a few more rows, all zero, give it to all of them
+        if 2 ** 15 * 2 / 3 < size <= 2 ** 15:
+            d_state = 2 ** 15 // (batch * d_inner) + 1
+        return SimpleNamespace(steps=steps, in_stretch=16, at_once=1, d_state=d_state)
+    steps = 32
+    tiles = max(1, min(2 ** 26 // (batch * d_inner * d_state * steps), math.ceil(length / steps)))      # 256 MB a buffer
+    return SimpleNamespace(steps=steps, in_stretch=tiles, at_once=tiles, d_state=d_state)
 
 
 def _slices(length, size):
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _inputs_of(stretch, u, delta, B, C, z, delta_bias, softplus, A_t):
-    """The inputs of one stretch of the sequence in the scan's own type, delta finished, and x = delta u."""
-    u, delta, B, C = (t[:, stretch].to(A_t.dtype) for t in (u, delta, B, C))
+def _to_tiles(x, steps):
+    """(B, S, X) -> (tiles * B, steps, X). The last tile is filled up with zeros: a step with delta = 0 changes nothing."""
+    if x.shape[1] % steps:
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % steps))
+    return x.unflatten(1, (-1, steps)).transpose(0, 1).flatten(0, 1).contiguous()
+
+
+def _from_tiles(x, like):
+    """(tiles * B, steps, X) -> (B, S, X), of the batch and length of `like`."""
+    return x.unflatten(0, (-1, len(like))).transpose(0, 1).flatten(1, 2)[:, :like.shape[1]]
+
+
+def _inputs_of(steps, tile, u, delta, B, C, z, delta_bias, softplus, A_t):
+    """The inputs of one stretch in the scan's own type: u and z (B, S, D), the others in tiles, with delta finished."""
+    u, delta, B, C = (t[:, steps].to(A_t.dtype) for t in (u, delta, B, C))
     if delta_bias is not None:
         delta = delta + delta_bias.to(A_t.dtype)
     if softplus:
@@ -296,22 +321,50 @@ def _inputs_of(stretch, u, delta, B, C, z, delta_bias, softplus, A_t):
     # On a CPU exp is some 100 times slower where the result is denormal (below -87), and so are products with it.
     # exp(-64) is 0 to any sum in float32, and its products with numbers of usual size are not denormal.
     clamp = u.device.type == "cpu" and bool(delta.amax() * A_t.amin() < -64)
-    return SimpleNamespace(u=u, delta=delta, x=delta * u, B=B, C=C, z=None if z is None else z[:, stretch].to(A_t.dtype),
-                           clamp=clamp)
+    z = None if z is None else z[:, steps].to(A_t.dtype)
+    delta, x, B, C = (_to_tiles(t, tile.steps) for t in (delta, delta * u, B, C))
+    return SimpleNamespace(u=u, z=z, delta=delta, x=x, B=B, C=C, clamp=clamp)
 
 
-def _states_of_tile(s, now, A_t, a, h, start):
-    """The decays and the states of the steps `now` of a stretch, both (B, n, N, D), made in the buffers a and h."""
-    (batch, n, d_inner), d_state = s.x[:, now].shape, A_t.shape[0]
-    a, h = (buffer[:batch * n * d_state * d_inner].view(batch, n, d_state, d_inner) for buffer in (a, h))
-    torch.mul(s.delta[:, now, None], A_t, out=a)
+def _states(s, rows, A_t, a, h, start):
+    """The decays and the states of some tiles, (rows, T, N, D) in the buffers a and h; start (rows, N, D) enters them."""
+    delta, x, B = s.delta[rows], s.x[rows], s.B[rows]
+    a, h = a[:len(x)], h[:len(x)]
+    a_real, h_real = a[:, :, :len(A_t)], h[:, :, :len(A_t)]
+    torch.mul(delta[:, :, None], A_t, out=a_real)
     if s.clamp:
-        a.clamp_(min=-64)
-    a.exp_()
-    torch.mul(s.x[:, now, None], s.B[:, now, :, None], out=h)
+        a_real.clamp_(min=-64)
+    a_real.exp_()
+    torch.mul(x[:, :, None], B[..., None], out=h_real)
     for a_t, h_t in zip(a.unbind(1), h.unbind(1)):
         start = h_t.addcmul_(a_t, start)
     return a, h
+
+
+def _adjoints(s, rows, a, g, entering):
+    """dLoss/dh of some tiles, (rows, T, N, D) in the buffer g; entering (rows, N, D) comes from the tiles after them."""
+    gy, C = s.gy[rows], s.C[rows]
+    g = g[:len(gy)]
+    torch.mul(gy[:, :, None], C[..., None], out=g[:, :, :C.shape[2]])
+    later, *earlier = reversed(g.unbind(1))
+    later.add_(entering)
+    for a_t, g_t in zip(reversed(a.unbind(1)), earlier):
+        later = g_t.addcmul_(a_t, later)
+    return g
+
+
+def _decay(s, rows, A_t, pad):
+    """How much of a state is left after each tile, (rows, N, D): exp of a sum, never a product or a quotient."""
+    return F.pad(torch.exp(s.delta[rows].sum(1)[:, None] * A_t), (0, 0, 0, pad))
+
+
+def _carried(first, decay, ends, backward=False):
+    """What enters each of the tiles, (rows, N, D), if `first` (B, N, D) enters the first and each adds what is in ends."""
+    decay, ends = (t.unflatten(0, (-1, len(first))) for t in (decay, ends))
+    entering, order = [first], list(range(len(ends)))
+    for k in order[:0:-1] if backward else order[:-1]:
+        entering.append(torch.addcmul(ends[k], decay[k], entering[-1]))
+    return torch.cat(entering[::-1] if backward else entering)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

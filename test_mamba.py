@@ -23,6 +23,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,12 +122,17 @@ def test_scan_options(method, softplus):
             check_scan(scan_inputs(3, 65, 5, 4, options), method, softplus)
 
 
-@pytest.mark.parametrize("tile, tiles", [(8, 1), (8, 2), (3, 4), (1, 1)])
+def set_tiles(monkeypatch, steps, in_stretch, at_once, padding=0):
+    monkeypatch.setattr(mamba, "_tile_shape", lambda u, A_t: SimpleNamespace(
+        steps=steps, in_stretch=in_stretch, at_once=at_once, d_state=len(A_t) + padding))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (8, 2, 1), (3, 4, 1), (1, 1, 1), (4, 2, 1, 3), (4, 2, 2), (3, 4, 4), (8, 4, 3, 2)])
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 15, 16, 17, 31, 47])
-def test_scan_tiles(monkeypatch, length, tile, tiles):
-    """Every way in which a sequence can end inside or at the end of a tile and of a stretch."""
-    monkeypatch.setattr(mamba, "_tile", lambda u, d_state: min(u.shape[1], tile))
-    monkeypatch.setattr(mamba, "TILES_PER_STRETCH", tiles)
+def test_scan_tiles(monkeypatch, length, shape):
+    """Every way in which a sequence can end inside or at the end of a tile and of a stretch, tiles one by one (as on a
+    CPU) or at once (as on a GPU without Triton)."""
+    set_tiles(monkeypatch, *shape)
     check_scan(scan_inputs(2, length, 5, 4), "chunked")
 
 
@@ -137,8 +143,7 @@ def test_scan_over_several_stretches():
 @pytest.mark.parametrize("method", ["sequential", "chunked"])
 @pytest.mark.parametrize("length", [1, 2, 9, 17])
 def test_scan_gradcheck(monkeypatch, method, length):
-    monkeypatch.setattr(mamba, "_tile", lambda u, d_state: min(u.shape[1], 4))
-    monkeypatch.setattr(mamba, "TILES_PER_STRETCH", 2)
+    set_tiles(monkeypatch, 4, 2, 1)
     inputs = scan_inputs(2, length, 3, 2, dtype=torch.float64)
 
     def scan(*values):
