@@ -84,8 +84,8 @@ class Config:
 
 
 PRESETS = {  # what trains in minutes on such a device
-    "cpu": {"d_model": 160, "n_layer": 3, "d_state": 8, "dropout": 0.0, "batch_size": 12, "block_size": 128,
-            "max_iters": 2400, "learning_rate": 4e-3},
+    "cpu": {"d_model": 160, "n_layer": 3, "d_state": 8, "dropout": 0.15, "batch_size": 12, "block_size": 128,
+            "max_iters": 2000, "learning_rate": 4e-3},
     "mps": {"d_model": 256, "n_layer": 6, "d_state": 16, "dropout": 0.1, "batch_size": 32, "block_size": 256,
             "max_iters": 2000, "learning_rate": 2e-3},
     "cuda": {"d_model": 384, "n_layer": 8, "d_state": 16, "dropout": 0.2, "batch_size": 64, "block_size": 256,
@@ -202,7 +202,7 @@ def load_model(checkpoint, **changes):
 # Settings: the defaults, under what the checkpoint says, under what the command line says
 
 
-def settle(cfg, given):
+def settle(cfg, given, device):
     """(out_dir, finished Config, checkpoint to go on from or None). Flags that a resumed run cannot take are a Problem."""
     if cfg.init_from not in ("resume", "scratch"):
         raise Problem(f"--init_from takes resume or scratch, not '{cfg.init_from}'")
@@ -225,7 +225,7 @@ def settle(cfg, given):
         for k, (old, new) in changed.items():
             say(f"{k}: {old} -> {new}")
         cfg = Config(**{**before, **given})
-    for k, v in PRESETS[pick_device(cfg.device).type].items():
+    for k, v in PRESETS[device.type].items():
         if getattr(cfg, k) is None:
             setattr(cfg, k, v)
     for k in ("batch_size", "block_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters",
@@ -317,12 +317,12 @@ class Log:
                         if len(row) == len(self.COLUMNS) and int(row[0]) <= (evaluated if row[3] else step)]
         unfinished = path.with_suffix(".csv.tmp")
         with open(unfinished, "w", newline="") as file:
-            csv.writer(file).writerows([self.COLUMNS, *rows])
+            csv.writer(file, lineterminator="\n").writerows([self.COLUMNS, *rows])
         os.replace(unfinished, path)
 
     def row(self, *values):
         with open(self.path, "a", newline="") as file:
-            csv.writer(file).writerow(values)
+            csv.writer(file, lineterminator="\n").writerow(values)
 
 
 class Stop:
@@ -359,9 +359,9 @@ def main(cfg, given):
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and cfg.device in ("auto", "cuda") and torch.cuda.is_available():
         cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    out_dir, cfg, checkpoint = settle(cfg, given)
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
+    out_dir, cfg, checkpoint = settle(cfg, given, device)
     master = rank == 0
     if cfg.batch_size % world:
         raise Problem(f"--batch_size={cfg.batch_size} cannot be shared evenly by {world} processes")
