@@ -162,9 +162,15 @@ def selective_scan_sequential(u, delta, A, B, C, D, z, delta_bias, delta_softplu
 @torch.compiler.disable
 def selective_scan_chunked(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state):
     """The same function as selective_scan_sequential, in tiles that fit the cache and with a backward of its own."""
+    (batch, _, d_inner), d_state = u.shape, A.shape[1]
+    if u.device.type == "cpu" and 2 / 3 * 2 ** 15 < batch * d_inner * d_state <= 2 ** 15:
+        # PyTorch runs a call of up to 2^15 numbers on one thread; one more row in each state, all zero, wakes the others
+        more = 2 ** 15 // (batch * d_inner) + 1 - d_state
+        A, B, C, state = (F.pad(t, (0, more)) for t in (A, B, C, state))
     inputs = (u, delta, A, B, C, D, z, delta_bias, state)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return ChunkedScan.apply(keep, delta_softplus, *inputs)
+    y, last_state = ChunkedScan.apply(keep, delta_softplus, *inputs)
+    return y, last_state[:, :, :d_state]
 
 
 class ChunkedScan(torch.autograd.Function):
@@ -187,10 +193,10 @@ class ChunkedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keep, softplus, u, delta, A, B, C, D, z, delta_bias, state):
         A_t = A.t().to(_at_least_float32(u)).contiguous()                       # (N, D)
-        (batch, length, d_inner), tile = u.shape, _tile_shape(u, A_t)
-        a, h = (A_t.new_zeros(tile.at_once * batch, tile.steps, tile.d_state, d_inner) for _ in range(2))
+        (batch, length, _), tile = u.shape, _tile_shape(u, A_t)
+        a, h = (A_t.new_empty(tile.at_once * batch, tile.steps, *A_t.shape) for _ in range(2))
         y = torch.empty_like(u, memory_format=torch.contiguous_format)
-        state = F.pad(state.transpose(1, 2).to(A_t.dtype), (0, 0, 0, tile.d_state - len(A_t)))      # (B, N, D)
+        state = state.transpose(1, 2).to(A_t.dtype)                             # (B, N, D), before the next tile
         starts = []
         for steps in _slices(length, tile.steps * tile.in_stretch):
             s = _inputs_of(steps, tile, u, delta, B, C, z, delta_bias, softplus, A_t)
@@ -199,10 +205,9 @@ class ChunkedScan(torch.autograd.Function):
                 start = state
                 if tile.at_once > 1:
                     h_n = _states(s, rows, A_t, a, h, torch.zeros_like(a[:len(s.x[rows]), 0]))[1]
-                    start = _carried(state, _decay(s, rows, A_t, tile.d_state - len(A_t)), h_n[:, -1])
+                    start = _carried(state, _decay(s, rows, A_t), h_n[:, -1])
                 h_n = _states(s, rows, A_t, a, h, start)[1]                     # (rows, T, N, D)
-                h_all = h_n.flatten(0, 1)[:, :len(A_t)]                         # (rows * T, N, D)
-                torch.bmm(s.C[rows].view(len(h_all), 1, -1), h_all, out=y_s[rows].view(len(h_all), 1, -1))
+                torch.bmm(_each_step(s.C[rows]), h_n.flatten(0, 1), out=_each_step(y_s[rows]))
                 state = h_n[-batch:, -1].clone()
                 if keep:
                     starts.append(start)
@@ -212,7 +217,7 @@ class ChunkedScan(torch.autograd.Function):
             y[:, steps] = y_s if z is None else y_s.mul_(F.silu(s.z))
         ctx.softplus, ctx.starts = softplus, starts
         ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias)
-        return y, state[:, :len(A_t)].transpose(1, 2).contiguous()
+        return y, state.transpose(1, 2).contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -225,13 +230,13 @@ class ChunkedScan(torch.autograd.Function):
         u, delta, A, B, C, D, z, delta_bias = ctx.saved_tensors
         A_t = A.t().to(_at_least_float32(u)).contiguous()                       # (N, D)
         (batch, length, d_inner), tile = u.shape, _tile_shape(u, A_t)
-        a, h, g = (A_t.new_zeros(tile.at_once * batch, tile.steps, tile.d_state, d_inner) for _ in range(3))
+        a, h, g = (A_t.new_empty(tile.at_once * batch, tile.steps, *A_t.shape) for _ in range(3))
         gu, gdelta, gB, gC = (torch.empty_like(t) for t in (u, delta, B, C))
         gz = None if z is None else torch.empty_like(z)
         gA, gD, gbias = torch.zeros_like(a[:, 0]), A_t.new_zeros(d_inner), A_t.new_zeros(d_inner)
         ones = A_t.new_ones(len(a) * tile.steps, 1, len(A_t))
         starts = list(ctx.starts)
-        carry = F.pad(glast.transpose(1, 2).to(A_t.dtype), (0, 0, 0, tile.d_state - len(A_t)))  # a_{t+1} g_{t+1}
+        carry = glast.transpose(1, 2).to(A_t.dtype)         # (B, N, D): a_{t+1} g_{t+1} for the last step of the next tile
         for steps in reversed(_slices(length, tile.steps * tile.in_stretch)):
             s = _inputs_of(steps, tile, u, delta, B, C, z, delta_bias, ctx.softplus, A_t)
             gout = gy[:, steps].to(A_t.dtype)
@@ -244,23 +249,21 @@ class ChunkedScan(torch.autograd.Function):
                 entering = carry
                 if tile.at_once > 1:
                     g_n = _adjoints(s, rows, a_n, g, torch.zeros_like(start))
-                    entering = _carried(carry, _decay(s, rows, A_t, tile.d_state - len(A_t)), a_n[:, 0] * g_n[:, 0], backward=True)
+                    entering = _carried(carry, _decay(s, rows, A_t), a_n[:, 0] * g_n[:, 0], backward=True)
                 g_n = _adjoints(s, rows, a_n, g, entering)
                 carry = a_n[:batch, 0] * g_n[:batch, 0]
-                h_all, g_all, a_all = (t.flatten(0, 1)[:, :len(A_t)] for t in (h_n, g_n, a_n))     # (rows * T, N, D)
-                C_n, B_n, gy_n, x_n, gC_n, gB_n, y_n, gx_n, gd_n = (
-                    t[rows].view(len(h_all), 1, -1) for t in (s.C, s.B, s.gy, s.x, gC_s, gB_s, y_s, gx, gd))
-                torch.bmm(C_n, h_all, out=y_n)
-                torch.bmm(B_n, g_all, out=gx_n)
+                h_all, g_all = h_n.flatten(0, 1), g_n.flatten(0, 1)             # (rows * T, N, D)
+                torch.bmm(_each_step(s.C[rows]), h_all, out=_each_step(y_s[rows]))
+                torch.bmm(_each_step(s.B[rows]), g_all, out=_each_step(gx[rows]))
                 # a row times a transposed matrix: a third of the time of the matrix times a column
-                torch.bmm(gy_n, h_all.transpose(1, 2), out=gC_n)
-                torch.bmm(x_n, g_all.transpose(1, 2), out=gB_n)
-                a_all.mul_(g_all)
+                torch.bmm(_each_step(s.gy[rows]), h_all.transpose(1, 2), out=_each_step(gC_s[rows]))
+                torch.bmm(_each_step(s.x[rows]), g_all.transpose(1, 2), out=_each_step(gB_s[rows]))
+                a_n.mul_(g_n)
                 a_n[:, 0].mul_(start)
                 a_n[:, 1:].mul_(h_n[:, :-1])                                    # now dLoss/d(delta A)
                 for a_t, delta_t in zip(a_n.unbind(1), s.delta[rows].unbind(1)):
                     gA[:len(a_t)].addcmul_(a_t, delta_t[:, None])
-                torch.bmm(ones[:len(h_all)], a_all.mul_(A_t), out=gd_n)
+                torch.bmm(ones[:len(h_all)], a_n.mul_(A_t).flatten(0, 1), out=_each_step(gd[rows]))
             y_s, gx, gd, gB_s, gC_s, d_s = (_from_tiles(t, gy_s) for t in (y_s, gx, gd, gB_s, gC_s, s.delta))
             gd = gd.addcmul_(gx, s.u)
             if ctx.softplus:
@@ -276,23 +279,18 @@ class ChunkedScan(torch.autograd.Function):
                 sigmoid = torch.sigmoid(s.z)
                 gz[:, steps] = y_s.mul_(gout).mul_(sigmoid).mul_(1 + s.z * (1 - sigmoid))
             gu[:, steps], gdelta[:, steps], gB[:, steps], gC[:, steps] = gu_s, gd, gB_s, gC_s
-        return (None, None, gu, gdelta, gA.sum(0)[:len(A_t)].t().to(A.dtype), gB, gC, None if D is None else gD.to(D.dtype), gz,
-                None if delta_bias is None else gbias.to(delta_bias.dtype), carry[:, :len(A_t)].transpose(1, 2))
+        return (None, None, gu, gdelta, gA.sum(0).t().to(A.dtype), gB, gC, None if D is None else gD.to(D.dtype), gz,
+                None if delta_bias is None else gbias.to(delta_bias.dtype), carry.transpose(1, 2))
 
 
 def _tile_shape(u, A_t):
-    """Steps in a tile, tiles in a stretch, tiles computed at once, and rows of a state: what is fastest for the sizes."""
-    (batch, length, d_inner), d_state = u.shape, len(A_t)
+    """Steps in a tile, tiles in a stretch, and tiles computed at once, as suits the device and the sizes."""
+    length, size = u.shape[1], len(u) * A_t.numel()         # size: numbers in the states of one step
     if u.device.type == "cpu":
-        size = batch * d_inner * d_state                    # numbers in one step
-        steps = max(4, min(64, 2 ** 18 // size, length))    # 1 MB a buffer: it stays in the cache
-        # PyTorch runs a call of up to 2^15 numbers on one thread; a few more rows, all zero, give it to all of them
-        if 2 ** 15 * 2 / 3 < size <= 2 ** 15:
-            d_state = 2 ** 15 // (batch * d_inner) + 1
-        return SimpleNamespace(steps=steps, in_stretch=16, at_once=1, d_state=d_state)
-    steps = 32
-    tiles = max(1, min(2 ** 26 // (batch * d_inner * d_state * steps), math.ceil(length / steps)))      # 256 MB a buffer
-    return SimpleNamespace(steps=steps, in_stretch=tiles, at_once=tiles, d_state=d_state)
+        steps = max(4, min(64, 2 ** 18 // size, length))    # 1 MB a buffer, which stays in the cache
+        return SimpleNamespace(steps=steps, in_stretch=16, at_once=1)
+    tiles = max(1, min(2 ** 26 // (size * 32), math.ceil(length / 32)))     # at most 256 MB a buffer
+    return SimpleNamespace(steps=32, in_stretch=tiles, at_once=tiles)
 
 
 def _slices(length, size):
@@ -309,6 +307,11 @@ def _to_tiles(x, steps):
 def _from_tiles(x, like):
     """(tiles * B, steps, X) -> (B, S, X), of the batch and length of `like`."""
     return x.unflatten(0, (-1, len(like))).transpose(0, 1).flatten(1, 2)[:, :like.shape[1]]
+
+
+def _each_step(x):
+    """(rows, T, X) -> (rows * T, 1, X): a batch of one-row matrices."""
+    return x.view(-1, 1, x.shape[2])
 
 
 def _inputs_of(steps, tile, u, delta, B, C, z, delta_bias, softplus, A_t):
@@ -330,12 +333,11 @@ def _states(s, rows, A_t, a, h, start):
     """The decays and the states of some tiles, (rows, T, N, D) in the buffers a and h; start (rows, N, D) enters them."""
     delta, x, B = s.delta[rows], s.x[rows], s.B[rows]
     a, h = a[:len(x)], h[:len(x)]
-    a_real, h_real = a[:, :, :len(A_t)], h[:, :, :len(A_t)]
-    torch.mul(delta[:, :, None], A_t, out=a_real)
+    torch.mul(delta[:, :, None], A_t, out=a)
     if s.clamp:
-        a_real.clamp_(min=-64)
-    a_real.exp_()
-    torch.mul(x[:, :, None], B[..., None], out=h_real)
+        a.clamp_(min=-64)
+    a.exp_()
+    torch.mul(x[:, :, None], B[..., None], out=h)
     for a_t, h_t in zip(a.unbind(1), h.unbind(1)):
         start = h_t.addcmul_(a_t, start)
     return a, h
@@ -345,7 +347,7 @@ def _adjoints(s, rows, a, g, entering):
     """dLoss/dh of some tiles, (rows, T, N, D) in the buffer g; entering (rows, N, D) comes from the tiles after them."""
     gy, C = s.gy[rows], s.C[rows]
     g = g[:len(gy)]
-    torch.mul(gy[:, :, None], C[..., None], out=g[:, :, :C.shape[2]])
+    torch.mul(gy[:, :, None], C[..., None], out=g)
     later, *earlier = reversed(g.unbind(1))
     later.add_(entering)
     for a_t, g_t in zip(reversed(a.unbind(1)), earlier):
@@ -353,9 +355,9 @@ def _adjoints(s, rows, a, g, entering):
     return g
 
 
-def _decay(s, rows, A_t, pad):
+def _decay(s, rows, A_t):
     """How much of a state is left after each tile, (rows, N, D): exp of a sum, never a product or a quotient."""
-    return F.pad(torch.exp(s.delta[rows].sum(1)[:, None] * A_t), (0, 0, 0, pad))
+    return torch.exp(s.delta[rows].sum(1)[:, None] * A_t)
 
 
 def _carried(first, decay, ends, backward=False):

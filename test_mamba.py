@@ -122,12 +122,12 @@ def test_scan_options(method, softplus):
             check_scan(scan_inputs(3, 65, 5, 4, options), method, softplus)
 
 
-def set_tiles(monkeypatch, steps, in_stretch, at_once, padding=0):
-    monkeypatch.setattr(mamba, "_tile_shape", lambda u, A_t: SimpleNamespace(
-        steps=steps, in_stretch=in_stretch, at_once=at_once, d_state=len(A_t) + padding))
+def set_tiles(monkeypatch, steps, in_stretch, at_once):
+    shape = SimpleNamespace(steps=steps, in_stretch=in_stretch, at_once=at_once)
+    monkeypatch.setattr(mamba, "_tile_shape", lambda u, A_t: shape)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (8, 2, 1), (3, 4, 1), (1, 1, 1), (4, 2, 1, 3), (4, 2, 2), (3, 4, 4), (8, 4, 3, 2)])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (8, 2, 1), (3, 4, 1), (1, 1, 1), (4, 2, 2), (3, 4, 4), (8, 4, 3)])
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 15, 16, 17, 31, 47])
 def test_scan_tiles(monkeypatch, length, shape):
     """Every way in which a sequence can end inside or at the end of a tile and of a stretch, tiles one by one (as on a
@@ -136,8 +136,9 @@ def test_scan_tiles(monkeypatch, length, shape):
     check_scan(scan_inputs(2, length, 5, 4), "chunked")
 
 
-def test_scan_over_several_stretches():
-    check_scan(scan_inputs(1, 2500, 3, 4), "chunked")
+@pytest.mark.parametrize("shape", [(1, 2500, 3, 4), (4, 40, 512, 16), (7, 20, 300, 15)])
+def test_scan_of_many_stretches_and_of_padded_states(shape):
+    check_scan(scan_inputs(*shape), "chunked")
 
 
 @pytest.mark.parametrize("method", ["sequential", "chunked"])
