@@ -11,6 +11,7 @@ import functools
 import hashlib
 import http.server
 import itertools
+import json
 import math
 import os
 import random
@@ -32,6 +33,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bench
 import mamba
 import prepare_data
 import sample
@@ -1445,3 +1447,65 @@ def test_datasets_from_the_network(tmp_path, server, monkeypatch):
     with pytest.raises(prepare_data.Problem, match="something else than the book"):
         prepare_data.prepare(prepare_data.Config(dataset="alice", **flags))
     assert not (tmp_path / "downloads" / "alice.txt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench.py
+
+
+@pytest.mark.parametrize("length", (1, 2, 3, 7, 8, 9, 31))
+@pytest.mark.parametrize("scan", (bench.hillis_steele, bench.blelloch), ids=lambda scan: scan.__name__)
+def test_log_depth_scans_equal_selective_scan(scan, length):
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.randn(*shape, generator=g)
+    inputs = [rand(2, length, 5), rand(2, length, 5).exp(), -rand(5, 3).exp(), rand(2, length, 3), rand(2, length, 3)]
+    inputs, gy = [t.requires_grad_() for t in inputs], rand(2, length, 5)
+    ours, other = (bench.scan_call(f, inputs, gy, True)() for f in (selective_scan, bench.materialised(scan)))
+    for a, b in zip(ours, other):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_exact_is_the_float64_loop():
+    inputs, gy = bench.scan_inputs((2, 130, 4, 3), SimpleNamespace(device=torch.device("cpu"), dtype="float32"))
+    exactly = bench.exact(inputs, gy)       # 130 steps: more than two of its pieces
+    assert {t.dtype for t in exactly} == {torch.float64}
+    call = bench.scan_call(lambda *i: selective_scan(*i, method="sequential"), [t.double() for t in inputs], gy.double(), True)
+    assert bench.largest_error(call(), exactly) < 1e-12
+    assert bench.largest_error([t * 1.01 for t in exactly], exactly) == pytest.approx(0.01)
+
+
+def test_bench_measures_every_suite(tmp_path):
+    flags = ["--suite=all", "--device=cpu", "--seconds=0.003", "--shapes=1x9x4x2", "--lengths=1", "--longest=256",
+             "--d_model=16", "--n_layer=2", "--batch_size=2", "--block_size=8", "--size=small", "--new_tokens=2", "--prompt=5"]
+    done = subprocess.run([sys.executable, ROOT / "bench.py", *flags, f"--out={tmp_path / 'r' / 'bench.json'}"], timeout=120,
+                          check=False, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "r" / "bench.json").read_text())
+    assert results["machine"]["threads"] == 1 and results["flags"]["prompt"] == 5
+    printed = re.findall(r"^(\S.*?) {2,}[\d.e+]+ +[\d.e+]+\.\.[\d.e+]+ ", done.stdout, re.MULTILINE)
+    rows = [row for table in results["tables"] for row in table["rows"]]
+    assert printed == [row["variant"] for row in rows]
+    assert all(row["median_s"] > 0 and row["times_s"] and row["tokens_per_s"] > 0 for row in rows)
+    assert all(row["error"] < 1e-5 for table in results["tables"] for row in table["rows"] if "direction" in table)
+    assert [table["title"].split(":")[0] for table in results["tables"]] == [
+        *["scan, forward", "scan, forward + backward"] * 2, "cost per token, forward", "cost per token, forward + backward",
+        "training step", "generation, batch 1", "reading a prompt of 5 tokens"]
+    for table in results["tables"]:
+        assert table["title"] in done.stdout and not [remark for remark in table["remarks"] if "failed" in remark]
+
+
+def test_bench_goes_on_without_a_variant_that_fails():
+    def broken():
+        raise ImportError("no such kernel\nand a long story")
+    rows, remarks = bench.measure({"good": lambda: lambda: None, "bad": lambda: broken}, torch.device("cpu"), 0.01, None)
+    assert [row["variant"] for row in rows] == ["good"] and remarks == ["bad failed: ImportError: no such kernel"]
+
+
+@pytest.mark.parametrize("flag", ("--suite=scam", "--shapes=4x1024x512", "--shapes=4x0x5x1", "--shapes=", "--lengths=1,,2",
+                                  "--size=2.8b", "--seconds=0", "--n_layer=-1", "--dtype=int8", "--device=abacus"))
+def test_bench_refuses_bad_flags_in_one_line(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", f"--out={tmp_path / 'bench.json'}", flag])
+    with pytest.raises(SystemExit) as stop:
+        prepare_data.run(bench.main, bench.Config)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and flag.split("=")[0] in err

@@ -1,0 +1,584 @@
+"""
+What costs what: the selective scan in many ways, a training step and generation, next to other packages.
+
+python bench.py                                                     # everything, some minutes
+python bench.py --suite=scan --shapes=4x1024x512x16,1x4096x1536x16  # each shape is BxLxDxN
+python bench.py --suite=scan --lengths=256,1024,4096 --plot=scan.png
+python bench.py --suite=train --compile
+python bench.py --suite=generate --size=small --device=cuda
+
+The variants of a table take turns, so that a busy machine slows all of them; times are medians of whole calls, with
+quartiles, after a warm-up. Peers that are installed join in: pip install mambapy transformers (mamba_ssm on CUDA).
+"""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import math
+import platform
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.benchmark import Timer
+from torch.utils.checkpoint import checkpoint
+
+import mamba
+from mamba import Mamba, MambaConfig, selective_scan
+from prepare_data import Problem, flag, nearest, run
+from train import autocast, pick_device, pick_dtype
+
+
+@dataclass
+class Config:
+    suite: str = flag("all", "scan, train, generate or all")
+    seconds: float = flag(3.0, "time for each variant of a table; it runs at least twice unless one call takes longer")
+    out: str = flag("results.json", "file for all results, raw times included")
+    device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
+    dtype: str = flag("auto", "float32, bfloat16 or float16; by default bfloat16 on CUDA, else float32")
+    compile: bool = flag(False, "also what needs torch.compile: PyTorch's associative_scan, and a compiled training step")
+    # scan
+    shapes: str = flag("4x1024x512x16", "BxLxDxN,...: batch, length, channels, numbers remembered by each channel")
+    lengths: str = flag("", "L,...: also these lengths, with B, D and N of the first shape")
+    plot: str = flag("", "picture of time and memory over the lengths (256,1024,4096 without --lengths)")
+    longest: int = flag(65536, "the cost per token is measured from L = 256 to here; below 256 it is left out")
+    memory_gb: float = flag(8.0, "a scan that would take more is left out")
+    # train and generate
+    d_model: int = flag(256, "width of the small model")
+    n_layer: int = flag(4, "its layers")
+    vocab_size: int = flag(65, "its vocabulary")
+    batch_size: int = flag(8, "sequences in a training step")
+    block_size: int = flag(256, "tokens in a sequence")
+    size: str = flag("both", "the models that generate: small, 130m or both")
+    new_tokens: int = flag(32, "tokens that one call generates")
+    prompt: int = flag(1000, "tokens of the prompt to read")
+
+
+PEERS = ("mambapy", "transformers", "mamba_ssm")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def clock(call, device):
+    """(seconds that a call takes until the device has done it, what it returns)"""
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    wait()
+    start, result = time.perf_counter(), call()
+    wait()
+    return time.perf_counter() - start, result
+
+
+def clock_and_memory(call, device):
+    """The same, and the MB that it takes on top of what was there before: None where nothing tells."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+        return *clock(call, device), (peak() - before) / 1e6
+    try:
+        if device.type != "cpu" or sys.platform != "linux":
+            raise OSError
+        with contextlib.suppress(AttributeError):           # glibc: memory kept for reuse would hide what is taken
+            ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")       # the high-water mark starts again from here
+    except OSError:
+        return *clock(call, device), None
+    before = resident("VmRSS")
+    return *clock(call, device), max(0, resident("VmHWM") - before) / 1e3
+
+
+def resident(key):
+    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1.024
+
+
+def measure(variants, device, seconds, error_of):
+    """
+    variants: {name: make}, make() -> call.  Returns a row for each that works, and remarks.
+    All are warmed up first, where memory and errors are looked at too; then they run in turns until their time is up.
+    """
+    gc.collect()        # the models of the table before
+    rows, calls, remarks = [], {}, []
+    for name, make in variants.items():
+        row = {"variant": name, "times_s": [], "warmup_s": []}
+        try:
+            calls[name] = make()
+            while len(row["warmup_s"]) < 2:     # the first call sets up what stays, the second shows what every call takes
+                took, result, row["memory_mb"] = clock_and_memory(calls[name], device)
+                row["warmup_s"].append(took)
+                if took > seconds and "compiled" not in name:
+                    break
+            row["error"] = error_of(name, result) if error_of else None
+            del result
+            rows.append(row)
+        except Exception as error:  # noqa: BLE001 (other people's code may fail in any way, and the rest goes on)
+            remarks.append(f"{name} failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]}")
+    waiting = rows
+    while waiting:
+        for row in waiting:
+            row["times_s"].append(clock(calls[row["variant"]], device)[0])
+        waiting = [row for row in waiting if (t := row["times_s"])[0] < seconds
+                   and (len(t) < 2 or sum(t) < seconds and len(t) < 100)]
+    remarks += [f"{row['variant']}: its first call took {row['warmup_s'][0]:.1f} s" for row in rows if "compiled" in row["variant"]]
+    once = [row["variant"] for row in rows if len(row["times_s"]) == 1]
+    return rows, remarks + [f"measured once, a call takes longer than --seconds: {'; '.join(once)}"] * bool(once)
+
+
+def table(bench, title, variants, tokens, error_of=None, floor=None, remarks=(), **about):
+    """Measures, prints and writes one table. tokens: how many a call makes.  floor: {name: least seconds it can take}."""
+    rows, more = measure(variants, bench.device, bench.cfg.seconds, error_of)
+    peers = []
+    for row in rows:
+        name = row["variant"]
+        row["low_s"], row["median_s"], row["high_s"] = np.percentile(row["times_s"], (25, 50, 75)).tolist()
+        row["tokens_per_s"] = tokens[name] / row["median_s"]
+        row["of_floor"] = floor[name] / row["median_s"] if floor else None
+        peers += [row["median_s"]] if name in PEERS else []
+    for row in rows:
+        row["vs_peer"] = min(peers) / row["median_s"] if peers else None
+    columns = {
+        "variant": [row["variant"] for row in rows],
+        "median ms": [f"{row['median_s'] * 1e3:.4g}" for row in rows],
+        "quartiles": [f"{row['low_s'] * 1e3:.4g}..{row['high_s'] * 1e3:.4g}" for row in rows],
+        "calls": [f"{len(row['times_s'])}" for row in rows],
+        "tokens/s": [f"{row['tokens_per_s']:,.{1 if row['tokens_per_s'] < 1000 else 0}f}" for row in rows],
+        "us/token": [f"{1e6 / row['tokens_per_s']:.3f}" for row in rows],
+        "extra MB": ["n/a" if row["memory_mb"] is None else f"{row['memory_mb']:,.0f}" for row in rows],
+        "error": [f"{row['error']:.1e}" for row in rows if error_of],
+        "x best peer": [f"{row['vs_peer']:.2f}" for row in rows if peers],
+        "of floor": [f"{row['of_floor']:.0%}" for row in rows if floor],
+    }
+    remarks = [*remarks, *more]
+    print(f"\n{title}")
+    for cells in zip(*([header, *column] for header, column in columns.items() if column)):
+        print("  ".join([f"{cells[0]:<26}", *(f"{cell:>{18 if i == 1 else 11}}" for i, cell in enumerate(cells[1:]))]))
+    print(*(f"  {remark}\n" for remark in remarks), sep="", end="", flush=True)
+    bench.results["tables"].append({"title": title, **about, "rows": rows, "remarks": remarks})
+    write(bench)    # after every table, so that Ctrl-C loses only the one it interrupts
+
+
+def write(bench):
+    Path(bench.cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(bench.cfg.out).write_text(json.dumps(bench.results, indent=1), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scan. Here the other ways to compute it: log-depth scans over a and x, all decays and inputs, (B, L, D, N) each.
+# Only products and sums of decays, so they are as stable as the loop; autograd makes their backward pass.
+
+
+def hillis_steele(a, x):
+    """Everyone takes in what is one step before it, then two, then four: log2(L) rounds, each over the whole sequence."""
+    step = 1
+    while step < a.shape[1]:
+        x = torch.cat([x[:, :step], torch.addcmul(x[:, step:], a[:, step:], x[:, :-step])], 1)
+        a = torch.cat([a[:, :step], a[:, step:] * a[:, :-step]], 1)
+        step *= 2
+    return x
+
+
+def blelloch(a, x):
+    """Join neighbours to pairs, scan the pairs, fill in what lies between: about 2 L joins in all."""
+    length, pairs = a.shape[1], a.shape[1] // 2
+    if length == 1:
+        return x
+    a_even, x_even, a_odd, x_odd = a[:, :2 * pairs:2], x[:, :2 * pairs:2], a[:, 1::2], x[:, 1::2]
+    odd = blelloch(a_odd * a_even, torch.addcmul(x_odd, a_odd, x_even))                                 # h_1, h_3, ...
+    even = torch.cat([x[:, :1], torch.addcmul(x[:, 2::2], a[:, 2::2], odd[:, :(length - 1) // 2])], 1)  # h_0, h_2, ...
+    return torch.cat([torch.stack([even[:, :pairs], odd], 2).flatten(1, 2), even[:, pairs:]], 1)
+
+
+def materialised(scan):
+    """The selective scan by way of h = scan(a, x), with all of (B, L, D, N) in memory."""
+    def selective(u, delta, A, B, C):
+        u, delta, B, C = (t.float() for t in (u, delta, B, C))
+        a, x = torch.exp(delta[..., None] * A), (delta * u)[..., None] * B[:, :, None]
+        return (scan(a, x) @ C[..., None]).squeeze(-1)
+    return selective
+
+
+def mambapy_scan(*inputs):
+    from mambapy.pscan import pscan
+    return materialised(pscan)(*inputs)
+
+
+def mamba_ssm_scan(u, delta, A, B, C):
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    u, delta, B, C = (t.transpose(1, 2) for t in (u, delta, B, C))      # (B, D, L) there: scan_inputs stores it like that
+    return selective_scan_fn(u, delta, A, B, C).transpose(1, 2)
+
+
+@functools.cache
+def compiled_scan():
+    from torch._higher_order_ops.associative_scan import associative_scan
+    join = lambda left, right: (left[0] * right[0], right[0] * left[1] + right[1])
+    scan = materialised(lambda a, x: associative_scan(join, (a, x), dim=1, combine_mode="generic")[1])
+    return torch.compile(scan, dynamic=False)
+
+
+LARGE = "chunked, delta x 100"
+# each scan, and how many tensors of (B, L, D, N) it holds at once in the forward pass and in forward + backward (measured)
+SCANS = {
+    "chunked": (functools.partial(selective_scan, method="chunked"), 0, 0),
+    LARGE: (functools.partial(selective_scan, method="chunked"), 0, 0),
+    "sequential": (functools.partial(selective_scan, method="sequential"), 0, 5),
+    "triton": (functools.partial(selective_scan, method="triton"), 0, 0),
+    "Hillis-Steele": (materialised(hillis_steele), 7, 45),
+    "Blelloch": (materialised(blelloch), 7, 18),
+    "associative_scan, compiled": (lambda *inputs: compiled_scan()(*inputs), 7, 18),
+    "mambapy": (mambapy_scan, 6, 11),
+    "mamba_ssm": (mamba_ssm_scan, 0, 0),
+}
+
+
+def scan_inputs(shape, bench, scale=1.0, channels_first=False):
+    """u, delta, A, B, C as a fresh model has them, and a gradient for y. scale multiplies delta."""
+    (batch, length, d_inner, d_state), g = shape, torch.Generator().manual_seed(0)
+    u, gy = (torch.randn(batch, length, d_inner, generator=g) for _ in range(2))
+    delta = scale * torch.exp(torch.empty_like(u).uniform_(math.log(0.001), math.log(0.1), generator=g))
+    B, C = (torch.randn(batch, length, d_state, generator=g) for _ in range(2))
+    A = -torch.arange(1.0, d_state + 1).repeat(d_inner, 1).to(bench.device)
+    u, delta, B, C, gy = (t.to(bench.device, getattr(torch, bench.dtype)) for t in (u, delta, B, C, gy))
+    if channels_first:      # the same shapes and numbers, stored as (B, D, L)
+        u, delta, B, C, gy = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (u, delta, B, C, gy))
+    return [t.requires_grad_() for t in (u, delta, A, B, C)], gy
+
+
+def scan_call(scan, inputs, gy, backward):
+    """A call that returns [y], or [y and the gradients of all inputs]."""
+    def call():
+        with torch.set_grad_enabled(backward):
+            y = scan(*inputs)
+        # one step does not depend on A: materialize_grads makes that gradient zero
+        return [y.detach(), *(torch.autograd.grad(y, inputs, gy.to(y.dtype), materialize_grads=True) if backward else ())]
+    return call
+
+
+def exact(inputs, gy):
+    """y and all gradients in float64 by the plain loop, in pieces: autograd over all of it would need far more memory."""
+    def scan(u, delta, A, B, C):
+        state, ys = u.new_zeros(len(u), *A.shape), []
+        for u_p, delta_p, B_p, C_p in zip(*(t.split(64, 1) for t in (u, delta, B, C))):
+            y, state = checkpoint(selective_scan, u_p, delta_p, A, B_p, C_p, state=state, return_last_state=True,
+                                  method="sequential", use_reentrant=False)
+            ys.append(y)
+        return torch.cat(ys, 1)
+    where = "cpu" if gy.device.type == "mps" else gy.device     # MPS has no float64
+    return scan_call(scan, [t.detach().to(where).double().requires_grad_() for t in inputs], gy.to(where).double(), True)()
+
+
+def largest_error(results, expected):
+    """The largest ||result - expected|| / ||expected||; a forward pass alone has only y to compare."""
+    return max(((r.to(e.device).double() - e).norm() / e.norm().clamp(min=1e-30)).item() for r, e in zip(results, expected))
+
+
+# What the scan has to do with each of its (B, L, D, N) numbers. Forward: delta A, exp, x B, the recurrence, C . h.
+# Backward: those again but C . h; gy C, the recurrence in reverse, the sums gx, gB and gC, two products to g a h, the sum
+# into gA, and a product and a sum for gdelta.
+FORWARD = {"mul": 2, "exp": 1, "addcmul": 1, "sum over N": 1}
+BACKWARD = {"mul": 2 + 1 + 2 + 1, "exp": 1, "addcmul": 1 + 1 + 1, "sum over N": 2, "sum over D": 2}
+OPERATIONS = {"copy": "out.copy_(a)", "exp": "torch.exp(a, out=out)", "mul": "torch.mul(a, b, out=out)",
+              "addcmul": "torch.addcmul(a, b, c, out=out)", "sum over N": "torch.bmm(C, a)",
+              "sum over D": "torch.bmm(gy, a.transpose(1, 2))"}
+
+
+@functools.cache
+def rates(device, d_inner, d_state):
+    """ns per number of each operation, at the best of a few sizes: in the cache, and large enough for all threads."""
+    best = dict.fromkeys(OPERATIONS, math.inf)
+    for size in (2 ** 16, 2 ** 18, 2 ** 20, 2 ** 22):
+        steps = max(1, size // (d_inner * d_state))
+        tensors = {name: torch.rand(steps, d_state, d_inner, device=device) for name in ("a", "b", "c", "out")}
+        tensors["C"], tensors["gy"] = (torch.rand(steps, 1, n, device=device) for n in (d_state, d_inner))
+        numbers = steps * d_state * d_inner
+        for name, operation in OPERATIONS.items():
+            timer = Timer(operation, globals={"torch": torch, **tensors}, num_threads=torch.get_num_threads())
+            took = min(timer.timeit(max(1, 2 ** 22 // numbers)).mean for _ in range(5))
+            best[name] = min(best[name], took * 1e9 / numbers)
+    return best
+
+
+def scan_tables(bench, shape):
+    """Two tables for a shape, the forward pass and forward + backward."""
+    batch, length, d_inner, d_state = shape
+    data = {"": scan_inputs(shape, bench), LARGE: scan_inputs(shape, bench, scale=100.0)}
+    exactly = {name: exact(*data[name]) for name in data}
+    if "mamba_ssm" in bench.peers:
+        data["mamba_ssm"] = scan_inputs(shape, bench, channels_first=True)
+    ns, numbers, floor = rates(bench.device, d_inner, d_state), math.prod(shape), 0.0
+    absent = set(PEERS) - set(bench.peers)
+    if "triton" not in mamba.SCAN_METHODS or bench.device.type != "cuda":
+        absent.add("triton")
+    if bench.cfg.compile:
+        torch.compiler.reset()      # it gives up after some number of shapes
+    for backward, direction, part in ((False, "forward", FORWARD), (True, "forward + backward", BACKWARD)):
+        floor += sum(count * ns[name] for name, count in part.items()) * numbers / 1e9
+        remarks = [f"floor {floor * 1e3:.3g} ms: eager operations, each at its best (a fused kernel may go below); ns: "
+                   + ", ".join(f"{name} {value:.3f}" for name, value in ns.items())]
+        variants = {}
+        for name, (scan, *held) in SCANS.items():
+            if name.endswith("compiled") and not bench.cfg.compile:
+                remarks.append(f"{name}: left out without --compile")
+            elif held[backward] * numbers * 4 > bench.cfg.memory_gb * 1e9:
+                remarks.append(f"{name}: left out, needs {held[backward] * numbers * 4 / 1e9:.0f} GB (--memory_gb)")
+            elif name not in absent:
+                variants[name] = functools.partial(scan_call, scan, *data.get(name, data[""]), backward)
+        table(bench, f"scan, {direction}: B={batch} L={length} D={d_inner} N={d_state}, {bench.dtype}", variants,
+              dict.fromkeys(variants, batch * length), lambda name, got: largest_error(got, exactly.get(name, exactly[""])),
+              dict.fromkeys(variants, floor), remarks, shape=shape, direction=direction, rates_ns=ns)
+
+
+def cost_per_token(bench, shape):
+    """Does a token cost the same at every length? One sequence and few channels, so that the longest takes seconds."""
+    d_inner, d_state = min(shape[2], 256), shape[3]
+    lengths = [256 * 4 ** i for i in range(10) if 256 * 4 ** i <= bench.cfg.longest]
+    for backward, direction in ((False, "forward"), (True, "forward + backward")):
+        variants = {f"chunked, L={length}": functools.partial(
+            scan_call, SCANS["chunked"][0], *scan_inputs((1, length, d_inner, d_state), bench), backward) for length in lengths}
+        table(bench, f"cost per token, {direction}: B=1 D={d_inner} N={d_state}, {bench.dtype}", variants,
+              dict(zip(variants, lengths)))
+
+
+def plot(bench, sweep):
+    """Time and memory of forward + backward over L, as one picture."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot: it may look for a display
+    except ImportError:
+        return print("no plot: matplotlib is not installed")
+    figure, tables = Figure(figsize=(11, 4.5)), bench.results["tables"]
+    rows = [(table["shape"][1], row) for table in tables if table.get("shape") in sweep and table["direction"] != "forward"
+            for row in table["rows"]]
+    for axis, key, label in zip(figure.subplots(1, 2), ("median_s", "memory_mb"), ("seconds", "MB on top of the inputs")):
+        for name in dict.fromkeys(row["variant"] for _, row in rows):
+            points = sorted((length, row[key]) for length, row in rows if row["variant"] == name and row[key])
+            axis.loglog([length for length, _ in points], [value for _, value in points], "o-", label=name)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="L", ylabel=label)
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    batch, _, d_inner, d_state = sweep[0]
+    figure.suptitle(f"selective scan, forward + backward: B={batch} D={d_inner} N={d_state}, {bench.results['machine']['name']}")
+    figure.savefig(bench.cfg.plot, dpi=150, bbox_inches="tight")
+    print(f"wrote {bench.cfg.plot}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole models
+
+
+class GPT(nn.Module):
+    """The Transformer to compare with, nanoGPT's: learned positions, norms before, causal attention, an MLP 4 times as wide."""
+
+    def __init__(self, vocab_size, d_model, n_layer, block_size):
+        super().__init__()
+        self.n_head = d_model // 64 if d_model % 64 == 0 else 1
+        self.tokens, self.positions = nn.Embedding(vocab_size, d_model), nn.Embedding(block_size, d_model)
+        norm, linear = functools.partial(nn.LayerNorm, bias=False), functools.partial(nn.Linear, bias=False)
+        self.layers = nn.ModuleList(nn.ModuleDict({
+            "norm1": norm(d_model), "qkv": linear(d_model, 3 * d_model), "out": linear(d_model, d_model),
+            "norm2": norm(d_model), "up": linear(d_model, 4 * d_model), "down": linear(4 * d_model, d_model),
+        }) for _ in range(n_layer))
+        self.norm, self.head = norm(d_model), linear(d_model, vocab_size)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, idx):
+        x = self.tokens(idx) + self.positions.weight[:idx.shape[1]]
+        for layer in self.layers:
+            qkv = layer["qkv"](layer["norm1"](x)).unflatten(2, (3, self.n_head, -1))        # (B, L, 3, heads, d)
+            y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)  # (B, heads, L, d)
+            x = x + layer["out"](y.transpose(1, 2).flatten(2))
+            x = x + layer["down"](F.gelu(layer["up"](layer["norm2"](x))))
+        return self.head(self.norm(x))
+
+
+class Mambapy(nn.Module):
+    """mambapy's layers as a language model; its own one needs a package more."""
+
+    def __init__(self, vocab_size, d_model, n_layer):
+        super().__init__()
+        from mambapy.mamba import Mamba, MambaConfig, RMSNorm
+        self.embedding, self.layers = nn.Embedding(vocab_size, d_model), Mamba(MambaConfig(d_model=d_model, n_layers=n_layer))
+        self.norm, self.head = RMSNorm(d_model), nn.Linear(d_model, vocab_size, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, idx):
+        return self.head(self.norm(self.layers(self.embedding(idx))))
+
+    def generate(self, token, n):
+        c = self.layers.config
+        caches = [(None, self.head.weight.new_zeros(len(token), c.d_inner, c.d_conv - 1)) for _ in range(c.n_layers)]
+        for _ in range(n):
+            x, caches = self.layers.step(self.embedding(token), caches)
+            token = self.head(self.norm(x)).argmax(-1)
+
+
+def build(name, vocab_size, d_model, n_layer):
+    """The model of this package, of one size everywhere, with random weights."""
+    torch.manual_seed(0)
+    if name == "mambapy":
+        return Mambapy(vocab_size, d_model, n_layer)
+    if name == "transformers":
+        import transformers
+        transformers.logging.set_verbosity_error()
+        config = transformers.MambaConfig(vocab_size=vocab_size, hidden_size=d_model, num_hidden_layers=n_layer)
+        if hasattr(config, "use_mambapy"):      # its own loop takes 20 times longer to train
+            config.use_mambapy = importlib.util.find_spec("mambapy") is not None
+        return transformers.MambaForCausalLM(config)
+    return Mamba(MambaConfig(vocab_size=vocab_size, d_model=d_model, n_layer=n_layer))
+
+
+def training_step(bench, name, x, y, remarks):
+    """A call that does a whole step: forward, loss, backward, AdamW."""
+    cfg = bench.cfg
+    if name == "Transformer":   # a Mamba layer has 6 d_model^2 parameters, a Transformer's 12: half as many for the same size
+        model = GPT(cfg.vocab_size, cfg.d_model, max(1, cfg.n_layer // 2), cfg.block_size)
+    else:
+        model = build(name, cfg.vocab_size, cfg.d_model, cfg.n_layer)
+    remarks.append(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
+    model = model.to(bench.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    network = torch.compile(model) if name.endswith("compiled") else model
+
+    def step():
+        with autocast(bench.device, bench.dtype):
+            if name.startswith("ours"):
+                loss = network(x, y)[1]
+            else:
+                logits = network(x).logits if name == "transformers" else network(x)
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def train_suite(bench):
+    cfg, remarks = bench.cfg, []
+    tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=bench.device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    names = ["ours", *["ours, compiled"] * cfg.compile, *[name for name in bench.peers if name != "mamba_ssm"], "Transformer"]
+    variants = {name: functools.partial(training_step, bench, name, x, y, remarks) for name in names}
+    table(bench, f"training step: d_model {cfg.d_model}, {cfg.n_layer} layers, vocabulary {cfg.vocab_size}, "
+          f"B={cfg.batch_size} L={cfg.block_size}, {bench.dtype}", variants, dict.fromkeys(names, x.numel()), remarks=remarks)
+
+
+def generating(bench, name, shape, dtype):
+    """A call that generates cfg.new_tokens tokens, greedily, after one token."""
+    n, start = bench.cfg.new_tokens, torch.zeros(1, 1, dtype=torch.long, device=bench.device)
+    model = build(name, *shape).to(bench.device, getattr(torch, dtype)).eval()
+    if name == "transformers":
+        model.generation_config.eos_token_id = None     # random weights would end the text anywhere
+        return lambda: model.generate(start, max_new_tokens=n, do_sample=False, pad_token_id=0)
+    if name == "mambapy":
+        return torch.no_grad()(lambda: model.generate(start[:, 0], n))
+    return lambda: model.generate(start, n, temperature=0)
+
+
+def reading(bench, shape, step):
+    """A call that reads a prompt, `step` tokens at a time, up to the logits of the token after it."""
+    model = build("ours", *shape).to(bench.device, getattr(torch, bench.dtype)).eval()
+    prompt = torch.randint(shape[0], (1, bench.cfg.prompt), device=bench.device)
+
+    @torch.no_grad()
+    def call():
+        state = model.init_state(1)
+        for part in prompt.split(step, 1):
+            model(part, state=state, num_last_tokens=1)
+    return call
+
+
+def generate_suite(bench):
+    cfg, memory = bench.cfg, torch.ones(2 ** 26, device=bench.device)       # 256 MB: more than any cache holds
+    bandwidth = memory.numel() * 4 / min(clock(memory.sum, bench.device)[0] for _ in range(6))
+    del memory
+    for size, shape in {"small": (cfg.vocab_size, cfg.d_model, cfg.n_layer), "130m": (50280, 768, 24)}.items():
+        if cfg.size not in (size, "both"):
+            continue
+        with torch.device("meta"):
+            parameters = build("ours", *shape).num_params()
+        what = f"d_model {shape[1]}, {shape[2]} layers, vocabulary {shape[0]}, {parameters / 1e6:.2f}M parameters, {bench.dtype}"
+        names = {name: (name, bench.dtype) for name in ("ours", *bench.peers) if name != "mamba_ssm"}
+        names["ours, bfloat16"] = ("ours", "bfloat16")
+        read_s = {name: parameters * getattr(torch, dtype).itemsize / bandwidth for name, (_, dtype) in names.items()}
+        allowed = " and ".join(f"{1 / read_s[name]:,.0f} tokens/s as {names[name][1]}" for name in ("ours", "ours, bfloat16"))
+        remarks = [f"floor: {bandwidth / 1e9:.1f} GB/s read all weights once per token at {allowed} (more if a cache holds them)"]
+        table(bench, f"generation, batch 1: {what}",
+              {name: functools.partial(generating, bench, which, shape, dtype) for name, (which, dtype) in names.items()},
+              dict.fromkeys(names, cfg.new_tokens), floor={name: cfg.new_tokens * s for name, s in read_s.items()}, remarks=remarks)
+        variants = {"ours, by the scan": functools.partial(reading, bench, shape, mamba.PREFILL),
+                    "ours, token by token": functools.partial(reading, bench, shape, 1)}
+        table(bench, f"reading a prompt of {cfg.prompt:,} tokens: {what}", variants, dict.fromkeys(variants, cfg.prompt))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_sizes(name, text, count, example):
+    """4x1024x512x16,... as lists of `count` numbers."""
+    if not re.fullmatch("{0}(,{0})*".format("x".join([r"0*[1-9]\d*"] * count)), text):
+        raise Problem(f"--{name} takes {example}, not '{text}'")
+    return [[int(number) for number in part.split("x")] for part in text.split(",")]
+
+
+def machine_of(device):
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, TypeError):
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    return {"name": torch.cuda.get_device_name() if device.type == "cuda" else cpu, "cpu": cpu, "device": str(device),
+            "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+            "system": platform.platform(), "date": time.strftime("%Y-%m-%d %H:%M")}
+
+
+def main(cfg, given):
+    for name, choices in (("suite", ("scan", "train", "generate", "all")), ("size", ("small", "130m", "both"))):
+        if (value := getattr(cfg, name)) not in choices:
+            raise Problem(f"--{name} takes {', '.join(choices)}, not '{value}'" + nearest(value, choices))
+    for name in ("seconds", "memory_gb", "d_model", "n_layer", "vocab_size", "batch_size", "block_size", "new_tokens", "prompt"):
+        if getattr(cfg, name) <= 0:
+            raise Problem(f"--{name} must be above 0, not {getattr(cfg, name)}")
+    shapes = parse_sizes("shapes", cfg.shapes, 4, "BxLxDxN, as in 4x1024x512x16,1x4096x512x16")
+    lengths = cfg.lengths or ("256,1024,4096" if cfg.plot else "")
+    sweep = parse_sizes("lengths", lengths, 1, "lengths, as in 256,1024,4096") if lengths else []
+    sweep = [[shapes[0][0], length, *shapes[0][2:]] for length, in sweep]
+    device = pick_device(cfg.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    peers = [name for name in PEERS if importlib.util.find_spec(name) and (name != "mamba_ssm" or device.type == "cuda")]
+    machine = machine_of(device)
+    for name in peers:      # a peer that was copied here has no version
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            machine[name] = importlib.metadata.version(name)
+    bench = SimpleNamespace(cfg=cfg, device=device, dtype=pick_dtype(cfg.dtype, device), peers=peers,
+                            results={"machine": machine, "flags": asdict(cfg), "tables": []})
+    write(bench)    # now, not after minutes, it shows whether the file can be written
+    print(", ".join(f"{key} {value}" for key, value in machine.items() if key != "name"))
+    absent = [name for name in PEERS if name not in peers]
+    print(f"peers: {', '.join(peers) or 'none'}" + (f"; absent: {', '.join(absent)}" if absent else ""))
+
+    if cfg.suite in ("scan", "all"):
+        for shape in [*shapes, *(shape for shape in sweep if shape not in shapes)]:
+            scan_tables(bench, shape)
+        if cfg.longest >= 256:
+            cost_per_token(bench, shapes[0])
+        if cfg.plot:
+            plot(bench, sweep)
+    if cfg.suite in ("train", "all"):
+        train_suite(bench)
+    if cfg.suite in ("generate", "all"):
+        generate_suite(bench)
+    print(f"\nwrote {cfg.out}")
+
+
+if __name__ == "__main__":
+    run(main, Config)
