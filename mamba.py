@@ -428,11 +428,11 @@ class MambaBlock(nn.Module):
     def _apply(self, fn, recurse=True):
         # model.bfloat16() and .half() leave these in float32: rounding A or delta's bias changes how long the model
         # remembers by up to 1 %, at every step again
-        exact = (self.A_log, self.D, self.dt_proj.bias)
+        exact = [t for p in (self.A_log, self.D, self.dt_proj.bias) for t in (p, p.grad) if t is not None]
 
         def keep_exact(tensor):
             result = fn(tensor)
-            rounded = result.dtype in (torch.float16, torch.bfloat16) and any(tensor is p for p in exact)
+            rounded = result.dtype in (torch.float16, torch.bfloat16) and any(tensor is t for t in exact)
             return tensor.to(result.device) if rounded else result
         return super()._apply(keep_exact, recurse)
 
@@ -625,7 +625,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
                          f"not temperature={temperature}, top_k={top_k}, top_p={top_p}")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature     # at most 0: no temperature makes it overflow
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)

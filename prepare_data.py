@@ -44,10 +44,18 @@ class Problem(Exception):
 
 def run(main, Config):
     """Calls main(cfg, given) with the flags of the command line; a Problem ends it with one line and status 2."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")  # a console without a character still shows the others
     try:
         return main(*parse_flags(Config))
     except Problem as problem:
         message, status = str(problem), 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):  # how torch says it
+            raise
+        message, status = "not enough memory; try a smaller model, --batch_size or --block_size", 2
     except OSError as error:  # disk full, no permission, ...
         message, status = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part), 2
     except KeyboardInterrupt:
@@ -181,6 +189,11 @@ class BPETokenizer:
                 yield np.array(encoding.ids, np.int64)
 
     def encode(self, text):
+        """Tokens of a text; what is not valid Unicode is a Problem."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Problem("the text is not valid UTF-8") from None
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
@@ -328,6 +341,8 @@ def dataset_name(dataset, tokenizer="char", name=""):
         last = url.path.rstrip("/").split("/")[-1] or url.netloc.replace(":", "-")
     else:
         last = Path(dataset).resolve().name
+    if not last.removesuffix(".txt"):
+        raise Problem(f"'{dataset}' does not make a name for a folder; prepare it with prepare_data.py and a --name")
     return last.removesuffix(".txt") + ("" if tokenizer == "char" else f"-{Path(tokenizer).stem}")
 
 
@@ -404,8 +419,8 @@ def prepare(cfg, block_size=0):
     folder, downloads = Path(cfg.data_dir) / name, Path(cfg.data_dir) / "downloads"
     if Path(name).name != name or name == "..":
         raise Problem(f"--name takes the name of a folder, not '{name}'")
-    if cfg.tokenizer == "bpe" and import_tokenizers() and cfg.vocab_size < 257:
-        raise Problem(f"--vocab_size={cfg.vocab_size} is too small: 256 bytes and <|endoftext|> make 257")
+    if cfg.tokenizer == "bpe" and import_tokenizers() and not 257 <= cfg.vocab_size < 2 ** 31:
+        raise Problem(f"--vocab_size={cfg.vocab_size} must be at least 257 (256 bytes and <|endoftext|>) and below 2^31")
     tokenizer = None if cfg.tokenizer in ("char", "bpe") else open_tokenizer(cfg.tokenizer, downloads)
     sources, own_val = find_text(cfg.dataset, downloads)
 
@@ -449,6 +464,7 @@ def prepare(cfg, block_size=0):
     # Second pass: into a temporary folder, and into place only when all of it is on the disk. meta.json moves last, and
     # load_meta() sees by the sizes if a crash left the move half done.
     verb = "replaced" if (folder / "meta.json").exists() else "wrote"
+    ours = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -463,9 +479,9 @@ def prepare(cfg, block_size=0):
             for file in ("train.bin", "val.bin", "meta.json"):
                 os.replace(new / file, folder / file)
     finally:
-        for empty in (folder, folder.parent):  # after a failure; rmdir spares what holds a file
+        for path in ours:  # after a failure; rmdir spares what holds a file
             with contextlib.suppress(OSError):
-                empty.rmdir()
+                path.rmdir()
     print(f"{cfg.dataset}: {n:,} characters, {len(chars):,} different ones")
     print(f"tokens: {meta['train_tokens']:,} to train, {meta['val_tokens']:,} to validate, "
           f"vocabulary {tokenizer.vocab_size:,} ({dtype})")
@@ -479,6 +495,23 @@ def check_length(meta, block_size):
         if (n := meta[f"{part}_tokens"]) <= block_size:
             raise Problem(f"{meta['source']} has only {n} tokens in its {part} part, too few for --block_size={block_size}; "
                           f"give a longer text, or a --block_size below {n}")
+
+
+def is_prepared(folder, dataset):
+    """Whether folder holds the tokens of this dataset: of these bytes, if it is a file or a folder of them."""
+    if not (folder / "meta.json").exists():
+        return False
+    meta = load_meta(folder)
+    if dataset in DATASETS or is_url(dataset):
+        return meta["source"] == dataset
+    if not Path(dataset).exists():
+        return True  # the name of a folder that prepare_data.py made
+    digest = hashlib.sha256()
+    for path in find_text(dataset, None)[0]:
+        with open(path, "rb") as f:
+            while data := f.read(BLOCK):
+                digest.update(data)
+    return digest.hexdigest() == meta["sha256"]
 
 
 def write_tokens(path, parts, tokenizer, dtype, bar):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from mamba import sample, scan_method
+from mamba import SCAN_METHODS, sample, scan_method
 from prepare_data import Problem, flag, load_tokenizer, run
 from train import load_checkpoint, load_model, pick_device, pick_dtype
 
@@ -68,13 +68,16 @@ def as_text(tokenizer, tokens):
 
 
 def main(cfg, given):
-    sys.stdout.reconfigure(errors="replace")    # a console that lacks a character still shows the others
     if cfg.num_samples < 1 or cfg.max_new_tokens < 1:
         raise Problem("--num_samples and --max_new_tokens must be at least 1")
     try:
         sample(torch.zeros(1, 1), cfg.temperature, cfg.top_k, cfg.top_p)
     except ValueError as error:
         raise Problem(str(error)) from None
+    if cfg.scan not in SCAN_METHODS:
+        raise Problem(f"--scan takes {', '.join(SCAN_METHODS)}, not '{cfg.scan}'")
+    if not 0 <= (cfg.seed or 0) < 2 ** 63:
+        raise Problem(f"--seed must be at least 0 and below {2 ** 63}, not {cfg.seed}")
     out_dir = Path(cfg.out_dir) if cfg.out_dir else newest_run()
     checkpoint = load_checkpoint(*(out_dir / name for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt")))
     device = pick_device(cfg.device)
@@ -131,6 +134,9 @@ def chat(model, tokenizer, prompt, max_new_tokens, settings):
             line = input("> ")
         except (EOFError, KeyboardInterrupt):
             break
+        except UnicodeDecodeError as error:
+            print(f"that is not {error.encoding} text", file=sys.stderr)
+            continue
         if line == "/quit":
             break
         try:

@@ -1197,7 +1197,7 @@ def test_help(tmp_path):
     (["--tokenizer=bep"], ["unknown tokenizer 'bep'", "gpt-neox", "did you mean bpe?"]),
     (["--tokenizer=bad.json"], ["bad.json is not a tokenizer.json"]),
     (["--tokenizer=latin.txt"], ["latin.txt is not a tokenizer.json"]),
-    (["--tokenizer=bpe", "--vocab_size=256"], ["--vocab_size=256 is too small"]),
+    (["--tokenizer=bpe", "--vocab_size=256"], ["--vocab_size=256 must be at least 257"]),
     (["--dataset=good.txt", "--name=../x"], ["--name takes the name of a folder"]),
     (["--dataset=good.txt", "--name=.."], ["--name"]),
     (["--dataset=http://127.0.0.1:9/a.txt"], ["cannot download", "python train.py", "without network"]),

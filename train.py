@@ -19,6 +19,7 @@ import pickle
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from prepare_data import (
     check_length,
     dataset_name,
     flag,
+    is_prepared,
     load_meta,
     load_tokenizer,
     prepare,
@@ -164,7 +166,8 @@ def save_checkpoint(checkpoint, path, previous=None):
 
 
 # what torch.load raises for a file that is cut off, garbled or something else altogether
-UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, EOFError, AttributeError, pickle.UnpicklingError)
+UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, EOFError, AttributeError, pickle.UnpicklingError,
+              zipfile.BadZipFile)
 
 
 def load_checkpoint(*paths):
@@ -174,6 +177,9 @@ def load_checkpoint(*paths):
         if not path.exists():
             continue
         try:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                if archive.testzip():
+                    raise ValueError("a checksum is wrong")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(checkpoint, dict) or not {"model", "model_config", "meta", "step"} <= checkpoint.keys():
                 raise ValueError("it holds something else")
@@ -182,7 +188,7 @@ def load_checkpoint(*paths):
             continue
         for reason in reasons:
             print(f"{reason}; using {path}, of step {checkpoint['step']}", file=sys.stderr)
-        return checkpoint
+        return {**checkpoint, "path": path}
     raise Problem("; ".join(reasons) or f"no checkpoint at {paths[0]}; train one with: python train.py")
 
 
@@ -207,6 +213,9 @@ def settle(cfg, given, device):
     if cfg.init_from not in ("resume", "scratch"):
         raise Problem(f"--init_from takes resume or scratch, not '{cfg.init_from}'")
     out_dir = Path(cfg.out_dir or Path("out", dataset_name(cfg.dataset)))
+    here = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    if not (here.is_dir() and os.access(here, os.W_OK)):
+        raise Problem(f"cannot write into {here}; choose another --out_dir")
     checkpoint = None
     if cfg.init_from == "resume" and any((out_dir / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt")):
         checkpoint = load_checkpoint(out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt")
@@ -219,7 +228,7 @@ def settle(cfg, given, device):
             raise Problem(f"{out_dir} holds a model with " + ", ".join(f"{k} {before[k]}" for k in shape) +
                           f", not {', '.join(str(given[k]) for k in shape)}; start over with --init_from=scratch, or use "
                           "another --out_dir")
-        if "dataset" in changed:
+        if "dataset" in changed and dataset_name(cfg.dataset) != dataset_name(before["dataset"]):
             raise Problem(f"{out_dir} was trained on {before['dataset']}, not {cfg.dataset}; start over with "
                           "--init_from=scratch, or use another --out_dir")
         for k, (old, new) in changed.items():
@@ -235,10 +244,22 @@ def settle(cfg, given, device):
     for k in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "seed", "sample_tokens"):
         if (getattr(cfg, k) or 0) < 0:
             raise Problem(f"--{k} must not be negative: {getattr(cfg, k)}")
+    if cfg.seed >= 2 ** 31:
+        raise Problem(f"--seed must be below {2 ** 31}, not {cfg.seed}")
     for k in ("beta1", "beta2"):
         if not 0 <= getattr(cfg, k) < 1:
             raise Problem(f"--{k} must be at least 0 and below 1, not {getattr(cfg, k)}")
+    model_config(cfg)
+    if cfg.eval_only and not checkpoint:
+        raise Problem(f"--eval_only needs a checkpoint, and {out_dir} has none; train first, or give its --out_dir")
     return out_dir, cfg, checkpoint
+
+
+def model_config(cfg, **more):
+    try:
+        return MambaConfig(**{f.name: getattr(cfg, f.name) for f in fields(MambaConfig) if hasattr(cfg, f.name)}, **more)
+    except ValueError as error:
+        raise Problem(str(error)) from None
 
 
 def say(*words):
@@ -314,7 +335,7 @@ class Log:
         if path.exists():
             with open(path, newline="") as file:
                 rows = [row for row in list(csv.reader(file))[1:]
-                        if len(row) == len(self.COLUMNS) and int(row[0]) <= (evaluated if row[3] else step)]
+                        if len(row) == len(self.COLUMNS) and row[0].isdigit() and int(row[0]) <= (evaluated if row[3] else step)]
         unfinished = path.with_suffix(".csv.tmp")
         with open(unfinished, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([self.COLUMNS, *rows])
@@ -369,14 +390,9 @@ def main(cfg, given):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # the data
-    folder, file = Path(cfg.data_dir, dataset_name(cfg.dataset)), Path(cfg.dataset)
-    if master:
-        ready = (folder / "meta.json").exists()
-        if ready and file.is_file():    # not when the file is another one, or was changed since
-            ready = (load_meta(folder)["source"] == cfg.dataset
-                     and file.stat().st_mtime <= (folder / "meta.json").stat().st_mtime)
-        if not ready:
-            prepare(DataConfig(dataset=cfg.dataset, data_dir=cfg.data_dir), cfg.block_size)
+    folder = Path(cfg.data_dir, dataset_name(cfg.dataset))
+    if master and not is_prepared(folder, cfg.dataset):
+        prepare(DataConfig(dataset=cfg.dataset, data_dir=cfg.data_dir), cfg.block_size)
     if world > 1:
         dist.barrier()
     meta = load_meta(folder)
@@ -395,11 +411,7 @@ def main(cfg, given):
     if checkpoint:
         model = load_model(checkpoint, dropout=cfg.dropout, scan=cfg.scan).to(device)
     else:
-        try:
-            shape = {field.name: getattr(cfg, field.name) for field in fields(MambaConfig) if hasattr(cfg, field.name)}
-            model = Mamba(MambaConfig(vocab_size=meta["vocab_size"], **shape)).to(device)
-        except ValueError as error:
-            raise Problem(str(error)) from None
+        model = Mamba(model_config(cfg, vocab_size=meta["vocab_size"])).to(device)
     raw_model = model
     optimizer = model.configure_optimizers(cfg.learning_rate, cfg.weight_decay, (cfg.beta1, cfg.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
@@ -410,7 +422,8 @@ def main(cfg, given):
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group, value in zip(optimizer.param_groups, decay):     # the flags of today, not those in the checkpoint
             group.update(weight_decay=value, betas=(cfg.beta1, cfg.beta2))
-        scaler.load_state_dict(checkpoint["scaler"])
+        if scaler.is_enabled() and checkpoint["scaler"]:    # empty after steps in another dtype
+            scaler.load_state_dict(checkpoint["scaler"])
     by_char = meta["tokenizer"]["type"] == "char"
     unit = "bits per character" if by_char else "bits per byte"
     per_unit = (1 if by_char else meta["val_tokens"] / meta["val_bytes"]) / math.log(2)
@@ -443,14 +456,11 @@ def main(cfg, given):
     # the loop
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
-        if not checkpoint:
-            for name in ("ckpt.pt", "ckpt.prev.pt", "best.pt", "log.csv"):      # of the run that this one replaces
-                (out_dir / name).unlink(missing_ok=True)
         log = Log(out_dir / "log.csv", step, evaluated)
     bar = tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=None if master else True)
     tokens_per_step = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
     saved, speed, clock, clock_step = step, 0, time.perf_counter(), step
-    stop = Stop()
+    stop, newest = Stop(), checkpoint and checkpoint["path"] == out_dir / "ckpt.pt"
 
     def check(**values):
         if not all(math.isfinite(v) for v in values.values()):
@@ -465,7 +475,10 @@ def main(cfg, given):
                 save_checkpoint(state, out_dir / "best.pt")
             state.update(evaluated=evaluated, train_loss=train_loss, config=asdict(cfg),
                          optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            save_checkpoint(state, out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt")
+            # a damaged checkpoint, or one of the run that this one replaces, must not become the previous one
+            save_checkpoint(state, out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt" if newest else None)
+            if step == 0:
+                (out_dir / "ckpt.prev.pt").unlink(missing_ok=True)
         return step
 
     while True:
@@ -477,11 +490,14 @@ def main(cfg, given):
                 evaluated, better, best_loss = step, val_loss < best_loss, min(val_loss, best_loss)
                 if master:
                     log.row(step, step * tokens_per_step, train_loss, val_loss, learning_rate(max(step - 1, 0), cfg), speed)
-                saved = save()
+                saved, newest = save(), True
                 if master:
                     say(f"step {step}: val loss {val_loss:.4f} nats, {val_loss * per_unit:.3f} {unit}{', best' * better}")
                     say(a_sample(raw_model, tokenizer, val_data[:1].tolist(), cfg, dtype))
                 clock, clock_step = time.perf_counter(), step
+            if stop.agreed(world, device):
+                saved = save()
+                break
         if step >= cfg.max_iters:
             break
 
@@ -525,7 +541,8 @@ def main(cfg, given):
     if world > 1:
         dist.destroy_process_group()
     if stop and evaluated < cfg.max_iters:
-        say(f"stopped after step {step} of {cfg.max_iters}, saved in {out_dir}; the same command goes on from there")
+        say(f"stopped after step {step} of {cfg.max_iters}, saved in {out_dir}; the same command goes on from there"
+            + " (without --init_from=scratch)" * (cfg.init_from == "scratch"))
         sys.exit(128 + stop.signal)
     say(f"done: best val loss {best_loss:.4f}, in {out_dir}. Look with: python sample.py --out_dir={out_dir}")
 
