@@ -539,6 +539,8 @@ def main(cfg, given):
 
     bar.close()
     if world > 1:
+        model = loss = None     # what DDP holds must go before its group: the other way round it may wait forever
+        dist.barrier()
         dist.destroy_process_group()
     if stop and evaluated < cfg.max_iters:
         say(f"stopped after step {step} of {cfg.max_iters}, saved in {out_dir}; the same command goes on from there"
