@@ -699,6 +699,33 @@ def test_the_previous_checkpoint_is_used_if_the_newest_is_damaged(finished, corp
     assert_same_run(finished, corpus / "finished")
 
 
+def test_flipped_bytes_are_noticed(finished, corpus):
+    path = finished / "run" / "ckpt.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2:len(data) // 2 + 64] = b"A" * 64
+    path.write_bytes(data)
+    whole = (finished / "run" / "ckpt.prev.pt").read_bytes()
+    assert "damaged" in succeeded(script("train.py", *TINY, "--eval_only", cwd=finished)).stderr
+    result = succeeded(script("train.py", *TINY, "--max_iters=121", "--eval_interval=1000", cwd=finished))
+    assert "going on from step 120" in result.stdout
+    assert (finished / "run" / "ckpt.prev.pt").read_bytes() == whole    # the damaged one did not take its place
+
+
+def test_a_changed_text_is_prepared_again(work):
+    train_it = functools.partial(script, "train.py", *TINY, "--max_iters=1", "--init_from=scratch", cwd=work)
+    assert "wrote" in succeeded(train_it()).stdout
+    assert "wrote" not in succeeded(train_it()).stdout
+    (work / "words.txt").write_text("other words\n" * 500)
+    os.utime(work / "words.txt", (0, 0))
+    assert "replaced" in succeeded(train_it()).stdout
+
+
+def test_going_on_in_another_dtype(finished):
+    for steps, dtype in ((151, "bfloat16"), (152, "float16"), (153, "float32"), (154, "float16")):
+        succeeded(script("train.py", *TINY, f"--max_iters={steps}", f"--dtype={dtype}", cwd=finished))
+    assert steps_done(finished) == 154
+
+
 def test_accumulated_gradients_are_those_of_the_large_batch():
     torch.manual_seed(0)
     model, idx = small(), tokens(8, 20)
