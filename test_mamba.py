@@ -1380,7 +1380,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(prepare_data, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(mamba, "PAUSES", (0, 0, 0))
     server = Server()
     yield server
     server.shutdown()
@@ -1421,10 +1421,11 @@ def test_download_with_a_part_of_full_length(tmp_path, server, part):
 
 
 def test_download_problems(tmp_path, server):
-    for behaviour, more, words in [("missing", {}, "status 404"), ("toolong", {}, "cannot download"),
-                                   ("plain", {"sha256": "0" * 64}, "sha256 differs"), ("plain", {"size": 5}, "size")]:
+    for behaviour, more, error, words in [
+            ("missing", {}, FileNotFoundError, "status 404"), ("toolong", {}, prepare_data.Problem, "cannot download"),
+            ("plain", {"sha256": "0" * 64}, OSError, "sha256 differs"), ("plain", {"size": 5}, OSError, "size")]:
         path = tmp_path / behaviour
-        with pytest.raises(prepare_data.Problem, match=words):
+        with pytest.raises(error, match=words):
             prepare_data.download(f"{server.url}/{behaviour}", path, **more)
         assert not path.exists()
     assert sorted(os.listdir(tmp_path)) == ["toolong.part"]  # garbage is gone, a drop can go on
@@ -1433,11 +1434,11 @@ def test_download_problems(tmp_path, server):
 def test_hugging_face(tmp_path, server, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", "secret")
-    assert prepare_data.download(prepare_data.hugging_face("linked"), tmp_path / "good").read_bytes() == BODY
+    assert prepare_data.download("linked", tmp_path / "good").read_bytes() == BODY
     assert server.log[0][2] == "Bearer secret"
     server.files["etag"] = "1" * 64
-    with pytest.raises(prepare_data.Problem, match="sha256 differs"):
-        prepare_data.download(prepare_data.hugging_face("linked"), tmp_path / "bad")
+    with pytest.raises(OSError, match="sha256 differs"):
+        prepare_data.download("linked", tmp_path / "bad")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     prepare_data.download(server.url + "/plain", tmp_path / "elsewhere")
     assert server.log[-1][2] is None and sorted(os.listdir(tmp_path)) == ["elsewhere", "good"]
