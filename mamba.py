@@ -6,8 +6,8 @@ What is notable here:
 - the decay over a stretch is always exp(A * sum of delta), never a quotient of products: nothing overflows at any length
 - activations stay (batch, length, channels) from the embedding to the logits: no tensor is transposed in memory
 - a state makes every call continue where the last one ended: constant time and memory per generated token
-- parameter names are those of the released state-spaces/mamba-* weights, which go both ways: Mamba.from_pretrained
-  (which alone, and only to download, needs the packages requests and tqdm) and save_pretrained
+- parameter names are those of the released state-spaces/mamba-* weights, which Mamba.from_pretrained loads (a download
+  needs the packages requests and tqdm, nothing else does) and save_pretrained writes
 
 Glossary, with the paper's names:
     B (size)      batch                                L       length of the sequence
@@ -577,6 +577,7 @@ class Mamba(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     @classmethod
+    @torch.no_grad()
     def from_pretrained(cls, name_or_folder, device=None, dtype=None, cache_dir=None, **config_changes):
         """
         A trained model, in eval mode: from a folder (of save_pretrained, say) or by its name on Hugging Face, such as
@@ -586,7 +587,7 @@ class Mamba(nn.Module):
         dtype: of the weights, by default as in the file; what MambaBlock keeps in float32 is float32 in any case.
         config_changes: options of MambaConfig that leave the shapes alone: dropout=0.1, scan="sequential", ...
         Takes little more memory than the weights in their final type: they are read one by one.
-        ValueError: the config or the weights are not of such a model, or damaged. OSError: cannot be found or downloaded.
+        ValueError: the config or the weights are not of such a model, or damaged. OSError: not found, or no download.
         """
         name = os.fspath(name_or_folder)
         config = replace(_read_config(get_file(name, "config.json", cache_dir)), **config_changes)
@@ -599,7 +600,8 @@ class Mamba(nn.Module):
                 if key not in expected:
                     raise ValueError(f"{path} has a tensor {key}, which this model does not have")
                 if tensor.shape != expected[key].shape:
-                    raise ValueError(f"{path}: {key} is {tuple(tensor.shape)}, but {tuple(expected[key].shape)} by config.json")
+                    raise ValueError(f"{path}: {key} is {tuple(tensor.shape)}, and by its config.json "
+                                     f"{tuple(expected[key].shape)}")
                 kind = dtype or tensor.dtype
                 if key.endswith((".A_log", ".D", ".dt_proj.bias")):     # as in MambaBlock._apply
                     kind = torch.promote_types(kind, torch.float32)
@@ -609,7 +611,8 @@ class Mamba(nn.Module):
         if tied and not torch.equal(weights.setdefault("lm_head.weight", embedding), embedding):
             raise ValueError(f"{name}: lm_head.weight is not the embedding, but by config.json they are tied")
         if missing := sorted(expected.keys() - weights.keys()):
-            raise ValueError(f"{name} lacks {len(missing)} tensors of this model: {', '.join(missing[:3])} ...")
+            raise ValueError(f"{name} lacks {len(missing)} of this model's tensors: {', '.join(missing[:3])}"
+                             + ", ..." * (len(missing) > 3))
         model.load_state_dict(weights, assign=True)
         if config.tie_embeddings:
             model.lm_head.weight = model.backbone["embedding"].weight
@@ -618,12 +621,14 @@ class Mamba(nn.Module):
     def save_pretrained(self, folder):
         """
         Write config.json and pytorch_model.bin into folder, both whole or none, in the layout of the released weights:
-        from_pretrained, mamba_ssm and transformers read it. Tensors keep their types, the config all its options; those that
-        mamba_ssm does not know (norm_eps, dropout, scan) are written only if changed, because it refuses them.
+        from_pretrained and mamba_ssm read it, and transformers if it is given its config. Tensors keep their types, the
+        config keeps all options; mamba_ssm refuses those it does not know (norm_eps, dropout, scan), so they are written
+        only where they are not the default. OSError: the disk is full, ...
         """
         options, defaults = asdict(self.config), asdict(MambaConfig())
         config = {k: v for k, v in options.items() if k not in SSM_CFG and (k in ALWAYS_SAVED or v != defaults[k])}
-        config.update(ssm_cfg={k: options[k] for k in SSM_CFG}, rms_norm=True, residual_in_fp32=True, fused_add_norm=True)
+        config["ssm_cfg"] = {k: options[k] for k in SSM_CFG}
+        config.update(rms_norm=True, residual_in_fp32=True, fused_add_norm=True)
         weights = {key: tensor.cpu() for key, tensor in self.state_dict().items()}
         if self.config.tie_embeddings:      # one tensor in the file, wherever the model is
             weights["lm_head.weight"] = weights["backbone.embedding.weight"]
@@ -724,8 +729,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 SSM_CFG = ("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init_floor", "conv_bias", "bias")
 ALWAYS_SAVED = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
-TRANSFORMERS = {"vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "n_layer", "state_size": "d_state",
-                "conv_kernel": "d_conv", "expand": "expand", "time_step_rank": "dt_rank", "time_step_min": "dt_min",
+TRANSFORMERS = {"vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "n_layer", "expand": "expand",
+                "state_size": "d_state", "conv_kernel": "d_conv", "time_step_rank": "dt_rank", "time_step_min": "dt_min",
                 "time_step_max": "dt_max", "time_step_floor": "dt_init_floor", "use_conv_bias": "conv_bias",
                 "use_bias": "bias", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tie_embeddings"}
 # what a config.json may ask for, and the only answer that this model has
@@ -774,7 +779,7 @@ def _weight_files(name, cache_dir):
 
 
 def _read_weights(path):
-    """Yield (key, tensor) one by one from a .bin or .safetensors. A tensor is good until the next one is asked for."""
+    """Yield (key, tensor) one by one from a .bin or a .safetensors."""
     try:
         for key, tensor in (_read_safetensors if path.suffix == ".safetensors" else _read_bin)(path):
             if not tensor.is_floating_point():
@@ -787,7 +792,7 @@ def _read_weights(path):
 
 
 def _read_bin(path):
-    load = lambda: torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    load = lambda: torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
     weights, read = load(), 0
     for key in list(weights):
         if read > 2 ** 27:      # what has been read of a mapping stays in memory as long as it: begin another one
@@ -818,16 +823,16 @@ def _read_safetensors(path):
 def get_file(name, file, cache_dir=None, local=False):
     """
     The path of a file of a model, which is a folder or a name on Hugging Face such as state-spaces/mamba-130m. A name is
-    looked up in Hugging Face's cache (HF_HUB_CACHE, HF_HOME/hub, or ~/.cache/huggingface/hub) and in cache_dir/owner--name,
-    by default ~/.cache/mamba.py/owner--name; with local=False it is then downloaded to there, unless HF_HUB_OFFLINE is set.
-    FileNotFoundError: there is no such file. Other errors are those of download.
+    looked up in Hugging Face's cache (HF_HUB_CACHE, HF_HOME/hub, or ~/.cache/huggingface/hub) and in
+    cache_dir/owner--name (~/.cache/mamba.py/owner--name); unless local, it is then downloaded into the latter.
+    FileNotFoundError: there is no such file. ConnectionError: HF_HUB_OFFLINE is set. Others are those of download.
     """
     if Path(file).name != file:     # it may stand in an index.json from anywhere
         raise ValueError(f"{name}: '{file}' is not the name of a file")
     folder = Path(name)
     if not folder.is_dir():
-        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-            raise FileNotFoundError(f"there is no folder {name}; a name on Hugging Face reads like state-spaces/mamba-130m")
+        if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+            raise FileNotFoundError(f"there is no folder {name}, and a name on Hugging Face is like state-spaces/mamba-130m")
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface", "hub"))
         hub = hub.expanduser() / f"models--{name.replace('/', '--')}"
@@ -838,8 +843,8 @@ def get_file(name, file, cache_dir=None, local=False):
         folder = Path(cache_dir or cache / "mamba.py").expanduser() / name.replace("/", "--")
         if not (local or (folder / file).is_file()):
             if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-                raise ConnectionError(f"{file} of {name} is not on this machine, and HF_HUB_OFFLINE forbids to download it: "
-                                      "unset it, or give a folder that holds the files")
+                raise ConnectionError(f"{file} of {name} is not on this machine, and HF_HUB_OFFLINE forbids to download "
+                                      "it: unset that, or give a folder that holds the files")
             return download(f"{name}/resolve/main/{file}", folder / file)
     if not (folder / file).is_file():
         raise FileNotFoundError(f"{folder / file} is missing")
@@ -858,15 +863,15 @@ def download(url, path, size=None, sha256=None):
     OSError: another status, or contents that are not the expected.
     """
     import requests  # here, because nothing else in this file needs it
-    hub, token = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/") + "/", os.environ.get("HF_TOKEN")
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/") + "/"
     url, path = url if "://" in url else hub + url, Path(path)
     part = path.with_name(path.name + ".part")
     if path.exists() and sha256 in (None, _sha256_of(path)):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     headers = {"Accept-Encoding": "identity"}   # a compressed answer would fit neither the size nor the range
-    if url.startswith(hub) and token:
-        headers["Authorization"] = f"Bearer {token}"
+    if url.startswith(hub) and os.environ.get("HF_TOKEN"):
+        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
     expected = {"size": size, "sha256": sha256}
     for pause in (*PAUSES, None):
         try:
@@ -909,7 +914,7 @@ def _fetch(url, part, headers, expected):
         elif answer.status_code != 206 or int(start or 0) != have:
             kind = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}.get(answer.status_code, OSError)
             raise kind(f"{url}: status {answer.status_code} {answer.reason}"
-                       + " (a wrong name, or one that needs HF_TOKEN)" * (kind is PermissionError))
+                       + " (a wrong name, or it needs a login: HF_TOKEN on Hugging Face)" * (kind is PermissionError))
         total = int(total) if total else None
         print(f"downloading {url}")
         bar = tqdm(total=total, initial=have, desc=part.stem, unit="B", unit_scale=True, leave=False,

@@ -49,7 +49,7 @@ def newest_run():
 
 
 def load_pretrained(name, device, dtype, scan):
-    """The model and its tokenizer: the tokenizer.json beside the weights, else GPT-NeoX's, which released weights use."""
+    """The model and its tokenizer: the tokenizer.json beside the weights, else that of GPT-NeoX, as for all released."""
     with contextlib.redirect_stdout(sys.stderr):    # what a download says is not part of the text
         try:
             model = Mamba.from_pretrained(name, device, dtype, scan=scan)
@@ -61,8 +61,8 @@ def load_pretrained(name, device, dtype, scan):
             path = get_file("EleutherAI/gpt-neox-20b", "tokenizer.json")
     tokenizer = open_tokenizer(str(path), None)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise Problem(f"{path} has {tokenizer.vocab_size:,} tokens and {name} knows {model.config.vocab_size:,}: not its "
-                      "tokenizer; put its own tokenizer.json beside the weights")
+        raise Problem(f"{path} has {tokenizer.vocab_size:,} tokens and {name} knows {model.config.vocab_size:,}: "
+                      "put its own tokenizer.json beside the weights")
     return model, tokenizer
 
 

@@ -50,8 +50,8 @@ class Config:
     dataset: str = flag("pydoc", "what prepare_data.py takes as --dataset, or the name of a folder in data_dir")
     data_dir: str = flag("data", "folder of the prepared data")
     out_dir: str = flag("", "folder of the checkpoints; out/<dataset> by default")
-    init_from: str = flag("resume", "resume: go on if out_dir has a checkpoint; scratch: start over and replace it; a folder "
-                          "or name of released weights, such as state-spaces/mamba-130m: begin with those")
+    init_from: str = flag("resume", "resume: go on if out_dir has a checkpoint; scratch: start over and replace it; "
+                          "a folder or name of released weights, such as state-spaces/mamba-130m: begin with those")
     eval_only: bool = flag(False, "print the validation loss of the checkpoint, train nothing")
     # the model (None: by device, see PRESETS)
     d_model: int | None = flag(None, "width of the model")
@@ -208,16 +208,16 @@ def load_model(checkpoint, **changes):
 
 
 def load_pretrained(cfg, meta, device):
-    """The model of --init_from, to train on the data that meta describes. Problem: it cannot be, or the data does not fit."""
+    """The model of --init_from, for the data that meta describes. Problem: there is none, or the data does not fit."""
     try:
         model = Mamba.from_pretrained(cfg.init_from, device, torch.float32, dropout=cfg.dropout, scan=cfg.scan)
     except ValueError as error:
         raise Problem(f"--init_from={cfg.init_from}: {error}") from None
     config, tokens = model.config, f"{meta['tokenizer']['type']} tokenizer of {meta['vocab_size']:,}"
     if meta["vocab_size"] > config.vocab_size:
-        raise Problem(f"{cfg.init_from} has a vocabulary of {config.vocab_size:,}, too small for {meta['name']} with its {tokens}; "
-                      "released weights want data prepared with --tokenizer=gpt-neox")
-    say(f"beginning with the weights of {cfg.init_from}, whose vocabulary is {config.vocab_size:,}; the data has a {tokens}")
+        raise Problem(f"{cfg.init_from} has a vocabulary of {config.vocab_size:,}, too small for {meta['name']} with "
+                      f"its {tokens}; released weights want data prepared with --tokenizer=gpt-neox")
+    say(f"weights of {cfg.init_from}, whose vocabulary is {config.vocab_size:,}; the data has a {tokens}")
     if meta["vocab_size"] < config.vocab_size:  # the rows stay, but what this tokenizer cannot write is never predicted
         config.vocab_size, config.pad_vocab_size_multiple = meta["vocab_size"], len(model.lm_head.weight)
     return model.train()
