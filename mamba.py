@@ -6,7 +6,8 @@ What is notable here:
 - the decay over a stretch is always exp(A * sum of delta), never a quotient of products: nothing overflows at any length
 - activations stay (batch, length, channels) from the embedding to the logits: no tensor is transposed in memory
 - a state makes every call continue where the last one ended: constant time and memory per generated token
-- parameter names are those of the released state-spaces/mamba-* weights
+- parameter names are those of the released state-spaces/mamba-* weights, which Mamba.from_pretrained loads (a download
+  needs the packages requests and tqdm, nothing else does) and save_pretrained writes
 
 Glossary, with the paper's names:
     B (size)      batch                                L       length of the sequence
@@ -21,8 +22,18 @@ Glossary, with the paper's names:
 """
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import math
-from dataclasses import dataclass
+import os
+import pickle
+import re
+import struct
+import tempfile
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -569,6 +580,76 @@ class Mamba(nn.Module):
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
+    @classmethod
+    @torch.no_grad()
+    def from_pretrained(cls, name_or_folder, device=None, dtype=None, cache_dir=None, **config_changes):
+        """
+        A trained model, in eval mode: from a folder (of save_pretrained, say) or by its name on Hugging Face, such as
+        state-spaces/mamba-130m or state-spaces/mamba-130m-hf, in the layout of mamba_ssm or of transformers.
+        A name is looked up in Hugging Face's cache on this machine and in cache_dir, by default ~/.cache/mamba.py, into
+        which it is downloaded otherwise (see get_file, which names the variables of the environment that matter).
+        dtype: of the weights, by default as in the file; what MambaBlock keeps in float32 is float32 in any case.
+        config_changes: options of MambaConfig that leave the shapes alone: dropout=0.1, scan="sequential", ...
+        Takes little more memory than the weights in their final type: they are read one by one.
+        ValueError: the config or the weights are not of such a model, or damaged. OSError: not found, or no download.
+        """
+        name = os.fspath(name_or_folder)
+        config = replace(_read_config(get_file(name, "config.json", cache_dir)), **config_changes)
+        with torch.device("meta"):
+            model = cls(config)
+        expected, weights = model.state_dict(), {}
+        for path in _weight_files(name, cache_dir):
+            for key, tensor in _read_weights(path):
+                key = key.replace("backbone.embeddings.", "backbone.embedding.")    # as transformers calls it
+                if key not in expected:
+                    raise ValueError(f"{path} has a tensor {key}, which this model does not have")
+                if tensor.shape != expected[key].shape:
+                    raise ValueError(f"{path}: {key} is {tuple(tensor.shape)}, and by its config.json "
+                                     f"{tuple(expected[key].shape)}")
+                kind = dtype or tensor.dtype
+                if key.endswith((".A_log", ".D", ".dt_proj.bias")):     # as in MambaBlock._apply
+                    kind = torch.promote_types(kind, torch.float32)
+                weights[key] = torch.empty(tensor.shape, dtype=kind, device=device).copy_(tensor)
+        embedding = weights.get("backbone.embedding.weight")
+        tied = config.tie_embeddings and embedding is not None
+        if tied and not torch.equal(weights.setdefault("lm_head.weight", embedding), embedding):
+            raise ValueError(f"{name}: lm_head.weight is not the embedding, but by config.json they are tied")
+        if missing := sorted(expected.keys() - weights.keys()):
+            raise ValueError(f"{name} lacks {len(missing)} of this model's tensors: {', '.join(missing[:3])}"
+                             + ", ..." * (len(missing) > 3))
+        model.load_state_dict(weights, assign=True)
+        if config.tie_embeddings:
+            model.lm_head.weight = model.backbone["embedding"].weight
+        return model.eval()
+
+    def save_pretrained(self, folder):
+        """
+        Write config.json and pytorch_model.bin into folder, both whole or none, in the layout of the released weights:
+        from_pretrained and mamba_ssm read it, and transformers if it is given its config. Tensors keep their types, the
+        config keeps all options; mamba_ssm refuses those it does not know (norm_eps, dropout, scan), so they are written
+        only where they are not the default. OSError: the disk is full, ...
+        """
+        options, defaults = asdict(self.config), asdict(MambaConfig())
+        config = {k: v for k, v in options.items() if k not in SSM_CFG and (k in ALWAYS_SAVED or v != defaults[k])}
+        config["ssm_cfg"] = {k: options[k] for k in SSM_CFG}
+        config.update(rms_norm=True, residual_in_fp32=True, fused_add_norm=True)
+        weights = {key: tensor.cpu() for key, tensor in self.state_dict().items()}
+        if self.config.tie_embeddings:      # one tensor in the file, wherever the model is
+            weights["lm_head.weight"] = weights["backbone.embedding.weight"]
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            Path(unfinished, "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            with open(Path(unfinished, "pytorch_model.bin"), "wb") as file:
+                try:
+                    torch.save(weights, file)
+                except RuntimeError as error:       # torch's way to report a full disk
+                    raise OSError(f"could not write {folder / 'pytorch_model.bin'}: {error}") from None
+                file.flush()
+                os.fsync(file.fileno())
+            for name in ("pytorch_model.bin", "config.json"):
+                os.replace(Path(unfinished, name), folder / name)
+
     @torch.no_grad()
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, state=None):
         """
@@ -644,3 +725,213 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     noise = torch.empty(probs.shape, device=generator.device if generator else probs.device)
     noise = noise.exponential_(generator=generator).clamp_(min=1e-20)
     return (probs / noise.to(probs.device)).argmax(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading and saving: what from_pretrained and save_pretrained rest on
+
+
+SSM_CFG = ("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init_floor", "conv_bias", "bias")
+ALWAYS_SAVED = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
+TRANSFORMERS = {"vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "n_layer", "expand": "expand",
+                "state_size": "d_state", "conv_kernel": "d_conv", "time_step_rank": "dt_rank", "time_step_min": "dt_min",
+                "time_step_max": "dt_max", "time_step_floor": "dt_init_floor", "use_conv_bias": "conv_bias",
+                "use_bias": "bias", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tie_embeddings"}
+# what a config.json may ask for, and the only answer that this model has
+ONLY = {"model_type": "mamba", "hidden_act": "silu", "rms_norm": True, "attn_layer_idx": [], "layer": "Mamba1"}
+WEIGHTS = ("pytorch_model.bin", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _read_config(path):
+    """The MambaConfig of a config.json in the layout of mamba_ssm or of transformers."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = saved if isinstance(saved, dict) else {}
+        ssm_cfg = saved.get("ssm_cfg") or {}
+        found = {**saved, **ssm_cfg}
+        for key, only in ONLY.items():
+            if found.get(key) not in (only, None):
+                raise ValueError(f"{key} is {found[key]!r}; this model can only do {only!r}")
+        if "hidden_size" in saved:      # transformers' embedding has a row for each token and no more
+            found = {ours: saved[theirs] for theirs, ours in TRANSFORMERS.items() if theirs in saved}
+            found["pad_vocab_size_multiple"] = 1
+        elif unknown := ssm_cfg.keys() - {*SSM_CFG, "layer", "dt_init", "dt_scale", "use_fast_path"}:
+            raise ValueError(f"this model does not know the option {unknown.pop()} in ssm_cfg")
+        if missing := {"vocab_size", "d_model", "n_layer"} - found.keys():
+            raise ValueError(f"not the config of a Mamba: it has no {', '.join(sorted(missing))}")
+        return MambaConfig(**{field.name: found[field.name] for field in fields(MambaConfig) if field.name in found})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _weight_files(name, cache_dir):
+    """Paths of the files that hold the weights of a model: those on this machine, else downloaded."""
+    for local, file in itertools.product((True, False), WEIGHTS):
+        try:
+            path = get_file(name, file, cache_dir, local)
+        except FileNotFoundError:       # a model has one of WEIGHTS
+            continue
+        if path.suffix != ".json":
+            return [path]
+        try:
+            shards = {str(shard) for shard in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ValueError(f"{path} is not an index of weights") from None
+        return [get_file(name, shard, cache_dir) for shard in sorted(shards)]
+    raise FileNotFoundError(f"{name} has no weights: none of {', '.join(WEIGHTS)}")
+
+
+def _read_weights(path):
+    """Yield (key, tensor) one by one from a .bin or a .safetensors."""
+    try:
+        for key, tensor in (_read_safetensors if path.suffix == ".safetensors" else _read_bin)(path):
+            if not tensor.is_floating_point():
+                raise ValueError(f"{key} is {tensor.dtype}")
+            yield key, tensor
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, struct.error,
+            pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(f"{path} is damaged or not a file of weights ({type(error).__name__}: {reason})") from None
+
+
+def _read_bin(path):
+    load = lambda: torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+    weights, read = load(), 0
+    for key in list(weights):
+        if read > 2 ** 27:      # what has been read of a mapping stays in memory as long as it: begin another one
+            weights, read = load(), 0
+        yield key, weights[key]
+        read += weights[key].nbytes
+
+
+def _read_safetensors(path):
+    """Its format: the length of the header in 8 bytes, the header in JSON, and the tensors, row by row."""
+    with open(path, "rb") as file:
+        size = path.stat().st_size
+        start = 8 + struct.unpack("<Q", file.read(8))[0]
+        if start > size:
+            raise ValueError("cut off")
+        for key, about in json.loads(file.read(start - 8)).items():
+            if key == "__metadata__":
+                continue
+            begin, end = about["data_offsets"]
+            if not 0 <= begin < end <= size - start:
+                raise ValueError("cut off")
+            data = bytearray(end - begin)
+            file.seek(start + begin)
+            file.readinto(data)
+            yield key, torch.frombuffer(data, dtype=SAFETENSORS[about["dtype"]]).reshape(about["shape"])
+
+
+def get_file(name, file, cache_dir=None, local=False):
+    """
+    The path of a file of a model, which is a folder or a name on Hugging Face such as state-spaces/mamba-130m. A name is
+    looked up in Hugging Face's cache (HF_HUB_CACHE, HF_HOME/hub, or ~/.cache/huggingface/hub) and in
+    cache_dir/owner--name (~/.cache/mamba.py/owner--name); unless local, it is then downloaded into the latter.
+    FileNotFoundError: there is no such file. ConnectionError: HF_HUB_OFFLINE is set. Others are those of download.
+    """
+    if Path(file).name != file:     # it may stand in an index.json from anywhere
+        raise ValueError(f"{name}: '{file}' is not the name of a file")
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+            raise FileNotFoundError(f"there is no folder {name}, and a name on Hugging Face is like state-spaces/mamba-130m")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface", "hub"))
+        hub = hub.expanduser() / f"models--{name.replace('/', '--')}"
+        if (hub / "refs" / "main").is_file():
+            path = hub / "snapshots" / (hub / "refs" / "main").read_text().strip() / file
+            if path.is_file():
+                return path
+        folder = Path(cache_dir or cache / "mamba.py").expanduser() / name.replace("/", "--")
+        if not (local or (folder / file).is_file()):
+            if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+                raise ConnectionError(f"{file} of {name} is not on this machine, and HF_HUB_OFFLINE forbids to download "
+                                      "it: unset that, or give a folder that holds the files")
+            return download(f"{name}/resolve/main/{file}", folder / file)
+    if not (folder / file).is_file():
+        raise FileNotFoundError(f"{folder / file} is missing")
+    return folder / file
+
+
+PAUSES = (1, 2, 4)  # seconds before a dropped download goes on
+
+
+def download(url, path, size=None, sha256=None):
+    """
+    Fetch url to path, unless it is there already, and return path. It grows as path.part, from which a later call
+    goes on, and gets its name only when size and sha256 are right, as far as they are known or the server tells them.
+    url: with http(s)://, or a path on Hugging Face such as owner/name/resolve/main/file (see HF_ENDPOINT and HF_TOKEN).
+    ConnectionError: no network, or it keeps dropping. FileNotFoundError: status 404. PermissionError: 401 or 403.
+    OSError: another status, or contents that are not the expected.
+    """
+    import requests  # here, because nothing else in this file needs it
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/") + "/"
+    url, path = url if "://" in url else hub + url, Path(path)
+    part = path.with_name(path.name + ".part")
+    if path.exists() and sha256 in (None, _sha256_of(path)):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    headers = {"Accept-Encoding": "identity"}   # a compressed answer would fit neither the size nor the range
+    if url.startswith(hub) and os.environ.get("HF_TOKEN"):
+        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
+    expected = {"size": size, "sha256": sha256}
+    for pause in (*PAUSES, None):
+        try:
+            if _fetch(url, part, headers, expected):
+                break
+            reason = "the connection dropped"
+        except requests.RequestException as error:
+            reason = type(error).__name__
+            if isinstance(error, requests.ConnectionError) and not part.exists():
+                pause = None    # no network: waiting for it helps nobody
+        if pause is None:
+            raise ConnectionError(f"cannot download {url} ({reason}); the same command goes on where it stopped")
+        time.sleep(pause)
+    size = part.stat().st_size
+    if expected["size"] not in (None, size) or expected["sha256"] not in (None, _sha256_of(part)):
+        part.unlink()
+        raise OSError(f"{url} is not what it should be (size or sha256 differs, {size:,} bytes came); nothing was kept")
+    os.replace(part, path)
+    return path
+
+
+def _fetch(url, part, headers, expected):
+    """One attempt to get the rest of part. Returns whether it is whole; adds to expected what the server tells."""
+    import requests
+    from tqdm import tqdm
+    have = part.stat().st_size if part.exists() else 0
+    headers = {**headers, "Range": f"bytes={have}-"} if have else headers
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as answer:
+        for response in (*answer.history, answer):  # Hugging Face describes a large file where it redirects
+            etag = re.fullmatch('"?([0-9a-f]{64})"?', response.headers.get("X-Linked-Etag", ""))
+            expected["sha256"] = expected["sha256"] or (etag and etag[1])
+            expected["size"] = expected["size"] or int(response.headers.get("X-Linked-Size", 0)) or None
+        start, total = re.match(r"(?:bytes (?:(\d+)-\d+|\*)/(\d+))?", answer.headers.get("Content-Range", "")).groups()
+        if answer.status_code == 416 and have:
+            if int(total or 0) != have:
+                part.unlink()   # what is there now is not the file that this part came from: start over
+            return int(total or 0) == have
+        if answer.status_code == 200:   # the whole file: this server may not know Range
+            have, total = 0, answer.headers.get("Content-Length")
+        elif answer.status_code != 206 or int(start or 0) != have:
+            kind = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}.get(answer.status_code, OSError)
+            raise kind(f"{url}: status {answer.status_code} {answer.reason}"
+                       + " (a wrong name, or it needs a login: HF_TOKEN on Hugging Face)" * (kind is PermissionError))
+        total = int(total) if total else None
+        print(f"downloading {url}")
+        bar = tqdm(total=total, initial=have, desc=part.stem, unit="B", unit_scale=True, leave=False,
+                   disable=None if total is None or total > 4e6 else True)      # None: only if it is not a terminal
+        with open(part, "ab" if have else "wb") as file, bar:
+            for chunk in answer.iter_content(2 ** 16):
+                bar.update(file.write(chunk))
+    return total in (None, part.stat().st_size)
+
+
+def _sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(2 ** 20):
+            digest.update(data)
+    return digest.hexdigest()

@@ -24,18 +24,15 @@ import os
 import re
 import sys
 import tempfile
-import time
 import urllib.parse
 from pathlib import Path
 
 import numpy as np
-import requests
 from tqdm import tqdm
 
 BLOCK = 1 << 20  # bytes read at a time
 PIECE = 1 << 15  # characters that BPE encodes at a time; 16 pieces go to all cores at once
 LONGEST = 1 << 18  # BPE cuts a stretch longer than this wherever it stands
-PAUSES = (1, 2, 4)  # seconds before a dropped download goes on
 
 
 class Problem(Exception):
@@ -242,79 +239,13 @@ def load_tokenizer(saved):
     return BPETokenizer(saved["json"])
 
 
-def hugging_face(path=""):
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/") + "/" + path
-
-
 def download(url, path, size=None, sha256=None):
-    """
-    Fetches url to path, unless it is there already, and returns path. It grows as path.part, from which a later call
-    goes on, and gets its name only when size and sha256 are right, as far as they are known or the server tells them.
-    Problem: no network, an error status, a connection that keeps dropping, or contents that are not the expected.
-    """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    if path.exists() and sha256 in (None, sha256_of(path)):
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"downloading {url}")
-    expected = {"size": size, "sha256": sha256}
-    for pause in (*PAUSES, None):
-        try:
-            if fetch(url, part, expected):
-                break
-            reason = "the connection dropped"
-        except requests.RequestException as error:
-            reason = type(error).__name__
-            if isinstance(error, requests.ConnectionError) and not part.exists():
-                pause = None  # no network: waiting for it helps nobody
-        if pause is None:
-            raise Problem(f"cannot download {url} ({reason}); the same command goes on where it stopped, and "
-                          "`python train.py` works without network on the built-in pydoc data")
-        time.sleep(pause)
-    size = part.stat().st_size
-    if expected["size"] not in (None, size) or expected["sha256"] not in (None, sha256_of(part)):
-        part.unlink()
-        raise Problem(f"{url} is not what it should be (size or sha256 differs, {size:,} bytes came); nothing was kept")
-    os.replace(part, path)
-    return path
-
-
-def fetch(url, part, expected):
-    """One attempt to get the rest of part. Returns whether it is whole; adds to expected what the server tells."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"}  # a compressed answer would fit neither the size nor the range
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    if url.startswith(hugging_face()) and os.environ.get("HF_TOKEN"):
-        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
-    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as answer:
-        for response in (*answer.history, answer):  # Hugging Face describes a large file where it redirects
-            etag = re.fullmatch('"?([0-9a-f]{64})"?', response.headers.get("X-Linked-Etag", ""))
-            expected["sha256"] = expected["sha256"] or (etag and etag[1])
-            expected["size"] = expected["size"] or int(response.headers.get("X-Linked-Size", 0)) or None
-        start, total = re.match(r"(?:bytes (?:(\d+)-\d+|\*)/(\d+))?", answer.headers.get("Content-Range", "")).groups()
-        if answer.status_code == 416 and have:
-            if int(total or 0) != have:
-                part.unlink()  # what is there now is not the file that this part came from: start over
-            return int(total or 0) == have
-        if answer.status_code == 200:  # the whole file: this server may not know Range
-            have, total = 0, answer.headers.get("Content-Length")
-        elif answer.status_code != 206 or int(start or 0) != have:
-            raise Problem(f"{url}: status {answer.status_code} {answer.reason}")
-        total = int(total) if total else None
-        with open(part, "ab" if have else "wb") as f, progress(total, part.stem, have) as bar:
-            for chunk in answer.iter_content(1 << 16):
-                bar.update(f.write(chunk))
-    return total in (None, part.stat().st_size)
-
-
-def sha256_of(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while data := f.read(BLOCK):
-            digest.update(data)
-    return digest.hexdigest()
+    """mamba.download, imported only where it is needed because it brings torch along. Problem: no network."""
+    from mamba import download
+    try:
+        return download(url, path, size, sha256)
+    except ConnectionError as error:
+        raise Problem(f"{error}, and `python train.py` works without network on the built-in pydoc data") from None
 
 
 def progress(total, what, done=0):
@@ -367,7 +298,7 @@ def find_text(dataset, downloads):
         return [(story[1].strip() + "\n").encode()], None
     if dataset == "tinystories":
         files = [f"TinyStories-{part}.txt" for part in ("train", "valid")]
-        base = hugging_face("datasets/roneneldan/TinyStories/resolve/main/")
+        base = "datasets/roneneldan/TinyStories/resolve/main/"
         return tuple([download(base + file, downloads / file)] for file in files)
     if is_url(dataset):  # the hash keeps apart two URLs that end alike
         file = f"{dataset_name(dataset)}-{hashlib.sha256(dataset.encode()).hexdigest()[:8]}.txt"
@@ -530,7 +461,7 @@ def open_tokenizer(tokenizer, downloads):
     path = Path(tokenizer)
     if tokenizer == "gpt-neox":
         path = downloads / "gpt-neox.json"
-        download(hugging_face("EleutherAI/gpt-neox-20b/resolve/main/tokenizer.json"), path)
+        download("EleutherAI/gpt-neox-20b/resolve/main/tokenizer.json", path)
     elif not path.is_file():
         raise Problem(f"unknown tokenizer '{tokenizer}': it is char, bpe, gpt-neox or the path of a tokenizer.json"
                       + nearest(tokenizer, ("char", "bpe", "gpt-neox")))

@@ -1,14 +1,16 @@
 """
-Writes text with a model that train.py has trained. Needs nothing but its checkpoint.
+Writes text with a model that train.py has trained, or with released weights. Needs nothing but its checkpoint.
 
 python sample.py                                        # the newest model under out/
 python sample.py --start="ROMEO:" --temperature=0.7
 python sample.py --out_dir=out/shakespeare --num_samples=3 --top_k=20 --seed=1
 python sample.py --start=FILE:prompt.txt --max_new_tokens=2000
 python sample.py --interactive                          # write in turns; the model remembers all of it
+python sample.py --pretrained=state-spaces/mamba-130m --start="The capital of France is"
 """
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -17,14 +19,15 @@ from pathlib import Path
 
 import torch
 
-from mamba import SCAN_METHODS, sample, scan_method
-from prepare_data import Problem, flag, load_tokenizer, run
+from mamba import SCAN_METHODS, Mamba, get_file, sample, scan_method
+from prepare_data import Problem, flag, load_tokenizer, open_tokenizer, run
 from train import load_checkpoint, load_model, pick_device, pick_dtype
 
 
 @dataclass
 class Config:
     out_dir: str = flag("", "folder of the run; the newest under out/ by default")
+    pretrained: str = flag("", "released weights instead: a folder, or a name such as state-spaces/mamba-130m")
     start: str = flag("", "text to continue, or FILE:path; by default the model begins a text")
     num_samples: int = flag(1, "texts to write")
     max_new_tokens: int = flag(500, "length of each (of each answer with --interactive)")
@@ -43,6 +46,24 @@ def newest_run():
     if not checkpoints:
         raise Problem("there is no model under out/; train one with: python train.py")
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+
+
+def load_pretrained(name, device, dtype, scan):
+    """The model and its tokenizer: the tokenizer.json beside the weights, else that of GPT-NeoX, as for all released."""
+    with contextlib.redirect_stdout(sys.stderr):    # what a download says is not part of the text
+        try:
+            model = Mamba.from_pretrained(name, device, dtype, scan=scan)
+        except ValueError as error:
+            raise Problem(f"--pretrained={name}: {error}") from None
+        try:
+            path = get_file(name, "tokenizer.json", local=True)
+        except FileNotFoundError:
+            path = get_file("EleutherAI/gpt-neox-20b", "tokenizer.json")
+    tokenizer = open_tokenizer(str(path), None)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise Problem(f"{path} has {tokenizer.vocab_size:,} tokens and {name} knows {model.config.vocab_size:,}: "
+                      "put its own tokenizer.json beside the weights")
+    return model, tokenizer
 
 
 def prompt_of(start):
@@ -78,18 +99,25 @@ def main(cfg, given):
         raise Problem(f"--scan takes {', '.join(SCAN_METHODS)}, not '{cfg.scan}'")
     if not 0 <= (cfg.seed or 0) < 2 ** 63:
         raise Problem(f"--seed must be at least 0 and below {2 ** 63}, not {cfg.seed}")
-    out_dir = Path(cfg.out_dir) if cfg.out_dir else newest_run()
-    checkpoint = load_checkpoint(*(out_dir / name for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt")))
+    if cfg.out_dir and cfg.pretrained:
+        raise Problem("--out_dir and --pretrained are two models; give one of them")
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
-    model = load_model(checkpoint, scan=cfg.scan).to(device, getattr(torch, dtype)).eval()
-    tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
+    if cfg.pretrained:
+        source = cfg.pretrained
+        model, tokenizer = load_pretrained(source, device, getattr(torch, dtype), cfg.scan)
+    else:
+        out_dir = Path(cfg.out_dir) if cfg.out_dir else newest_run()
+        checkpoint = load_checkpoint(*(out_dir / name for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt")))
+        source = f"{out_dir}, step {checkpoint['step']}"
+        model = load_model(checkpoint, scan=cfg.scan).to(device, getattr(torch, dtype)).eval()
+        tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
     start = prompt_of(cfg.start)
     prompt = tokenizer.encode(start) if start else []
     seed = torch.seed() % 2 ** 32 if cfg.seed is None else cfg.seed
     generator = torch.Generator().manual_seed(seed)
     settings = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "generator": generator}
-    print(f"{out_dir}, step {checkpoint['step']}: {model.num_params() / 1e6:.2f}M parameters; {device}, {dtype}, "
+    print(f"{source}: {model.num_params() / 1e6:.2f}M parameters; {device}, {dtype}, "
           f"scan {scan_method(cfg.scan)}, seed {seed}", file=sys.stderr)
     if cfg.interactive:
         chat(model, tokenizer, prompt, cfg.max_new_tokens, settings)

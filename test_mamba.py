@@ -10,6 +10,7 @@ import csv
 import functools
 import hashlib
 import http.server
+import io
 import itertools
 import json
 import math
@@ -1328,11 +1329,12 @@ SHA = hashlib.sha256(BODY).hexdigest()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers /<behaviour>/anything; .log holds (path, Range, Authorization) of each request."""
+    """Answers /<behaviour>/anything, of state-spaces only what is in .files; .log holds (path, Range, Authorization) of
+    each request."""
     daemon_threads = True
 
     def __init__(self):
-        self.log, self.drops, self.files = [], 0, {}
+        self.log, self.drops, self.files, self.headers = [], 0, {}, {}
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -1350,8 +1352,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.log.append((self.path, wanted, self.headers.get("Authorization")))
         behaviour = self.path.split("/")[1]
         body = server.files.get(self.path, BODY)
-        start, status, headers = 0, 200, {}
-        if behaviour == "missing":
+        start, status, headers = 0, 200, dict(server.headers)
+        if behaviour == "missing" or behaviour == "state-spaces" and self.path not in server.files:
             return self.send_error(404)
         if behaviour == "linked":  # as Hugging Face: size and hash stand on the redirect
             self.send_response(302)
@@ -1362,9 +1364,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.end_headers()
         if wanted and behaviour != "norange":
             start = int(wanted[6:-1])
-            status, headers = 206, {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
+            status, headers["Content-Range"] = 206, f"bytes {start}-{len(body) - 1}/{len(body)}"
             if start >= len(body):
-                status, headers = 416, {"Content-Range": f"bytes */{len(body)}"}
+                status, headers["Content-Range"] = 416, f"bytes */{len(body)}"
         data = body[start:]
         end = len(data)
         if server.drops > 0 and status < 300:
@@ -1380,7 +1382,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(prepare_data, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(mamba, "PAUSES", (0, 0, 0))
     server = Server()
     yield server
     server.shutdown()
@@ -1421,10 +1423,11 @@ def test_download_with_a_part_of_full_length(tmp_path, server, part):
 
 
 def test_download_problems(tmp_path, server):
-    for behaviour, more, words in [("missing", {}, "status 404"), ("toolong", {}, "cannot download"),
-                                   ("plain", {"sha256": "0" * 64}, "sha256 differs"), ("plain", {"size": 5}, "size")]:
+    for behaviour, more, error, words in [
+            ("missing", {}, FileNotFoundError, "status 404"), ("toolong", {}, prepare_data.Problem, "cannot download"),
+            ("plain", {"sha256": "0" * 64}, OSError, "sha256 differs"), ("plain", {"size": 5}, OSError, "size")]:
         path = tmp_path / behaviour
-        with pytest.raises(prepare_data.Problem, match=words):
+        with pytest.raises(error, match=words):
             prepare_data.download(f"{server.url}/{behaviour}", path, **more)
         assert not path.exists()
     assert sorted(os.listdir(tmp_path)) == ["toolong.part"]  # garbage is gone, a drop can go on
@@ -1433,11 +1436,11 @@ def test_download_problems(tmp_path, server):
 def test_hugging_face(tmp_path, server, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", "secret")
-    assert prepare_data.download(prepare_data.hugging_face("linked"), tmp_path / "good").read_bytes() == BODY
+    assert prepare_data.download("linked", tmp_path / "good").read_bytes() == BODY
     assert server.log[0][2] == "Bearer secret"
     server.files["etag"] = "1" * 64
-    with pytest.raises(prepare_data.Problem, match="sha256 differs"):
-        prepare_data.download(prepare_data.hugging_face("linked"), tmp_path / "bad")
+    with pytest.raises(OSError, match="sha256 differs"):
+        prepare_data.download("linked", tmp_path / "bad")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     prepare_data.download(server.url + "/plain", tmp_path / "elsewhere")
     assert server.log[-1][2] is None and sorted(os.listdir(tmp_path)) == ["elsewhere", "good"]
@@ -1536,3 +1539,358 @@ def test_bench_refuses_bad_flags_in_one_line(flag, tmp_path, monkeypatch, capsys
         prepare_data.run(bench.main, bench.Config)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and flag.split("=")[0] in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pretrained weights
+
+
+LAYOUTS = ("mamba_ssm", "mamba_ssm, padded", "hf", "hf, shards", "hf, .bin shards")
+NAME = "state-spaces/mamba-tiny"
+
+
+def lively(**changes):
+    """A model whose every weight matters."""
+    model = small(**changes).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2) if p.dim() > 1 else torch.nn.init.uniform_(p, -2, 0.5)
+    return model
+
+
+def released(model, layout="mamba_ssm"):
+    """{name: bytes} of the files that released weights of this model would have."""
+    c, files = model.config, {}
+    if layout.startswith("mamba_ssm"):
+        vocab_size = c.padded_vocab_size if "padded" in layout else c.vocab_size
+        config = {"d_model": c.d_model, "n_layer": c.n_layer, "vocab_size": vocab_size, "ssm_cfg": {}, "rms_norm": True,
+                  "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8}
+        torch.save(model.state_dict(), data := io.BytesIO())
+        return {"config.json": json.dumps(config).encode(), "pytorch_model.bin": data.getvalue()}
+    config = {"architectures": ["MambaForCausalLM"], "bos_token_id": 0, "conv_kernel": 4, "d_inner": c.d_inner,
+              "d_model": c.d_model, "eos_token_id": 0, "expand": 2, "fused_add_norm": True, "hidden_act": "silu",
+              "hidden_size": c.d_model, "initializer_range": 0.1, "intermediate_size": c.d_inner,
+              "layer_norm_epsilon": 1e-05, "model_type": "mamba", "n_layer": c.n_layer, "num_hidden_layers": c.n_layer,
+              "pad_token_id": 0, "pad_vocab_size_multiple": 8, "rescale_prenorm_residual": False, "residual_in_fp32": True,
+              "rms_norm": True, "ssm_cfg": {}, "state_size": 16, "time_step_floor": 0.0001,
+              "time_step_init_scheme": "random", "time_step_max": 0.1, "time_step_min": 0.001,
+              "time_step_rank": c.dt_rank, "time_step_scale": 1.0, "torch_dtype": "float32", "use_bias": False,
+              "use_cache": True, "use_conv_bias": True, "vocab_size": c.padded_vocab_size}
+    weights = {k.replace("embedding.", "embeddings."): t for k, t in model.state_dict().items() if k != "lm_head.weight"}
+    names, kind = list(weights), "pytorch_model.bin" if "bin" in layout else "model.safetensors"
+    stem, suffix = kind.split(".")
+    shards = {f"{stem}-0000{i + 1}-of-00003.{suffix}": names[i::3] for i in range(3)} if "shards" in layout else {kind: names}
+    for name, keys in shards.items():
+        part = {key: torch.nn.Parameter(weights[key]) for key in keys}
+        if suffix == "bin":
+            torch.save(part, data := io.BytesIO())
+            files[name] = data.getvalue()
+        else:
+            files[name] = pytest.importorskip("safetensors.torch").save(part, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {key: name for name, keys in shards.items() for key in keys}
+        files[f"{kind}.index.json"] = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
+    return {"config.json": json.dumps(config).encode(), **files}
+
+
+def write(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def logits(model, length=20):
+    with torch.no_grad():
+        return model(tokens(2, length))[0][..., :70]
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path):
+    """The server as Hugging Face, and a machine that has never loaded anything. hub.offer(files) uploads NAME."""
+    for name in ("HF_HUB_CACHE", "HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("HF_ENDPOINT", server.url), ("HF_HOME", tmp_path / "hf"), ("XDG_CACHE_HOME", tmp_path / "cache")):
+        monkeypatch.setenv(name, str(value))
+    server.offer = lambda files: server.files.update({f"/{NAME}/resolve/main/{k}": v for k, v in files.items()})
+    return server
+
+
+def test_saved_weights_have_the_names_of_mamba_ssm(tmp_path):
+    """Keys, shapes and config as mamba_ssm's MambaLMHeadModel.from_pretrained wants them, which refuses any other."""
+    model = small(n_layer=2)
+    model.save_pretrained(tmp_path / "a" / "b")
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["config.json", "pytorch_model.bin"]
+    weights = load(tmp_path / "a" / "b" / "pytorch_model.bin")
+    mixer = {"A_log": (64, 16), "D": (64,), "in_proj.weight": (128, 32), "conv1d.weight": (64, 1, 4), "conv1d.bias": (64,),
+             "x_proj.weight": (34, 64), "dt_proj.weight": (64, 2), "dt_proj.bias": (64,), "out_proj.weight": (32, 64)}
+    layer = {"norm.weight": (32,), **{f"mixer.{k}": shape for k, shape in mixer.items()}}
+    expected = {"backbone.embedding.weight": (72, 32), "backbone.norm_f.weight": (32,), "lm_head.weight": (72, 32),
+                **{f"backbone.layers.{i}.{k}": shape for i in range(2) for k, shape in layer.items()}}
+    assert {k: tuple(t.shape) for k, t in weights.items()} == expected
+    assert weights["lm_head.weight"].data_ptr() == weights["backbone.embedding.weight"].data_ptr()  # once in the file
+    config = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
+    assert config.keys() == {"d_model", "n_layer", "vocab_size", "ssm_cfg", "rms_norm", "residual_in_fp32", "fused_add_norm",
+                             "pad_vocab_size_multiple", "tie_embeddings"}
+    assert config["ssm_cfg"].keys() <= {"d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale",
+                                        "dt_init_floor", "conv_bias", "bias", "use_fast_path"}
+
+
+def test_every_option_and_type_survives_a_round_trip(tmp_path):
+    changes = {"vocab_size": 75, "d_model": 24, "n_layer": 2, "d_state": 5, "d_conv": 3, "expand": 3, "dt_rank": 4,
+               "dt_min": 0.01, "dt_max": 0.2, "dt_init_floor": 0.02, "conv_bias": False, "bias": True, "dropout": 0.25,
+               "norm_eps": 1e-4, "tie_embeddings": False, "pad_vocab_size_multiple": 10, "d_intermediate": 40,
+               "scan": "sequential"}
+    assert all(getattr(MambaConfig(), name) != changes[name] for name in MambaConfig.__dataclass_fields__)
+    for model in (small(), small(**changes), lively(**changes).bfloat16(), small(d_model=24).half(), small().double()):
+        model.save_pretrained(tmp_path)
+        again = Mamba.from_pretrained(tmp_path)
+        assert again.config == model.config and not again.training
+        assert (again.lm_head.weight is again.backbone["embedding"].weight) == model.config.tie_embeddings
+        assert again.num_params() == model.num_params() and all(p.requires_grad for p in again.parameters())
+        for (name, a), (other, b) in zip(model.named_parameters(), again.named_parameters()):
+            assert name == other and a.dtype == b.dtype and torch.equal(a, b), name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "pytorch_model.bin"]   # no leftovers
+    assert Mamba.from_pretrained(tmp_path, dropout=0.5, scan="chunked").config.dropout == 0.5
+    with pytest.raises(TypeError, match="dropuot"):
+        Mamba.from_pretrained(tmp_path, dropuot=0.5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE")
+def test_a_full_disk_while_saving_weights(tmp_path):
+    small().save_pretrained(tmp_path)
+    before = tree(tmp_path)
+    code = ("import resource, signal, mamba; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            f"mamba.Mamba(mamba.MambaConfig(vocab_size=99, d_model=64, n_layer=2)).save_pretrained({str(tmp_path)!r})")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "\nOSError: " in result.stderr and tree(tmp_path) == before
+
+
+def test_weights_to_and_from_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = lively(vocab_size=72, d_state=5, norm_eps=1e-4)
+    theirs = transformers.MambaConfig(vocab_size=72, hidden_size=32, num_hidden_layers=3, state_size=5, layer_norm_epsilon=1e-4)
+    model.save_pretrained(tmp_path / "ours")
+    peer = transformers.MambaForCausalLM(theirs)
+    weights = load(tmp_path / "ours" / "pytorch_model.bin")
+    peer.load_state_dict({k.replace("embedding.", "embeddings."): t for k, t in weights.items()})
+    given_config = transformers.MambaForCausalLM.from_pretrained(tmp_path / "ours", config=theirs)
+    for p in (peer, given_config):
+        assert relative(p(tokens(2, 20)).logits[..., :70], logits(model)) < 1e-5
+    torch.nn.init.normal_(peer.backbone.embeddings.weight)
+    expected = peer(tokens(2, 20)).logits[..., :70]
+    assert relative(expected, logits(model)) > 0.1
+    for name, more in (("one", {}), ("shards", {"max_shard_size": "20KB"})):
+        peer.save_pretrained(tmp_path / name, **more)
+        again = Mamba.from_pretrained(tmp_path / name)
+        assert relative(logits(again), expected) < 1e-5 and again.config.norm_eps == 1e-4
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_released_layouts(tmp_path, hub, monkeypatch, layout):
+    """Downloaded once, then found; in Hugging Face's cache; in a folder. No type but the one asked for."""
+    model = lively()
+    files = released(model, layout)
+    hub.offer(files)
+    loaded = Mamba.from_pretrained(NAME)
+    assert torch.equal(logits(loaded), logits(model)) and loaded.config.padded_vocab_size == 72
+    assert loaded.config.vocab_size == (70 if layout == "mamba_ssm" else 72)
+    assert tree(tmp_path / "cache" / "mamba.py" / "state-spaces--mamba-tiny") == dict(sorted(files.items()))
+    requests = len(hub.log)
+    half = Mamba.from_pretrained(NAME, dtype=torch.bfloat16)
+    for (name, p), expected in zip(half.named_parameters(), lively().bfloat16().parameters()):
+        assert p.dtype == expected.dtype and torch.equal(p, expected), name
+    Mamba.from_pretrained(NAME, cache_dir=tmp_path / "elsewhere")
+    assert len(hub.log) == 2 * requests and (tmp_path / "elsewhere" / "state-spaces--mamba-tiny" / "config.json").is_file()
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    repository = tmp_path / "hf" / "hub" / "models--state-spaces--mamba-tiny"
+    write(repository / "refs", {"main": b"0123abcd"})
+    snapshot = write(repository / "snapshots" / "0123abcd", files)
+    assert torch.equal(logits(Mamba.from_pretrained(NAME)), logits(model))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    assert torch.equal(logits(Mamba.from_pretrained(snapshot)), logits(model))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert torch.equal(logits(Mamba.from_pretrained(NAME)), logits(model))
+
+
+def test_a_download_that_is_cut_off_goes_on(tmp_path, hub, monkeypatch):
+    model = lively(d_model=96)
+    hub.offer(released(model))
+    weights = f"/{NAME}/resolve/main/pytorch_model.bin"
+    folder = tmp_path / "cache" / "mamba.py" / "state-spaces--mamba-tiny"
+    assert len(hub.files[weights]) > 5 << 17
+    hub.drops = 2       # config.json is so small that it survives one
+    assert torch.equal(logits(Mamba.from_pretrained(NAME)), logits(model))
+    assert [wanted for path, wanted, _ in hub.log if path == weights] == [None, "bytes=131072-"]
+    (folder / "pytorch_model.bin").unlink()
+    hub.drops = 4
+    with pytest.raises(ConnectionError, match="cannot download .*goes on where it stopped"):
+        Mamba.from_pretrained(NAME)
+    assert sorted(os.listdir(folder)) == ["config.json", "pytorch_model.bin.part"]
+    assert torch.equal(logits(Mamba.from_pretrained(NAME)), logits(model)) and hub.log[-1][1] == f"bytes={4 << 17}-"
+    (folder / "pytorch_model.bin").unlink()
+    hub.headers = {"X-Linked-Size": "5"}
+    with pytest.raises(OSError, match="is not what it should be"):
+        Mamba.from_pretrained(NAME)
+    assert os.listdir(folder) == ["config.json"]
+
+
+def test_weights_that_cannot_be_found(tmp_path, hub, monkeypatch):
+    hub.offer({"config.json": released(small())["config.json"]})
+    (tmp_path / "folder").mkdir()
+    for name, error, words in [(NAME, FileNotFoundError, "has no weights: none of pytorch_model.bin, model.safetensors"),
+                               ("state-spaces/none", FileNotFoundError, "config.json: status 404"),
+                               (tmp_path / "folder", FileNotFoundError, "config.json is missing"),
+                               ("nothing", FileNotFoundError, "there is no folder nothing, and a name .* state-spaces/mamba-130m"),
+                               ("../x", FileNotFoundError, "there is no folder ../x")]:
+        with pytest.raises(error, match=words):
+            Mamba.from_pretrained(name)
+    requests = len(hub.log)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "true")
+    with pytest.raises(ConnectionError, match="config.json of state-spaces/none is not on this machine, and HF_HUB_OFFLINE"):
+        Mamba.from_pretrained("state-spaces/none")
+    with pytest.raises(ConnectionError, match="pytorch_model.bin of .*unset that, or give a folder"):
+        Mamba.from_pretrained(NAME)
+    assert len(hub.log) == requests
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(ConnectionError, match="cannot download http://127.0.0.1:1/state-spaces/none/resolve/main/config.json"):
+        Mamba.from_pretrained("state-spaces/none")
+
+
+@pytest.mark.parametrize("layout, changes, words", [
+    ("mamba_ssm", {"ssm_cfg": {"layer": "Mamba2"}}, "layer is 'Mamba2'; this model can only do 'Mamba1'"),
+    ("mamba_ssm", {"attn_layer_idx": [1]}, "attn_layer_idx is .1."), ("mamba_ssm", {"rms_norm": False}, "rms_norm is False"),
+    ("mamba_ssm", {"ssm_cfg": {"headdim": 64}}, "option headdim in ssm_cfg"), ("mamba_ssm", {"d_model": 0}, "d_model must be"),
+    ("mamba_ssm", {"d_model": None}, "config.json: "), ("mamba_ssm", {"norm_eps": "x"}, "config.json: "),
+    ("hf", {"model_type": "falcon_mamba"}, "model_type is 'falcon_mamba'"), ("hf", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ("mamba_ssm", {"n_layer": 2}, "pytorch_model.bin has a tensor backbone.layers.2.norm.weight, which this model does not"),
+    ("hf", {"num_hidden_layers": 4}, "lacks 10 of this model's tensors: .*A_log, .*, .*, ...$"),
+    ("mamba_ssm", {"vocab_size": 80}, r"embedding.weight is \(72, 32\), and by its config.json \(80, 32\)"),
+    ("hf", {"tie_word_embeddings": False}, "lacks 1 of this model's tensors: lm_head.weight$")])
+def test_weights_of_another_kind(tmp_path, layout, changes, words):
+    files = released(small(), layout)
+    files["config.json"] = json.dumps({**json.loads(files["config.json"]), **changes}).encode()
+    with pytest.raises(ValueError, match=words):
+        Mamba.from_pretrained(write(tmp_path, files))
+
+
+def test_damaged_weights(tmp_path):
+    model = small(tie_embeddings=False)
+    for layout, name in (("mamba_ssm", "pytorch_model.bin"), ("hf", "model.safetensors")):
+        files = released(model, layout)
+        for i, data in enumerate((b"", b"some text", files[name][:2000], files[name][:-100], b"\xff" * 50, files[name][:50])):
+            with pytest.raises(ValueError, match=f"{name} is damaged or not a file of weights"):
+                Mamba.from_pretrained(write(tmp_path / f"{layout}{i}", {**files, name: data}))
+    for config in (b"[]", b"{", b"\xff", b'{"d_model": 8}'):
+        with pytest.raises(ValueError, match="config.json: "):
+            Mamba.from_pretrained(write(tmp_path / "config", {**files, "config.json": config}))
+    index, files = "model.safetensors.index.json", released(model, "hf, shards")
+    for data, words in ((b"{}", "not an index of weights"), (b"[", "not an index of weights"),
+                        (b'{"weight_map": {"a": "../b"}}', "'../b' is not the name of a file")):
+        with pytest.raises(ValueError, match=words):
+            Mamba.from_pretrained(write(tmp_path / "shards", {**files, index: data}))
+    del files["model-00002-of-00003.safetensors"]
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00003.safetensors is missing"):
+        Mamba.from_pretrained(write(tmp_path / "less", files))
+    with pytest.raises(ValueError, match="lm_head.weight is not the embedding"):    # its config says nothing of two tables
+        Mamba.from_pretrained(write(tmp_path / "untied", released(model)))
+    weights = {**small().state_dict(), "backbone.norm_f.weight": torch.ones(32, dtype=torch.int8)}
+    torch.save(weights, tmp_path / "untied" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="backbone.norm_f.weight is torch.int8"):
+        Mamba.from_pretrained(tmp_path / "untied")
+
+
+def test_mamba_alone_loads_a_folder(tmp_path):
+    model = lively()
+    write(tmp_path / "weights", released(model))
+    (tmp_path / "mamba.py").write_bytes((ROOT / "mamba.py").read_bytes())
+    code = ("import sys; sys.modules.update(requests=None, tqdm=None, numpy=None); import mamba, torch;"
+            "print(mamba.Mamba.from_pretrained('weights')(torch.arange(9)[None])[0].double().sum().item())")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert float(result.stdout) == pytest.approx(model(torch.arange(9)[None])[0].double().sum().item(), rel=1e-4)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
+    """From float32 to bfloat16: a copy of the whole file, or all its pages in memory, would be two weights more."""
+    with torch.device("meta"):
+        model = Mamba(MambaConfig(vocab_size=8, d_model=512, n_layer=60))
+    model.to_empty(device="cpu").save_pretrained(tmp_path)
+    code = """
+import sys, torch, mamba
+peak = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+model = mamba.Mamba.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+print((peak() - before) / sum(p.nbytes for p in model.parameters()))
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert float(result.stdout) < 2
+
+
+def test_training_begins_with_weights_and_goes_on_from_its_checkpoint(work, call):
+    model = lively(d_model=16)      # of 70 tokens; the data has 10
+    model.save_pretrained(work / "weights")
+    flags = [flag for flag in TINY if not re.search("d_model|n_layer", flag)] + ["--lr_decay_iters=8", "--init_from=weights"]
+    result = succeeded(script("train.py", *flags, "--max_iters=4", cwd=work))
+    assert "weights of weights, whose vocabulary is 70; the data has a char tokenizer of 10" in result.stdout
+    model.config.vocab_size = 10    # the others are never predicted
+    val = np.fromfile(work / "data" / "words" / "val.bin", np.uint16)
+    settings = SimpleNamespace(block_size=64, batch_size=4, eval_iters=3)
+    expected = train.evaluate(model, val, settings, torch.device("cpu"), "float32", stop=False)
+    assert float(losses(work)[1][3]) == pytest.approx(expected, rel=1e-5)
+    config = load(work / "run" / "ckpt.pt")["model_config"]
+    assert (config["d_model"], config["n_layer"], config["vocab_size"], config["dropout"]) == (16, 3, 10, 0.1)
+    before = tree(work)
+    one_line_error(call("train.py", *flags, "--init_from=other/weights", cwd=work), "did not begin with other/weights")
+    one_line_error(call("train.py", *flags, "--d_model=32", cwd=work), "holds a model with d_model 16, not 32")
+    assert tree(work) == before
+    shutil.rmtree(work / "weights")
+    again = succeeded(script("train.py", *flags, "--max_iters=8", cwd=work)).stdout
+    assert "going on from step 4 of 8" in again and "weights of" not in again
+    text = train.load_model(load(work / "run" / "best.pt")).generate([[0]], 50)[0]
+    assert text.max() < 10
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--init_from=weights", "--d_model=64"], ["--d_model cannot be chosen: the weights of weights have a shape"]),
+    (["--init_from=weights", "--dataset=many.txt"], ["weights has a vocabulary of 70", "many with its char tokenizer of 100",
+                                                     "--tokenizer=gpt-neox"]),
+    (["--init_from=weights", "--dropout=2"], ["dropout must be"]),
+    (["--init_from=broken"], ["--init_from=broken: broken", "config.json: rms_norm is False"]),
+    (["--init_from=state-spaces/none"], ["state-spaces/none/resolve/main/config.json: status 404"]),
+])
+def test_bad_weights_to_train_from(tmp_path, call, hub, flags, words):
+    small().save_pretrained(tmp_path / "weights")
+    write(tmp_path / "broken", {**released(small()), "config.json": b'{"rms_norm": false}'})
+    (tmp_path / "good.txt").write_text("some words to learn from\n" * 400)
+    (tmp_path / "many.txt").write_text("".join(map(chr, range(200, 300))) * 200)
+    one_line_error(call("train.py", "--dataset=good.txt", "--device=cpu", *flags, cwd=tmp_path), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sample_from_released_weights(tmp_path, hub, monkeypatch, capsys, call):
+    """With the tokenizer.json beside them, else with GPT-NeoX's; the text alone goes to stdout."""
+    tokenizers = [prepare_data.BPETokenizer.train([AWKWARD * i], 300) for i in (1, 2)]
+    model = lively(vocab_size=300)
+    hub.offer(released(model))
+    hub.files["/EleutherAI/gpt-neox-20b/resolve/main/tokenizer.json"] = tokenizers[0].to_dict()["json"].encode()
+    write(tmp_path / "w", {**released(model), "tokenizer.json": tokenizers[1].to_dict()["json"].encode()})
+    for name, tokenizer in ((NAME, tokenizers[0]), (str(tmp_path / "w"), tokenizers[1])):
+        flags = [f"--pretrained={name}", "--start=the tab", "--temperature=0", "--max_new_tokens=9", "--device=cpu"]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *flags])
+        prepare_data.run(sample.main, sample.Config)
+        out, err = capsys.readouterr()
+        assert out == tokenizer.decode(model.generate([tokenizer.encode("the tab")], 9, temperature=0)[0].tolist()) + "\n"
+        assert f"{name}: 0.0" in err and "9 tokens in" in err
+    small().save_pretrained(tmp_path / "w")
+    for flags, words in ((["--pretrained=w"], ["tokenizer.json has 300 tokens and w knows 70", "beside the weights"]),
+                         (["--pretrained=w", "--out_dir=x"], ["--out_dir and --pretrained"]),
+                         (["--pretrained=w/tokenizer.json"], ["there is no folder w/tokenizer.json"]),
+                         (["--pretrained=nothing"], ["there is no folder nothing"])):
+        one_line_error(call("sample.py", *flags, cwd=tmp_path), *words)

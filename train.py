@@ -4,6 +4,7 @@ Trains a Mamba language model on the text of prepare_data.py.
 python train.py                                           # built-in text, no network; minutes on a laptop
 python train.py --dataset=shakespeare --device=mps
 python train.py --dataset=novel.txt --d_model=256 --n_layer=6
+python train.py --dataset=novel-gpt-neox --init_from=state-spaces/mamba-130m      # go on from released weights
 torchrun --nproc_per_node=2 train.py --dataset=shakespeare
 
 Ctrl-C finishes the step and saves; the same command again goes on exactly where it stopped. In out/<dataset>:
@@ -49,7 +50,8 @@ class Config:
     dataset: str = flag("pydoc", "what prepare_data.py takes as --dataset, or the name of a folder in data_dir")
     data_dir: str = flag("data", "folder of the prepared data")
     out_dir: str = flag("", "folder of the checkpoints; out/<dataset> by default")
-    init_from: str = flag("resume", "resume: go on if out_dir has a checkpoint; scratch: start over and replace it")
+    init_from: str = flag("resume", "resume: go on if out_dir has a checkpoint; scratch: start over and replace it; "
+                          "a folder or name of released weights, such as state-spaces/mamba-130m: begin with those")
     eval_only: bool = flag(False, "print the validation loss of the checkpoint, train nothing")
     # the model (None: by device, see PRESETS)
     d_model: int | None = flag(None, "width of the model")
@@ -93,6 +95,7 @@ PRESETS = {  # what trains in minutes on such a device
     "cuda": {"d_model": 384, "n_layer": 8, "d_state": 16, "dropout": 0.2, "batch_size": 64, "block_size": 256,
              "max_iters": 2000, "learning_rate": 1e-3},
 }
+FINE_TUNING = {"dropout": 0.0, "learning_rate": 1e-4}     # for weights that are already good
 SHAPE = ("d_model", "n_layer", "d_state", "d_conv", "expand", "d_intermediate")
 MACHINE = ("device", "dtype", "compile", "scan")    # belong to the machine, not to the run: never taken from a checkpoint
 
@@ -204,25 +207,43 @@ def load_model(checkpoint, **changes):
     return model
 
 
+def load_pretrained(cfg, meta, device):
+    """The model of --init_from, for the data that meta describes. Problem: there is none, or the data does not fit."""
+    try:
+        model = Mamba.from_pretrained(cfg.init_from, device, torch.float32, dropout=cfg.dropout, scan=cfg.scan)
+    except ValueError as error:
+        raise Problem(f"--init_from={cfg.init_from}: {error}") from None
+    config, tokens = model.config, f"{meta['tokenizer']['type']} tokenizer of {meta['vocab_size']:,}"
+    if meta["vocab_size"] > config.vocab_size:
+        raise Problem(f"{cfg.init_from} has a vocabulary of {config.vocab_size:,}, too small for {meta['name']} with "
+                      f"its {tokens}; released weights want data prepared with --tokenizer=gpt-neox")
+    say(f"weights of {cfg.init_from}, whose vocabulary is {config.vocab_size:,}; the data has a {tokens}")
+    if meta["vocab_size"] < config.vocab_size:  # the rows stay, but what this tokenizer cannot write is never predicted
+        config.vocab_size, config.pad_vocab_size_multiple = meta["vocab_size"], len(model.lm_head.weight)
+    return model.train()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: the defaults, under what the checkpoint says, under what the command line says
 
 
 def settle(cfg, given, device):
     """(out_dir, finished Config, checkpoint to go on from or None). Flags that a resumed run cannot take are a Problem."""
-    if cfg.init_from not in ("resume", "scratch"):
-        raise Problem(f"--init_from takes resume or scratch, not '{cfg.init_from}'")
+    pretrained = cfg.init_from not in ("resume", "scratch")
     out_dir = Path(cfg.out_dir or Path("out", dataset_name(cfg.dataset)))
     here = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
     if not (here.is_dir() and os.access(here, os.W_OK)):
         raise Problem(f"cannot write into {here}; choose another --out_dir")
     checkpoint = None
-    if cfg.init_from == "resume" and any((out_dir / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt")):
+    if cfg.init_from != "scratch" and any((out_dir / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt")):
         checkpoint = load_checkpoint(out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt")
         if "optimizer" not in checkpoint:
             raise Problem(f"{out_dir / 'ckpt.pt'} holds a model but no optimizer, so training cannot go on from it")
         before = {k: v for k, v in checkpoint["config"].items() if k not in MACHINE}
+        given = {k: v for k, v in given.items() if (k, v) != ("init_from", "resume")}
         changed = {k: (before[k], v) for k, v in given.items() if k in before and before[k] != v}
+        if "init_from" in changed:
+            raise Problem(f"{out_dir} holds a run that did not begin with {cfg.init_from}; use another --out_dir")
         shape = [k for k in changed if k in SHAPE]
         if shape:
             raise Problem(f"{out_dir} holds a model with " + ", ".join(f"{k} {before[k]}" for k in shape) +
@@ -234,7 +255,13 @@ def settle(cfg, given, device):
         for k, (old, new) in changed.items():
             say(f"{k}: {old} -> {new}")
         cfg = Config(**{**before, **given})
-    for k, v in PRESETS[device.type].items():
+    elif pretrained:
+        if "/" not in cfg.init_from and not Path(cfg.init_from).is_dir():
+            raise Problem("--init_from takes resume, scratch, a folder, or a name such as state-spaces/mamba-130m, not "
+                          f"'{cfg.init_from}'")
+        if shape := [k for k in SHAPE if k in given]:
+            raise Problem(f"--{shape[0]} cannot be chosen: the weights of {cfg.init_from} have a shape of their own")
+    for k, v in {**PRESETS[device.type], **(FINE_TUNING if pretrained else {})}.items():
         if getattr(cfg, k) is None:
             setattr(cfg, k, v)
     for k in ("batch_size", "block_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters",
@@ -250,7 +277,7 @@ def settle(cfg, given, device):
         if not 0 <= getattr(cfg, k) < 1:
             raise Problem(f"--{k} must be at least 0 and below 1, not {getattr(cfg, k)}")
     model_config(cfg)
-    if cfg.eval_only and not checkpoint:
+    if cfg.eval_only and not (checkpoint or pretrained):
         raise Problem(f"--eval_only needs a checkpoint, and {out_dir} has none; train first, or give its --out_dir")
     return out_dir, cfg, checkpoint
 
@@ -410,6 +437,14 @@ def main(cfg, given):
     torch.manual_seed(cfg.seed)
     if checkpoint:
         model = load_model(checkpoint, dropout=cfg.dropout, scan=cfg.scan).to(device)
+    elif cfg.init_from not in ("resume", "scratch"):
+        if world > 1 and not master:
+            dist.barrier()  # until the first process has downloaded the weights
+        model = load_pretrained(cfg, meta, device)
+        if world > 1 and master:
+            dist.barrier()
+        for k in SHAPE:
+            setattr(cfg, k, getattr(model.config, k))
     else:
         model = Mamba(model_config(cfg, vocab_size=meta["vocab_size"])).to(device)
     raw_model = model
@@ -544,7 +579,7 @@ def main(cfg, given):
         dist.destroy_process_group()
     if stop and evaluated < cfg.max_iters:
         say(f"stopped after step {step} of {cfg.max_iters}, saved in {out_dir}; the same command goes on from there"
-            + " (without --init_from=scratch)" * (cfg.init_from == "scratch"))
+            + " (without --init_from=scratch)" * (given.get("init_from") == "scratch"))
         sys.exit(128 + stop.signal)
     say(f"done: best val loss {best_loss:.4f}, in {out_dir}. Look with: python sample.py --out_dir={out_dir}")
 
