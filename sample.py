@@ -244,7 +244,7 @@ class Conversation:
         config = {k: v for k, v in dataclasses.asdict(self.model.config).items() if k not in ("scan", "dropout")}
         digest = hashlib.sha256(repr(sorted(config.items())).encode())
         for name, tensor in self.model.state_dict().items():
-            digest.update(f"{name} {tensor.dtype}".encode())
+            digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 

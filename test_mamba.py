@@ -1552,7 +1552,7 @@ def test_bench_refuses_bad_flags_in_one_line(flag, tmp_path, monkeypatch, capsys
 def test_sampling_settings_mean_what_they_mean_in_transformers(settings):
     transformers = pytest.importorskip("transformers")
     g = torch.Generator().manual_seed(5)
-    logits, history = 2 * torch.randn(1, 12, generator=g), torch.tensor([[0, 3, 4, 4, 7, 11]])
+    logits, history = 2 * torch.randn(1, 12, generator=g) - 2, torch.tensor([[0, 3, 4, 4, 7, 11]])   # above and below 0
     seen, expected = torch.zeros(1, 12, dtype=torch.bool).scatter_(1, history, True), logits
     for kind, name in (("RepetitionPenaltyLogitsProcessor", "repetition_penalty"), ("TemperatureLogitsWarper", "temperature"),
                        ("TopKLogitsWarper", "top_k"), ("TopPLogitsWarper", "top_p"), ("MinPLogitsWarper", "min_p")):
@@ -1564,9 +1564,8 @@ def test_sampling_settings_mean_what_they_mean_in_transformers(settings):
 
 
 def test_repetition_penalty_knows_the_prompt_and_the_answer():
-    model, prompts = small().eval(), [tokens(n, seed=n).tolist() for n in (5, 9)]
+    model, prompts = small(tie_embeddings=False).eval(), [tokens(n, seed=n).tolist() for n in (5, 60)]
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)   # or every logit would be near 0 at the start
         for prompt, row in zip(prompts, model.generate(prompts, 30, temperature=0, repetition_penalty=1.7)):
             for t in range(len(prompt), len(prompt) + 30):
                 logits = model(row[None, :t])[0][0, -1]
@@ -1592,6 +1591,13 @@ def test_stop_tokens():
     got = again(prompts, stop=stop)
     assert [row.tolist() for row in got] == [row[:end] for row, end in zip(free, ends)] and min(ends) < max(ends)
     assert again(prompts, stop=())[3].tolist() == free[3]
+    calls = []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    stops = [*stop, free[3][15]]
+    new = torch.stack(list(model.stream(prompts, 40, stop=stops, generator=torch.Generator().manual_seed(0))), 1).tolist()
+    hook.remove()
+    assert len(calls) == 2 + len(new[0]) and len(new[0]) < 40   # no step after the last row has stopped
+    assert all(row[-1] in stops and len({*row[row.index(row[-1]):]}) == 1 for row in new)
 
     # a tensor is as long as the longest row; a prompt may hold stop tokens, and end with one
     idx = torch.stack([prompts[0], prompts[3].roll(1)])
@@ -1855,7 +1861,9 @@ def test_show_as_html_gives_the_text_back(tmp_path, capsys, what):
     cfg = sample.Config(show=what, html=str(tmp_path / "out.html"), start="x")
     sample.show(cfg, model, tokenizer, tokenizer.encode(text))
     page = Page((tmp_path / "out.html").read_bytes().decode())
+    assert "\r" not in (tmp_path / "out.html").read_bytes().decode()
     assert page.text == text and not page.stack and not page.outside and os.listdir(tmp_path) == ["out.html"]
+    assert Page("".join(sample.as_html("x", 0, 1, [("<b>&lt;", 1.0)], [1]))).text == "<b>&lt;"
     ids = torch.tensor(tokenizer.encode(text))
     delta, surprise = by_hand(model, ids, 1)
     expected = delta.tolist() if what == "delta" else [math.nan, *surprise.tolist()]
