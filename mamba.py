@@ -577,7 +577,7 @@ class Mamba(nn.Module):
         it is updated in place, with the prompts' tokens and the new ones.
         """
         device, training, vocab_size = self.lm_head.weight.device, self.training, self.config.vocab_size
-        settings = (temperature, top_k, top_p, generator, min_p, repetition_penalty)
+        settings = (temperature, top_k, top_p, min_p, repetition_penalty)
         check_sampling(*settings)
         if not all(0 <= token < vocab_size for token in stop):
             raise ValueError(f"the stop tokens must be ids from 0 to {vocab_size - 1}, not {list(stop)}")
@@ -597,7 +597,7 @@ class Mamba(nn.Module):
         try:
             logits = self._prefill(prompts, state)
             for left in reversed(range(max_new_tokens)):
-                token = next_token(logits, token, stop, seen, settings)
+                token = next_token(logits, token, stop, seen, generator, settings)
                 yield token
                 asks = stop is not None and (device.type == "cpu" or left % ASK == 0)
                 if left == 0 or (asks and stopped(token, stop).all()):
@@ -650,12 +650,13 @@ PREFILL = 2048      # a prompt is read in parts of this many tokens: the memory 
 ASK = 16            # tokens between two questions to a GPU whether all rows have stopped
 
 
-def next_token(logits, before, stop, seen, settings):
+def next_token(logits, before, stop, seen, generator, settings):
     """
     The next token of each row, (B,): a row whose token before was a stop token has that again, the others draw. seen, if
-    there is one, is updated. settings: the arguments of sample() after the logits.
+    there is one, is updated. settings: as check_sampling takes them.
     """
-    token = sample(logits, *settings, seen)
+    temperature, top_k, top_p, min_p, repetition_penalty = settings
+    token = sample(logits, temperature, top_k, top_p, generator, min_p, repetition_penalty, seen)
     if stop is not None and before is not None:
         token = torch.where(stopped(before, stop), before, token)
     if seen is not None:
@@ -668,7 +669,7 @@ def stopped(tokens, stop):
     return (tokens[..., None] == stop).any(-1)
 
 
-def check_sampling(temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None, repetition_penalty=None):
+def check_sampling(temperature, top_k, top_p, min_p, repetition_penalty):
     """ValueError for settings of sample() that have no meaning."""
     if not (temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
             and (min_p is None or 0 <= min_p <= 1) and (repetition_penalty is None or 0 < repetition_penalty < math.inf)):
@@ -682,7 +683,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_
     Draw one token id for each row of logits (B, V); returns (B,), without waiting for a GPU. Settings as in Mamba.generate;
     seen, (B, V) bool: the tokens that repetition_penalty is for. ValueError for settings without a meaning.
     """
-    check_sampling(temperature, top_k, top_p, generator, min_p, repetition_penalty)
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if repetition_penalty is not None and seen is not None:
         logits = logits.float()
         penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)

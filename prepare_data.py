@@ -35,7 +35,7 @@ from tqdm import tqdm
 BLOCK = 1 << 20  # bytes read at a time
 PIECE = 1 << 15  # characters that BPE encodes at a time; 16 pieces go to all cores at once
 LONGEST = 1 << 18  # BPE cuts a stretch longer than this wherever it stands
-TRAIN_BPE_ON = 1 << 24  # bytes; training keeps every different word: 100 bytes a byte for a text without spaces
+TRAIN_BPE_ON = 1 << 24  # bytes; training keeps every different word: without spaces, 100 times the size of the text
 END_OF_TEXT = "<|endoftext|>"
 PAUSES = (1, 2, 4)  # seconds before a dropped download goes on
 

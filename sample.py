@@ -11,6 +11,7 @@ python sample.py --start=FILE:text.txt --show=loss --html=loss.html
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -97,7 +98,7 @@ def check(cfg):
     if cfg.num_samples < 1 or cfg.max_new_tokens < 1:
         raise Problem("--num_samples and --max_new_tokens must be at least 1")
     try:
-        check_sampling(cfg.temperature, cfg.top_k, cfg.top_p, None, cfg.min_p, cfg.repetition_penalty)
+        check_sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty)
     except ValueError as error:
         raise Problem(str(error)) from None
     if cfg.scan not in SCAN_METHODS:
@@ -158,22 +159,26 @@ def make_generator(cfg, device):
 def as_text(tokenizer, tokens, before=()):
     """
     The text of token ids that follow those in before: a piece for each, and a last one. A token may end inside a
-    character, whose bytes then wait for the rest; bytes that belong to no character come out as U+FFFD.
+    character, which then waits for its other bytes; bytes that belong to no character come out as U+FFFD.
     """
-    ids = list(before)[-4:]     # a character has at most 4 bytes, and a token at least one
-    done = len(settled(tokenizer.decode(ids)))
+    decode, unfinished = tokenizer.decode, "\ufffd"
+    ends = ([*before[-n:]] for n in range(1, 5))
+    ids = next((end for end in ends if unfinished not in decode(end)), [])  # one that does not begin inside a character
+    out, done = len(ids), len(decode(ids))  # ids[:out] are out: next to them a token decodes as it does in the text
     for token in tokens:
         ids.append(int(token))
-        text = settled(tokenizer.decode(ids))
-        yield text[done:]
-        ids = ids[-4:]
-        done = len(settled(tokenizer.decode(ids)))
-    yield tokenizer.decode(ids)[done:]
-
-
-def settled(text):
-    """Without an unfinished character at the end: its bytes, however many, decode to one U+FFFD."""
-    return text.removesuffix("\ufffd")
+        text = decode(ids)
+        if not text.endswith(unfinished):
+            yield text[done:]
+            ids = ids[out:]
+            out, done = len(ids), len(decode(ids))
+        elif len(ids) - out < 4:    # a character has at most 4 bytes, and a token at least one
+            yield ""
+        else:                       # these bytes make none; but the last of them may begin one
+            yield text[done:-1]
+            ids = ids[-4:]
+            out, done = 0, len(decode(ids).removesuffix(unfinished))
+    yield decode(ids)[done:]
 
 
 def stop_strings(text):
@@ -262,8 +267,8 @@ class Conversation:
             saved = torch.load(path, map_location=self.model.lm_head.weight.device, weights_only=True)
             if saved.keys() != {"fingerprint", "state", "unread", "seen"}:
                 raise ValueError
-        except FileNotFoundError:
-            raise Problem(f"no such file: {path}") from None
+        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            raise Problem(f"cannot read {path}: {error.strerror}") from None
         except UNREADABLE:
             raise Problem(f"{path} is damaged or not a conversation") from None
         if saved["fingerprint"] != self.fingerprint:
@@ -282,7 +287,8 @@ def write_file(path, write):
     except (OSError, RuntimeError) as error:    # torch.save reports a full disk as a RuntimeError
         raise Problem(f"could not write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        Path(part).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is in place, or could not even be opened
+            os.unlink(part)
 
 
 def chat(talk, cfg, generator):
@@ -429,7 +435,7 @@ def painted(text, share):
     """Text on a ground between dark grey (share 0) and orange (1), for a terminal with 24-bit colours."""
     ground = ";".join(str(round(dark + share * (bright - dark))) for dark, bright in ((48, 255), (48, 140), (56, 0)))
     colour = f"\033[38;2;{'255;255;255' if share < 0.5 else '0;0;0'};48;2;{ground}m"
-    text = text.translate({c: 0x2400 + c for c in range(32) if c not in b"\t\n"})    # an escape must not reach the terminal
+    text = text.translate({c: 0x2400 + c for c in range(32) if c not in b"\t\n"})  # no escape sequence from a text
     return colour + text.replace("\n", f"↵\033[0m\n{colour}") + "\033[0m"
 
 

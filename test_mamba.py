@@ -1621,12 +1621,12 @@ def test_drawing_a_token_never_waits_for_the_gpu():
     """What makes the host wait reads a number (_local_scalar_dense) or has a result whose size is a number (nonzero)."""
     logits, seen = torch.randn(3, 50), torch.zeros(3, 50, dtype=torch.bool)
     with Recorder() as recorded:
-        before = mamba.next_token(logits, None, torch.tensor([4]), seen, (0.7, 5, 0.9, None, 0.1, 1.2))
-        mamba.next_token(logits, before, torch.tensor([4]), seen, (0, None, None, None, None, 1.2))
+        before = mamba.next_token(logits, None, torch.tensor([4]), seen, None, (0.7, 5, 0.9, 0.1, 1.2))
+        mamba.next_token(logits, before, torch.tensor([4]), seen, None, (0, None, None, None, 1.2))
     assert {"scatter_.value", "where.self", "masked_fill.Scalar"} <= recorded.operators
     assert not [op for op in recorded.operators if re.match("_local_scalar|nonzero|multinomial|_?unique|_to_copy|is_nonzero", op)]
     with Recorder() as plain:
-        mamba.next_token(logits, before, None, None, (1.0, None, None, None, None, None))
+        mamba.next_token(logits, before, None, None, None, (1.0, None, None, None, None))
     assert not {"where.self", "scatter_.value", "masked_fill.Scalar", "sort"} & plain.operators
     with Recorder() as recorded:
         small().generate([[1, 2], [3]], 4, repetition_penalty=1.2, min_p=0.1, stop=[5])
@@ -1647,14 +1647,32 @@ def test_invalid_bytes_neither_stall_nor_change_the_text():
         pool = [*smile, *tokenizer.encode("é日a "), *range(257)] if case % 2 else smile + tokenizer.encode("a")
         ids = rng.choices(pool, k=60) if case else smile[1:2] * 60
         before = rng.choices(pool, k=case % 7)
-        shown = ""
-        pieces = sample.as_text(tokenizer, ids)
-        for n in range(len(ids)):
+        shown, pieces = "", sample.as_text(tokenizer, ids)
+        for n in range(1, len(ids) + 1):
             shown += next(pieces)
-            assert shown == tokenizer.decode(ids[:n + 1]).removesuffix("\ufffd")    # all but one unfinished character
+            assert tokenizer.decode(ids[:n]).startswith(shown)
+            assert shown.startswith(tokenizer.decode(ids[:max(n - 3, 0)]).removesuffix("\ufffd"))   # three tokens late at most
         assert shown + next(pieces) == tokenizer.decode(ids)
-        after, text = "".join(sample.as_text(tokenizer, ids, before)), tokenizer.decode(before)
-        assert tokenizer.decode(before + ids) == text.removesuffix("\ufffd") + after
+        if "\ufffd" not in (text := tokenizer.decode(before)):
+            assert text + "".join(sample.as_text(tokenizer, ids, before)) == tokenizer.decode(before + ids)
+
+
+def test_characters_spelled_in_bytes_by_another_kind_of_tokenizer():
+    """SentencePiece's kind decodes a run of bytes to as many U+FFFD as it has, until the last of them is there."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = [*(f"<0x{n:02X}>" for n in range(256)), "a", "b", "\u2581", "<unk>"]
+    t = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(vocabulary)}, [], byte_fallback=True,
+                                                   unk_token="<unk>"))
+    t.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(),
+                                              tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)])
+    tokenizer, text = prepare_data.BPETokenizer(t.to_str()), "a🙂🙂é日b\u2581é🙂a\u2581b"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text.replace("\u2581", " ") and len(ids) == 25
+    for begin in range(len(ids)):
+        pieces = [*sample.as_text(tokenizer, ids[begin:], before=ids[:begin])]
+        if not tokenizer.decode(ids[:begin]).endswith("\ufffd"):
+            assert tokenizer.decode(ids[:begin]) + "".join(pieces) == text.replace("\u2581", " ")
+            assert "\ufffd" not in "".join(pieces)
 
 
 def test_stop_strings():
@@ -1735,16 +1753,17 @@ def test_only_a_whole_conversation_with_this_model_is_loaded(tmp_path, monkeypat
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"run": os.system}, tmp_path / "pickle.pt")
     for name, words in (("other.pt", "another model"), ("eps.pt", "another model"), ("16.pt", "another --dtype"),
-                        ("cut.pt", "damaged"), ("flipped.pt", "damaged"), ("text.pt", "damaged"), (".", "damaged"),
-                        ("list.pt", "not a conversation"), ("pickle.pt", "not a conversation"), ("gone.pt", "no such file")):
+                        ("cut.pt", "damaged"), ("flipped.pt", "damaged"), ("text.pt", "damaged"), (".", "cannot read"),
+                        ("list.pt", "not a conversation"), ("pickle.pt", "not a conversation"), ("gone.pt", "cannot read")):
         answers, said = turns(conversation(), monkeypatch, capsys, "hello", f"/load {tmp_path / name}", "why")
         assert len(said) == 1 and words in said[0], (name, said)
         assert (answers[0], answers[2]) == (expected[0], expected[1]), name
     # a failure while writing leaves the kept one
     before = tree(tmp_path)
     monkeypatch.setattr(sample, "flush_to_disk", lambda f: os.fdopen(99))
-    _, said = turns(conversation(), monkeypatch, capsys, f"/save {tmp_path / 'good.pt'}", f"/save {tmp_path}/no/where", "/save")
-    assert ["could not write" in line for line in said] == [True, True, False] and "name of a file" in said[2]
+    files = ("good.pt", "no/where.pt", "text.pt/x")
+    _, said = turns(conversation(), monkeypatch, capsys, *(f"/save {tmp_path / file}" for file in files), "/save")
+    assert ["could not write" in line for line in said] == [True, True, True, False] and "name of a file" in said[3]
     assert tree(tmp_path) == before
 
 
