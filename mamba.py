@@ -651,25 +651,43 @@ class Mamba(nn.Module):
                 os.replace(Path(unfinished, name), folder / name)
 
     @torch.no_grad()
-    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, state=None):
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, state=None,
+               min_p=None, repetition_penalty=None, stop=(), seen=None):
         """
         Yield the next tokens, (B,) each, as they are made: constant time and memory per token. Arguments as in generate.
+        A row that has made a stop token repeats it until all rows have; then the stream ends, on a GPU up to ASK tokens
+        later, because asking makes it wait.
         With a state (from init_state), the prompts continue what it has read; it is updated in place, and when the stream
-        ends it has not yet read the last token.
+        ends it has not yet read the last token. seen, (B, vocab_size) bool, are more tokens for repetition_penalty to know;
+        it is updated in place, with the prompts' tokens and the new ones.
         """
-        device, training = self.lm_head.weight.device, self.training
+        device, training, vocab_size = self.lm_head.weight.device, self.training, self.config.vocab_size
+        settings = (temperature, top_k, top_p, min_p, repetition_penalty)
+        check_sampling(*settings)
+        if not all(0 <= token < vocab_size for token in stop):
+            raise ValueError(f"the stop tokens must be ids from 0 to {vocab_size - 1}, not {list(stop)}")
         prompts = [torch.as_tensor(p, dtype=torch.long, device=device) for p in prompts]
         if min((len(p) for p in prompts), default=0) == 0:
             raise ValueError("each prompt needs at least one token")
         state = self.init_state(len(prompts)) if state is None else state
+        stop = torch.tensor(stop, dtype=torch.long, device=device) if len(stop) > 0 else None
+        if repetition_penalty is None:
+            seen = None
+        else:
+            seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device) if seen is None else seen
+            for row, prompt in zip(seen, prompts):
+                row.scatter_(0, prompt, True)
+        token = None
         self.eval()
         try:
             logits = self._prefill(prompts, state)
             for left in reversed(range(max_new_tokens)):
-                token = sample(logits, temperature, top_k, top_p, generator)
+                token = next_token(logits, token, stop, seen, generator, settings)
                 yield token
-                if left > 0:
-                    logits = self(token[:, None], state=state)[0][:, -1]
+                asks = stop is not None and (device.type == "cpu" or left % ASK == 0)
+                if left == 0 or (asks and stopped(token, stop).all()):
+                    return
+                logits = self(token[:, None], state=state)[0][:, -1]
         finally:
             self.train(training)
 
@@ -687,27 +705,74 @@ class Mamba(nn.Module):
                 logits[i] = row
         return torch.stack(logits)
 
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None,
+                 repetition_penalty=None, stop=()):
         """
         prompts: (B, L) token ids, or a list of B prompts of any lengths. Returns them with max_new_tokens more each, as one
-        (B, L + max_new_tokens) tensor, or as a list of tensors; every prompt gives what it gives alone.
+        (B, L + max_new_tokens) tensor, or as a list of tensors; at temperature 0 every prompt gives what it gives alone.
         temperature: 0 takes the likeliest token.  top_k: only among the k likeliest.  top_p: only among the fewest that
-        together have this probability.  generator: a torch.Generator, to get the same text again.
+        together have this probability.  min_p: only among those at least min_p times as likely as the likeliest.
+        repetition_penalty: above 1 makes the tokens of the prompt and of the answer so far less likely: their logits are
+        divided by it where positive, multiplied where negative (CTRL, arXiv 1909.05858).
+        stop: ids that end a row. In the list each row ends with its stop token; in the tensor, which is then as long as
+        the longest row, a shorter row repeats its stop token to the end.
+        generator: a torch.Generator, to get the same text again; one on the CPU makes a GPU wait for its numbers.
+        ValueError for settings without a meaning.
         """
-        new = list(self.stream(prompts, max_new_tokens, temperature, top_k, top_p, generator))
-        new = torch.stack(new, dim=1) if new else torch.empty(len(prompts), 0, dtype=torch.long)    # (B, max_new_tokens)
-        rows = [torch.cat([torch.as_tensor(p, device=n.device), n]) for p, n in zip(prompts, new)]
+        new = list(self.stream(prompts, max_new_tokens, temperature, top_k, top_p, generator, None, min_p,
+                               repetition_penalty, stop))
+        new = torch.stack(new, dim=1) if new else torch.empty(len(prompts), 0, dtype=torch.long)    # (B, new tokens)
+        ends = [new.shape[1]] * len(prompts)
+        if len(stop) > 0:
+            repeats = stopped(new, torch.tensor(stop, device=new.device)).sum(1) - 1    # one stop token is enough
+            ends = (new.shape[1] - repeats.clamp(min=0)).tolist()
+            ends = [max(ends)] * len(ends) if isinstance(prompts, torch.Tensor) else ends
+        rows = [torch.cat([torch.as_tensor(p, device=n.device), n[:end]]) for p, n, end in zip(prompts, new, ends)]
         return torch.stack(rows) if isinstance(prompts, torch.Tensor) else rows
 
 
 PREFILL = 2048      # a prompt is read in parts of this many tokens: the memory it takes does not grow with its length
+ASK = 16            # tokens between two questions to a GPU whether all rows have stopped
 
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one token id for each row of logits (B, V); returns (B,). ValueError for settings without a meaning."""
-    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError("need temperature >= 0, top_k >= 1 and 0 < top_p <= 1, "
-                         f"not temperature={temperature}, top_k={top_k}, top_p={top_p}")
+def next_token(logits, before, stop, seen, generator, settings):
+    """
+    The next token of each row, (B,): a row whose token before was a stop token has that again, the others draw. seen, if
+    there is one, is updated. settings: as check_sampling takes them.
+    """
+    temperature, top_k, top_p, min_p, repetition_penalty = settings
+    token = sample(logits, temperature, top_k, top_p, generator, min_p, repetition_penalty, seen)
+    if stop is not None and before is not None:
+        token = torch.where(stopped(before, stop), before, token)
+    if seen is not None:
+        seen.scatter_(1, token[:, None], True)
+    return token
+
+
+def stopped(tokens, stop):
+    """Which of the tokens (...) are among the ids in stop (K,). Not torch.isin, for which the host may wait for a GPU."""
+    return (tokens[..., None] == stop).any(-1)
+
+
+def check_sampling(temperature, top_k, top_p, min_p, repetition_penalty):
+    """ValueError for settings of sample() that have no meaning."""
+    if not (temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
+            and (min_p is None or 0 <= min_p <= 1) and (repetition_penalty is None or 0 < repetition_penalty < math.inf)):
+        raise ValueError("need temperature >= 0, top_k >= 1, 0 < top_p <= 1, 0 <= min_p <= 1 and repetition_penalty > 0, not "
+                         f"temperature={temperature}, top_k={top_k}, top_p={top_p}, min_p={min_p}, "
+                         f"repetition_penalty={repetition_penalty}")
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None, repetition_penalty=None, seen=None):
+    """
+    Draw one token id for each row of logits (B, V); returns (B,), without waiting for a GPU. Settings as in Mamba.generate;
+    seen, (B, V) bool: the tokens that repetition_penalty is for. ValueError for settings without a meaning.
+    """
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if repetition_penalty is not None and seen is not None:
+        logits = logits.float()
+        penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, penalized, logits)
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
@@ -720,6 +785,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         ordered, order = probs.sort(descending=True)
         enough = ordered.cumsum(-1) - ordered >= top_p                          # those before it reach top_p already
         probs = probs.masked_fill(enough.scatter(-1, order, enough), 0)
+    if min_p is not None:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
     # argmax of p / Exponential(1) is a draw from p: no multinomial, which returns impossible indices on MPS, and no
     # wait for the GPU. The noise comes from the generator's own device.
     noise = torch.empty(probs.shape, device=generator.device if generator else probs.device)

@@ -33,6 +33,8 @@ from tqdm import tqdm
 BLOCK = 1 << 20  # bytes read at a time
 PIECE = 1 << 15  # characters that BPE encodes at a time; 16 pieces go to all cores at once
 LONGEST = 1 << 18  # BPE cuts a stretch longer than this wherever it stands
+TRAIN_BPE_ON = 1 << 24  # bytes; training keeps every different word: without spaces, 100 times the size of the text
+END_OF_TEXT = "<|endoftext|>"
 
 
 class Problem(Exception):
@@ -165,17 +167,19 @@ class BPETokenizer:
         self.tokenizer.no_truncation()  # some published files would cut every text at 512 tokens
         self.tokenizer.no_padding()
         self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1  # ids may have holes
-        self.end_of_text = self.tokenizer.token_to_id("<|endoftext|>")
+        self.end_of_text = self.tokenizer.token_to_id(END_OF_TEXT)
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """A byte-level BPE vocabulary, GPT-2's kind: it can spell any text."""
+        """A byte-level BPE vocabulary, GPT-2's kind: it can spell any text, and knows END_OF_TEXT from the start."""
         tokenizers = import_tokenizers()
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+        # without the split, pairs would go into spelling out what is a token anyway
+        documents = (document for text in texts for document in text.split(END_OF_TEXT))
+        tokenizer.train_from_iterator(documents, tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
         return cls(tokenizer.to_str())
 
@@ -381,9 +385,12 @@ def prepare(cfg, block_size=0):
     if cfg.tokenizer == "char":
         tokenizer = CharTokenizer(chars)
     elif cfg.tokenizer == "bpe":
+        every = math.ceil(size * split / n / TRAIN_BPE_ON)
         with progress(size, "training bpe") as bar:
-            tokenizer = BPETokenizer.train((piece for part in train for piece in cut_between_words(read(*part, bar))),
-                                           cfg.vocab_size)
+            tokenizer = BPETokenizer.train(every_nth_piece(train, every, bar), cfg.vocab_size)
+        if every > 1:
+            print(f"bpe: trained on one in {every} stretches of the text, spread over all of it "
+                  f"({TRAIN_BPE_ON / 1e6:.0f} MB at most, which bounds the memory)")
         if tokenizer.vocab_size < cfg.vocab_size:
             print(f"the text is too small for {cfg.vocab_size} tokens: the vocabulary has {tokenizer.vocab_size}")
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 65536 else "uint32")
@@ -443,6 +450,13 @@ def is_prepared(folder, dataset):
             while data := f.read(BLOCK):
                 digest.update(data)
     return digest.hexdigest() == meta["sha256"]
+
+
+def every_nth_piece(parts, n, bar):
+    """One in n of the pieces of all parts, to train BPE on; the bar says when that has read them and begins to merge."""
+    pieces = (piece for part in parts for piece in cut_between_words(read(*part, bar)))
+    yield from itertools.islice(pieces, 0, None, n)
+    bar.set_description("training bpe, merging pairs")
 
 
 def write_tokens(path, parts, tokenizer, dtype, bar):

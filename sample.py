@@ -5,23 +5,43 @@ python sample.py                                        # the newest model under
 python sample.py --start="ROMEO:" --temperature=0.7
 python sample.py --out_dir=out/shakespeare --num_samples=3 --top_k=20 --seed=1
 python sample.py --start=FILE:prompt.txt --max_new_tokens=2000
-python sample.py --interactive                          # write in turns; the model remembers all of it
 python sample.py --pretrained=state-spaces/mamba-130m --start="The capital of France is"
+python sample.py --interactive --stop="\\nYou:"          # write in turns; the model remembers all of it
+python sample.py --start=FILE:text.txt --show=delta     # which tokens it takes in; --show=loss: which surprise it
+python sample.py --start=FILE:text.txt --show=loss --html=loss.html
 """
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import hashlib
+import html
+import os
+import re
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
-from mamba import SCAN_METHODS, Mamba, get_file, sample, scan_method
-from prepare_data import Problem, flag, load_tokenizer, open_tokenizer, run
-from train import load_checkpoint, load_model, pick_device, pick_dtype
+from mamba import SCAN_METHODS, Mamba, check_sampling, get_file, scan_method
+from prepare_data import (
+    Problem,
+    flag,
+    flush_to_disk,
+    load_tokenizer,
+    nearest,
+    open_tokenizer,
+    parse_flags,
+    run,
+)
+from train import UNREADABLE, load_checkpoint, load_model, pick_device, pick_dtype
 
 
 @dataclass
@@ -34,11 +54,29 @@ class Config:
     temperature: float = flag(0.8, "below 1 safer, above 1 wilder, 0 always the likeliest token")
     top_k: int | None = flag(None, "only among the k likeliest tokens")
     top_p: float | None = flag(None, "only among the likeliest tokens that together have this probability")
+    min_p: float | None = flag(None, "only among tokens at least this many times as likely as the likeliest, as 0.05")
+    repetition_penalty: float | None = flag(None, "above 1, as 1.1: tokens that were there before become less likely")
+    stop: str = flag("", r"text that ends an answer, itself not shown; several as A|B; \n is a newline, \| a bar")
+    ignore_eos: bool = flag(False, "go on after the token that ends a text (a vocabulary of characters has none)")
     seed: int | None = flag(None, "the same seed gives the same text; by default another text every time")
-    interactive: bool = flag(False, "a line from you, an answer from the model, and so on; Ctrl-C stops an answer")
+    interactive: bool = flag(False, "a line from you, an answer from the model, and so on; /help there tells more")
+    show: str = flag("", "read --start and colour its tokens: delta by how far the selection opens, loss by surprise")
+    layer: int | None = flag(None, "the layer whose delta it is, from 0; by default the middle one")
+    html: str = flag("", "file for what --show shows, instead of the terminal")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16; by default bfloat16 on CUDA, else float32")
     scan: str = flag("auto", "method of the selective scan: auto, sequential or chunked")
+
+
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "ignore_eos", "max_new_tokens",
+            "seed")
+COMMANDS = """\
+/reset             forget the conversation
+/save FILE         keep the conversation in a file of a few MB
+/load FILE         go on with a conversation that was kept
+/set NAME VALUE    change a setting, as in: /set temperature 0.7
+/set               show the settings
+/quit              end, as Ctrl-D does; Ctrl-C only stops an answer"""
 
 
 def newest_run():
@@ -76,23 +114,12 @@ def prompt_of(start):
         raise Problem(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
-def as_text(tokenizer, tokens):
-    """The text of a stream of (1,) tokens, in pieces. A token may end inside a character: its bytes wait for the rest."""
-    ids, shown, whole = [], 0, 0    # ids[shown:whole] is what the last piece ended with, ids[whole:] is not yet text
-    for token in tokens:
-        ids.append(token.item())
-        before, text = tokenizer.decode(ids[shown:whole]), tokenizer.decode(ids[shown:])
-        if not text.endswith("\ufffd"):
-            yield text[len(before):]
-            shown, whole = whole, len(ids)
-    yield tokenizer.decode(ids[shown:])[len(tokenizer.decode(ids[shown:whole])):]
-
-
-def main(cfg, given):
+def check(cfg):
+    """Problem for flags or settings that have no meaning."""
     if cfg.num_samples < 1 or cfg.max_new_tokens < 1:
         raise Problem("--num_samples and --max_new_tokens must be at least 1")
     try:
-        sample(torch.zeros(1, 1), cfg.temperature, cfg.top_k, cfg.top_p)
+        check_sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty)
     except ValueError as error:
         raise Problem(str(error)) from None
     if cfg.scan not in SCAN_METHODS:
@@ -101,6 +128,16 @@ def main(cfg, given):
         raise Problem(f"--seed must be at least 0 and below {2 ** 63}, not {cfg.seed}")
     if cfg.out_dir and cfg.pretrained:
         raise Problem("--out_dir and --pretrained are two models; give one of them")
+    if cfg.show not in ("", "delta", "loss"):
+        raise Problem(f"--show takes delta or loss, not '{cfg.show}'")
+    if cfg.show and (cfg.interactive or not cfg.start):
+        raise Problem("--show reads a text: give it as --start, or --start=FILE:path, and without --interactive")
+    if (cfg.html and not cfg.show) or (cfg.layer is not None and cfg.show != "delta"):
+        raise Problem("--html goes with --show, and --layer with --show=delta")
+
+
+def main(cfg, given):
+    check(cfg)
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     if cfg.pretrained:
@@ -114,69 +151,347 @@ def main(cfg, given):
         tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
     start = prompt_of(cfg.start)
     prompt = tokenizer.encode(start) if start else []
-    seed = torch.seed() % 2 ** 32 if cfg.seed is None else cfg.seed
-    generator = torch.Generator().manual_seed(seed)
-    settings = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "generator": generator}
+    generator = make_generator(cfg, device)
     print(f"{source}: {model.num_params() / 1e6:.2f}M parameters; {device}, {dtype}, "
-          f"scan {scan_method(cfg.scan)}, seed {seed}", file=sys.stderr)
+          f"scan {scan_method(cfg.scan)}, seed {cfg.seed}", file=sys.stderr)
+    if cfg.show:
+        show(cfg, model, tokenizer, prompt)
+        return
     if cfg.interactive:
-        chat(model, tokenizer, prompt, cfg.max_new_tokens, settings)
+        chat(Conversation(model, tokenizer, prompt), cfg, generator)
         return
 
-    began, count = time.perf_counter(), cfg.num_samples * cfg.max_new_tokens
+    began, count = time.perf_counter(), 0
     for _ in range(cfg.num_samples):
         print(start, end="", flush=True)
-        tokens = model.stream([prompt or beginning(tokenizer)], cfg.max_new_tokens, **settings)
-        for piece in as_text(tokenizer, tokens):
+        text = Conversation(model, tokenizer, prompt)
+        for piece in text.answer(cfg, generator):
             print(piece, end="", flush=True)
         print("\n---------------" if cfg.num_samples > 1 else "", flush=True)
+        count += text.tokens_made
     seconds = time.perf_counter() - began
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
 
 
-def beginning(tokenizer):
-    """What stands before a text: the token between documents, or the newline that sorts first in most alphabets."""
-    return [tokenizer.end_of_text or 0]
+def make_generator(cfg, device):
+    """On a GPU of its own: random numbers from the CPU would make it wait. MPS takes those of the CPU."""
+    if cfg.seed is None:
+        cfg.seed = torch.seed() % 2 ** 32
+    return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(cfg.seed)
 
 
-def chat(model, tokenizer, prompt, max_new_tokens, settings):
-    """The state carries the whole conversation, in constant memory: nothing is ever read twice."""
-    state, unread = model.init_state(1), prompt or beginning(tokenizer)     # unread: tokens not yet in the state
-    stopped = False
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens to text
 
-    def stop(number, frame):    # looked at between two tokens, so that the state is never left half updated
-        nonlocal stopped
-        stopped = True
 
-    def answer():
-        nonlocal unread
-        for token in model.stream([unread], max_new_tokens, state=state, **settings):
-            unread = [token.item()]
+def as_text(tokenizer, tokens, before=()):
+    """
+    The text of token ids that follow those in before: a piece for each, and a last one. A token may end inside a
+    character, which then waits for its other bytes; bytes that belong to no character come out as U+FFFD.
+    """
+    decode, unfinished = tokenizer.decode, "\ufffd"
+    ends = ([*before[-n:]] for n in range(1, 5))
+    ids = next((end for end in ends if unfinished not in decode(end)), [])  # one that does not begin inside a character
+    out, done = len(ids), len(decode(ids))  # ids[:out] are out: next to them a token decodes as it does in the text
+    for token in tokens:
+        ids.append(int(token))
+        text = decode(ids)
+        if not text.endswith(unfinished):
+            yield text[done:]
+            ids = ids[out:]
+            out, done = len(ids), len(decode(ids))
+        elif len(ids) - out < 4:    # a character has at most 4 bytes, and a token at least one
+            yield ""
+        else:                       # these bytes make none; but the last of them may begin one
+            yield text[done:-1]
+            ids = ids[-4:]
+            out, done = 0, len(decode(ids).removesuffix(unfinished))
+    yield decode(ids)[done:]
+
+
+def stop_strings(text):
+    """Those in a --stop: separated by |; \\n and \\t are a newline and a tab, and a backslash takes | or \\ as it is."""
+    parts = re.findall(r"(?:\\.|[^|])+", text, re.DOTALL)
+    return [re.sub(r"\\(.)", lambda m: {"n": "\n", "t": "\t"}.get(m[1], m[1]), part, flags=re.DOTALL) for part in parts]
+
+
+def until(stops, pieces):
+    """The pieces up to the first end of a string in stops. What may be the beginning of one waits until it is decided."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [(held.index(stop) + len(stop), held.index(stop)) for stop in stops if stop in held]
+        if found:
+            yield held[:min(found)[1]]
+            return
+        wait = max((n for stop in stops for n in range(len(stop)) if held.endswith(stop[:n])), default=0)
+        yield held[:len(held) - wait]
+        held = held[len(held) - wait:]
+    yield held
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A text in turns
+
+
+class Conversation:
+    """What the model has read and written so far, as its state: constant memory, and nothing is ever read twice."""
+
+    def __init__(self, model, tokenizer, prompt):
+        self.model, self.tokenizer = model, tokenizer
+        # what stands before a text: the token between documents, or the newline that sorts first in most alphabets
+        self.prompt = prompt or [tokenizer.end_of_text or 0]
+        self.tokens_made, self.interrupted = 0, False
+        self.reset()
+
+    def reset(self):
+        self.state = self.model.init_state(1)
+        self.unread = list(self.prompt)     # tokens that are not yet in the state
+        self.seen = set()                   # those that are, for the repetition penalty
+
+    def answer(self, cfg, generator):
+        """The model's text in pieces, up to a stop string, the token that ends a text, or max_new_tokens."""
+        return until(stop_strings(cfg.stop), as_text(self.tokenizer, self._tokens(cfg, generator), before=self.unread))
+
+    def _tokens(self, cfg, generator):
+        seen = None
+        if cfg.repetition_penalty is not None:
+            seen = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool)
+            seen[0, sorted(self.seen)] = True
+            seen = seen.to(self.model.lm_head.weight.device)
+        for token in self.model.stream([self.unread], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator,
+                                       self.state, cfg.min_p, cfg.repetition_penalty, seen=seen):
+            token = token.item()
+            self.seen.update(self.unread)
+            self.unread = [token]
+            self.tokens_made += 1
+            if token == self.tokenizer.end_of_text and not cfg.ignore_eos:
+                return
             yield token
-            if stopped:
+            if self.interrupted:    # looked at between two tokens, so that the state is never left half updated
                 return
 
-    print("Write a line and press Enter. Ctrl-C stops an answer; /quit or Ctrl-D ends.", file=sys.stderr)
+    @functools.cached_property
+    def fingerprint(self):
+        """sha256 of the model's config and of its weights as they are in memory."""
+        config = {k: v for k, v in dataclasses.asdict(self.model.config).items() if k not in ("scan", "dropout")}
+        digest = hashlib.sha256(repr(sorted(config.items())).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def save(self, path):
+        state = [tuple(tensor.cpu().clone() for tensor in layer) for layer in self.state]   # without a larger storage
+        saved = {"fingerprint": self.fingerprint, "state": state, "unread": self.unread, "seen": sorted(self.seen)}
+        write_file(path, lambda f: torch.save(saved, f))
+
+    def load(self, path):
+        """Problem if the file is not whole or of another model; the conversation then stays as it was."""
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                if archive.testzip():
+                    raise ValueError
+            saved = torch.load(path, map_location=self.model.lm_head.weight.device, weights_only=True)
+            if saved.keys() != {"fingerprint", "state", "unread", "seen"}:
+                raise ValueError
+        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            raise Problem(f"cannot read {path}: {error.strerror}") from None
+        except UNREADABLE:
+            raise Problem(f"{path} is damaged or not a conversation") from None
+        if saved["fingerprint"] != self.fingerprint:
+            raise Problem(f"{path} is a conversation with another model, or with this one in another --dtype")
+        self.state, self.unread, self.seen = saved["state"], saved["unread"], set(saved["seen"])
+
+
+def write_file(path, write):
+    """Calls write(file). What was there under this name stays until all of it is on the disk."""
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            flush_to_disk(f)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:    # torch.save reports a full disk as a RuntimeError
+        raise Problem(f"could not write {path}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        with contextlib.suppress(OSError):  # it is in place, or could not even be opened
+            os.unlink(part)
+
+
+def chat(talk, cfg, generator):
+    def interrupt(number, frame):
+        talk.interrupted = True
+
+    print("Write a line and press Enter. Ctrl-C stops an answer, /help shows the commands, /quit or Ctrl-D ends.",
+          file=sys.stderr)
     while True:
         try:
             line = input("> ")
-        except (EOFError, KeyboardInterrupt):
+            command, _, rest = line.partition(" ")
+            path = os.path.expanduser(rest.strip())
+            if command == "/quit":
+                break
+            elif command == "/help":
+                print(COMMANDS, file=sys.stderr)
+            elif command == "/reset":
+                talk.reset()
+            elif command in ("/save", "/load") and not path:
+                raise Problem(f"{command} needs the name of a file")
+            elif command == "/save":
+                talk.save(path)
+                print(f"saved {path}", file=sys.stderr)
+            elif command == "/load":
+                talk.load(path)
+                print(f"loaded {path}", file=sys.stderr)
+            elif command == "/set":
+                if rest.strip():
+                    cfg, name = with_setting(cfg, rest.strip())
+                    if name == "seed":
+                        generator = make_generator(cfg, talk.model.lm_head.weight.device)
+                print("  ".join(f"{name}={getattr(cfg, name)}" for name in SETTINGS), file=sys.stderr)
+            elif command.startswith("/"):
+                raise Problem(f"unknown command {command}; /help shows the commands")
+            else:
+                talk.unread = talk.unread + talk.tokenizer.encode(line + "\n")
+                talk.interrupted, before = False, signal.signal(signal.SIGINT, interrupt)
+                for piece in talk.answer(cfg, generator):
+                    print(piece, end="", flush=True)
+                signal.signal(signal.SIGINT, before)
+                print()
+        except EOFError:
             break
+        except KeyboardInterrupt:   # not in an answer; perhaps meant for one that had just ended
+            print()
         except UnicodeDecodeError as error:
             print(f"that is not {error.encoding} text", file=sys.stderr)
-            continue
-        if line == "/quit":
-            break
-        try:
-            unread = unread + tokenizer.encode(line + "\n")
         except Problem as problem:
             print(problem, file=sys.stderr)
-            continue
-        stopped, before = False, signal.signal(signal.SIGINT, stop)
-        for piece in as_text(tokenizer, answer()):
-            print(piece, end="", flush=True)
-        signal.signal(signal.SIGINT, before)
+
+
+def with_setting(cfg, words):
+    """(cfg with the setting that "name value" says, its name)."""
+    name, value = (re.split(r"\s+|=", words, maxsplit=1) + [""])[:2]
+    if name not in SETTINGS:
+        raise Problem(f"no setting '{name}'{nearest(name, SETTINGS)}; /set shows them")
+    cfg = dataclasses.replace(cfg, **parse_flags(Config, [f"--{name}={value}"])[1])
+    check(cfg)
+    return cfg, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking inside: --show
+
+
+PART = 512  # tokens of a text that go through the model at a time
+
+
+@torch.no_grad()
+def surprise(model, ids):
+    """-log p of each token after those before it, in nats; None for the first. The parts follow each other by the state."""
+    ids, state, values = torch.tensor(ids, device=model.lm_head.weight.device), model.init_state(1), [None]
+    for part in ids.split(PART):
+        logits, _ = model(part[None], state=state)                              # (1, PART, V)
+        after = ids[len(values):len(values) + len(part)]                        # the last part has one less
+        values += F.cross_entropy(logits[0, :len(after)].float(), after, reduction="none").tolist()
+    return values
+
+
+@torch.no_grad()
+def opening(model, ids, layer):
+    """
+    delta of each token in one layer, the mean over the channels: large where the token is taken in and the past fades,
+    near 0 where it passes. A forward hook reads dt, the first part of what x_proj makes; delta = softplus(dt_proj(dt)).
+    """
+    mixer, values = model.backbone["layers"][layer].mixer, []
+
+    def read_dt(x_proj, inputs, output):                                        # output: (1, PART, dt_rank + 2 N)
+        # dt_proj's weight and bias apart, as in the block: with 16-bit weights the bias is still added in float32
+        delta = F.softplus(F.linear(output[..., :mixer.dt_rank], mixer.dt_proj.weight) + mixer.dt_proj.bias)
+        values.extend(delta.mean(-1)[0].tolist())
+    state = model.init_state(1)
+    with mixer.x_proj.register_forward_hook(read_dt):
+        for part in torch.tensor(ids, device=model.lm_head.weight.device).split(PART):
+            model(part[None], state=state, num_last_tokens=1)
+    return values
+
+
+def show(cfg, model, tokenizer, ids):
+    """Prints the text of ids coloured by the delta or loss of its tokens, or writes it as HTML, or lists the numbers."""
+    layers = model.config.n_layer
+    layer = layers // 2 if cfg.layer is None else cfg.layer
+    if not ids:
+        raise Problem("--show has nothing to read: the text of --start is empty")
+    if not 0 <= layer < layers:
+        raise Problem(f"--layer must be from 0 to {layers - 1}, not {layer}")
+    values = surprise(model, ids) if cfg.show == "loss" else opening(model, ids, layer)
+    spans = list(by_text(as_text(tokenizer, ids), values))
+    known = [value for _, value in spans if value is not None]
+    low, high = np.percentile(known, [2, 98]) if known else (0, 0)    # one outlier must not make all others pale
+    shares = [0 if value is None else min(max((value - low) / (high - low or 1), 0), 1) for _, value in spans]
+    what = "surprise in nats" if cfg.show == "loss" else f"delta in layer {layer} of 0 to {layers - 1}, mean over channels"
+
+    if cfg.html:
+        write_file(cfg.html, lambda f: f.writelines(line.encode() for line in as_html(what, low, high, spans, shares)))
+        print(f"wrote {cfg.html}", file=sys.stderr)
+    elif sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        if os.name == "nt":
+            os.system("")   # makes an older console understand colours
+        scale = "".join(painted(" ", step / 20) for step in range(21))
+        print(f"{what}: {low:.3g} {scale} {high:.3g}")
+        for (text, _), share in zip(spans, shares):
+            print(painted(text, share), end="")
         print()
+    else:
+        for text, value in spans:
+            print(f"{'-' if value is None else format(value, '.4f'):>8}  {text!r}")
+
+
+def by_text(pieces, values):
+    """(text, value) for each token. Tokens that make a character together are one, with the mean of their values."""
+    *pieces, rest = pieces
+    pieces[-1] += rest
+    group = []
+    for i, (piece, value) in enumerate(zip(pieces, values)):
+        group += [] if value is None else [value]
+        if piece or i == len(pieces) - 1:
+            yield piece, sum(group) / len(group) if group else None
+            group = []
+
+
+def painted(text, share):
+    """Text on a ground between dark grey (share 0) and orange (1), for a terminal with 24-bit colours."""
+    ground = ";".join(str(round(dark + share * (bright - dark))) for dark, bright in ((48, 255), (48, 140), (56, 0)))
+    colour = f"\033[38;2;{'255;255;255' if share < 0.5 else '0;0;0'};48;2;{ground}m"
+    text = text.translate({c: 0x2400 + c for c in range(32) if c not in b"\t\n"})  # no escape sequence from a text
+    return colour + text.replace("\n", f"↵\033[0m\n{colour}") + "\033[0m"
+
+
+def as_html(what, low, high, spans, shares):
+    """One HTML page in pieces; the text in <main> is that of the spans."""
+    yield f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{what}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.6 ui-monospace, monospace }}
+main {{ white-space: pre-wrap; overflow-wrap: anywhere }}
+span {{ background: rgb(255 110 0 / var(--a)) }}
+.n::before {{ content: "↵"; opacity: 0.5 }}
+</style>
+</head>
+<body>
+<p>{what}: {low:.3g} """
+    yield from (f'<span style="--a:{0.6 * step / 20:.2f}"> </span>' for step in range(21))
+    yield f" {high:.3g}</p>\n<main>"
+    for (text, value), share in zip(spans, shares):
+        newline, title = ' class="n"' * text.startswith("\n"), "" if value is None else f"{value:.4f}"
+        escaped = html.escape(text).replace("\r", "&#13;")  # a browser would turn the character itself into a newline
+        yield f'<span{newline} style="--a:{0.6 * share:.2f}" title="{title}">{escaped}</span>'
+    yield "</main>\n</body>\n</html>\n"
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ run as real processes with real signals; downloads come from a small server here
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import hashlib
+import html.parser
 import http.server
 import io
 import itertools
@@ -1894,3 +1896,469 @@ def test_sample_from_released_weights(tmp_path, hub, monkeypatch, capsys, call):
                          (["--pretrained=w/tokenizer.json"], ["there is no folder w/tokenizer.json"]),
                          (["--pretrained=nothing"], ["there is no folder nothing"])):
         one_line_error(call("sample.py", *flags, cwd=tmp_path), *words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling settings, conversations, --show, BPE of large texts
+
+
+@pytest.mark.parametrize("settings", [
+    {"min_p": 0.2}, {"min_p": 0.0}, {"min_p": 1.0}, {"min_p": 0.1, "temperature": 2.0, "top_k": 6},
+    {"min_p": 0.2, "top_p": 0.7},
+    {"repetition_penalty": 1.5}, {"repetition_penalty": 0.7, "temperature": 0.7}, {"repetition_penalty": 3.0, "top_k": 1},
+    {"repetition_penalty": 2.0, "temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.15}])
+def test_sampling_settings_mean_what_they_mean_in_transformers(settings):
+    transformers = pytest.importorskip("transformers")
+    g = torch.Generator().manual_seed(5)
+    logits, history = 2 * torch.randn(1, 12, generator=g) - 2, torch.tensor([[0, 3, 4, 4, 7, 11]])   # above and below 0
+    seen, expected = torch.zeros(1, 12, dtype=torch.bool).scatter_(1, history, True), logits
+    for kind, name in (("RepetitionPenaltyLogitsProcessor", "repetition_penalty"), ("TemperatureLogitsWarper", "temperature"),
+                       ("TopKLogitsWarper", "top_k"), ("TopPLogitsWarper", "top_p"), ("MinPLogitsWarper", "min_p")):
+        expected = getattr(transformers, kind)(settings[name])(history, expected) if name in settings else expected
+    expected = expected.softmax(-1)[0]
+    draws = mamba.sample(logits.repeat(40_000, 1), generator=g, seen=seen, **settings)
+    got = torch.bincount(draws, minlength=12) / 40_000
+    assert (got - expected).abs().max() < 0.012 and not got[expected == 0].any(), (got, expected)
+
+
+def test_repetition_penalty_knows_the_prompt_and_the_answer():
+    model, prompts = small(tie_embeddings=False).eval(), [tokens(n, seed=n).tolist() for n in (5, 60)]
+    with torch.no_grad():
+        for prompt, row in zip(prompts, model.generate(prompts, 30, temperature=0, repetition_penalty=1.7)):
+            for t in range(len(prompt), len(prompt) + 30):
+                logits = model(row[None, :t])[0][0, -1]
+                for token in set(row[:t].tolist()):
+                    logits[token] = logits[token] / 1.7 if logits[token] > 0 else logits[token] * 1.7
+                assert logits.argmax() == row[t], t
+    # in two streams with one state and one seen, as in one
+    state, seen = model.init_state(1), torch.zeros(1, 70, dtype=torch.bool)
+    settings = {"temperature": 0, "repetition_penalty": 1.7}
+    first = [t.item() for t in model.stream([prompts[0]], 7, state=state, seen=seen, **settings)]
+    second = [t.item() for t in model.stream([first[-1:]], 23, state=state, seen=seen, **settings)]
+    assert prompts[0] + first + second == model.generate(prompts[:1], 30, **settings)[0].tolist()
+
+
+def test_stop_tokens():
+    model, prompts = small().eval(), [tokens(n, seed=n) for n in (5, 1, 12, 5)]
+    free = [row.tolist() for row in model.generate(prompts, 40, temperature=1.0, generator=torch.Generator().manual_seed(0))]
+    stop = [free[0][9], free[1][3], free[2][20]]
+
+    def again(prompts, **more):
+        return model.generate(prompts, 40, generator=torch.Generator().manual_seed(0), **more)
+    ends = [next((i + 1 for i in range(len(p), len(row)) if row[i] in stop), len(row)) for p, row in zip(prompts, free)]
+    got = again(prompts, stop=stop)
+    assert [row.tolist() for row in got] == [row[:end] for row, end in zip(free, ends)] and min(ends) < max(ends)
+    assert again(prompts, stop=())[3].tolist() == free[3]
+    calls = []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    stops = [*stop, free[3][15]]
+    new = torch.stack(list(model.stream(prompts, 40, stop=stops, generator=torch.Generator().manual_seed(0))), 1).tolist()
+    hook.remove()
+    assert len(calls) == 2 + len(new[0]) and len(new[0]) < 40   # no step after the last row has stopped
+    assert all(row[-1] in stops and len({*row[row.index(row[-1]):]}) == 1 for row in new)
+
+    # a tensor is as long as the longest row; a prompt may hold stop tokens, and end with one
+    idx = torch.stack([prompts[0], prompts[3].roll(1)])
+    free = again(idx)
+    stop = [free[0, 7].item(), free[1, 11].item(), idx[0, 4].item()]
+    ends = [next(i for i in range(5, 45) if row[i] in stop) + 1 for row in free.tolist()]
+    out = again(idx, stop=stop)
+    assert out.shape == (2, max(ends)) and ends[0] != ends[1]
+    for row, expected, end in zip(out.tolist(), free.tolist(), ends):
+        assert row == expected[:end] + [expected[end - 1]] * (max(ends) - end)
+    for bad in ([70], [-1], [3, 1000]):
+        with pytest.raises(ValueError, match="stop tokens must be ids from 0 to 69"):
+            model.generate(prompts, 3, stop=bad)
+    for bad in ({"min_p": 1.1}, {"min_p": -0.1}, {"repetition_penalty": 0.0}, {"repetition_penalty": math.inf},
+                {"repetition_penalty": math.nan}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            model.generate(prompts, 3, **bad)
+
+
+def test_drawing_a_token_never_waits_for_the_gpu():
+    """What makes the host wait reads a number (_local_scalar_dense) or has a result whose size is a number (nonzero)."""
+    logits, seen = torch.randn(3, 50), torch.zeros(3, 50, dtype=torch.bool)
+    with Recorder() as recorded:
+        before = mamba.next_token(logits, None, torch.tensor([4]), seen, None, (0.7, 5, 0.9, 0.1, 1.2))
+        mamba.next_token(logits, before, torch.tensor([4]), seen, None, (0, None, None, None, 1.2))
+    assert {"scatter_.value", "where.self", "masked_fill.Scalar"} <= recorded.operators
+    assert not [op for op in recorded.operators if re.match("_local_scalar|nonzero|multinomial|_?unique|_to_copy|is_nonzero", op)]
+    with Recorder() as plain:
+        mamba.next_token(logits, before, None, None, None, (1.0, None, None, None, None))
+    assert not {"where.self", "scatter_.value", "masked_fill.Scalar", "sort"} & plain.operators
+    with Recorder() as recorded:
+        small().generate([[1, 2], [3]], 4, repetition_penalty=1.2, min_p=0.1, stop=[5])
+    assert not recorded.operators - mps_operators()
+
+
+def one_token_a_byte():
+    pytest.importorskip("tokenizers")
+    return prepare_data.BPETokenizer.train(["abc"], 257)
+
+
+def test_invalid_bytes_neither_stall_nor_change_the_text():
+    tokenizer, rng = one_token_a_byte(), random.Random(0)
+    byte = {i: tokenizer.tokenizer.id_to_token(i) for i in range(257)}
+    smile = tokenizer.encode("🙂")
+    assert len(smile) == 4 and len(set(smile)) == 4 and byte[0] == "<|endoftext|>"
+    for case in range(300):
+        pool = [*smile, *tokenizer.encode("é日a "), *range(257)] if case % 2 else smile + tokenizer.encode("a")
+        ids = rng.choices(pool, k=60) if case else smile[1:2] * 60
+        before = rng.choices(pool, k=case % 7)
+        shown, pieces = "", sample.as_text(tokenizer, ids)
+        for n in range(1, len(ids) + 1):
+            shown += next(pieces)
+            assert tokenizer.decode(ids[:n]).startswith(shown)
+            assert shown.startswith(tokenizer.decode(ids[:max(n - 3, 0)]).removesuffix("\ufffd"))   # three tokens late at most
+        assert shown + next(pieces) == tokenizer.decode(ids)
+        if "\ufffd" not in (text := tokenizer.decode(before)):
+            assert text + "".join(sample.as_text(tokenizer, ids, before)) == tokenizer.decode(before + ids)
+
+
+def test_characters_spelled_in_bytes_by_another_kind_of_tokenizer():
+    """SentencePiece's kind decodes a run of bytes to as many U+FFFD as it has, until the last of them is there."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = [*(f"<0x{n:02X}>" for n in range(256)), "a", "b", "\u2581", "<unk>"]
+    t = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(vocabulary)}, [], byte_fallback=True,
+                                                   unk_token="<unk>"))
+    t.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(),
+                                              tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)])
+    tokenizer, text = prepare_data.BPETokenizer(t.to_str()), "a🙂🙂é日b\u2581é🙂a\u2581b"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text.replace("\u2581", " ") and len(ids) == 25
+    for begin in range(len(ids)):
+        pieces = [*sample.as_text(tokenizer, ids[begin:], before=ids[:begin])]
+        if not tokenizer.decode(ids[:begin]).endswith("\ufffd"):
+            assert tokenizer.decode(ids[:begin]) + "".join(pieces) == text.replace("\u2581", " ")
+            assert "\ufffd" not in "".join(pieces)
+
+
+def test_stop_strings():
+    assert sample.stop_strings("") == [] and sample.stop_strings(r"\nYou:|a\|b\\|\t") == ["\nYou:", "a|b\\", "\t"]
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(rng.choices("ab", k=12))
+        stops = ["".join(rng.choices("ab", k=rng.randint(2, 5))) for _ in range(rng.randint(0, 3))]
+        ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+        pieces, rest = [], text
+        while rest:
+            n = rng.randint(0, 4)
+            pieces, rest = [*pieces, rest[:n]], rest[n:]
+        got = list(sample.until(stops, pieces))
+        assert "".join(got) == text[:min(ends)[1] if ends else None]
+        if ends:    # nothing is held back longer than it could still be a beginning
+            for n in range(len(got) - 1):
+                held = "".join(pieces[:n + 1])[len("".join(got[:n + 1])):]
+                assert held == "" or any(stop.startswith(held) for stop in stops)
+
+
+LETTERS = "\n abcdefghijklmnopqrstuvwxyz<&>\"'é"
+
+
+def conversation(prompt="", seed=0, **changes):
+    torch.manual_seed(seed)
+    tokenizer = prepare_data.CharTokenizer(LETTERS)
+    # an untrained model with one table for both would repeat what it has just read
+    model = Mamba(MambaConfig(len(LETTERS), 32, 3, tie_embeddings=False, **changes)).eval()
+    return sample.Conversation(model, tokenizer, tokenizer.encode(prompt))
+
+
+GREEDY = sample.Config(temperature=0.0, max_new_tokens=20)
+
+
+def turns(talk, monkeypatch, capsys, *lines, cfg=GREEDY):
+    """What a chat with these lines from the person writes: (stdout between the prompts, stderr)."""
+    lines = iter(lines)
+
+    def typed(prompt):
+        print(prompt, end="")
+        line = next(lines, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+    monkeypatch.setattr("builtins.input", typed)
+    capsys.readouterr()
+    sample.chat(talk, cfg, torch.Generator().manual_seed(0))
+    out, err = capsys.readouterr()
+    return out.split("> ")[1:], err.splitlines()[1:]
+
+
+def test_a_kept_conversation_goes_on_with_the_same_tokens(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "our talk.pt"
+    settings = dataclasses.replace(GREEDY, repetition_penalty=1.2)
+    unsaved, _ = turns(conversation("so"), monkeypatch, capsys, "hello", "and then", "why", cfg=settings)
+    first, said = turns(conversation("so"), monkeypatch, capsys, "hello", f"/save {file}", "and now for", "/quit", cfg=settings)
+    assert first[0] == unsaved[0] and said == [f"saved {file}"] and len({*unsaved[:3]}) == 3
+    then, said = turns(conversation("x"), monkeypatch, capsys, "other", f"/load {file}", "and then", "why", cfg=settings)
+    assert then[2:4] == unsaved[1:3] and said == [f"loaded {file}"]
+    reset, said = turns(conversation("so"), monkeypatch, capsys, "abc", "/reset", "hello", cfg=settings)
+    assert reset[2] == unsaved[0] and not said
+    assert os.listdir(tmp_path) == [file.name]
+
+
+def test_only_a_whole_conversation_with_this_model_is_loaded(tmp_path, monkeypatch, capsys):
+    expected, _ = turns(conversation(), monkeypatch, capsys, "hello", "why")
+    for name, changes in (("other.pt", {"seed": 1}), ("eps.pt", {"norm_eps": 1e-3}), ("good.pt", {})):
+        conversation(**changes).save(tmp_path / name)
+    talk = conversation()
+    talk.model.bfloat16()
+    talk.save(tmp_path / "16.pt")
+    data = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[:-100])
+    half = len(data) // 2
+    (tmp_path / "flipped.pt").write_bytes(data[:half] + bytes([data[half] ^ 1]) + data[half + 1:])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"run": os.system}, tmp_path / "pickle.pt")
+    for name, words in (("other.pt", "another model"), ("eps.pt", "another model"), ("16.pt", "another --dtype"),
+                        ("cut.pt", "damaged"), ("flipped.pt", "damaged"), ("text.pt", "damaged"), (".", "cannot read"),
+                        ("list.pt", "not a conversation"), ("pickle.pt", "not a conversation"), ("gone.pt", "cannot read")):
+        answers, said = turns(conversation(), monkeypatch, capsys, "hello", f"/load {tmp_path / name}", "why")
+        assert len(said) == 1 and words in said[0], (name, said)
+        assert (answers[0], answers[2]) == (expected[0], expected[1]), name
+    # a failure while writing leaves the kept one
+    before = tree(tmp_path)
+    monkeypatch.setattr(sample, "flush_to_disk", lambda f: os.fdopen(99))
+    files = ("good.pt", "no/where.pt", "text.pt/x")
+    _, said = turns(conversation(), monkeypatch, capsys, *(f"/save {tmp_path / file}" for file in files), "/save")
+    assert ["could not write" in line for line in said] == [True, True, True, False] and "name of a file" in said[3]
+    assert tree(tmp_path) == before
+
+
+def test_commands_of_a_chat(monkeypatch, capsys):
+    free, _ = turns(conversation(), monkeypatch, capsys, "hello", "why")
+    stop = free[0].strip("\n")[4:6]
+    answers, said = turns(conversation(), monkeypatch, capsys, "/set max_new_tokens 3", "hello", "/sett x", "/set",
+                          f"/set stop={stop}", "/set max_new_tokens 20", "hello", "/set temperatur 1", "/set temperature cold",
+                          "/set temperature -1", "/set top_k", "/help", KeyboardInterrupt, "/set seed 5", "/set min_p=0.2")
+    assert answers[1] == free[0][:3] + "\n"
+    assert "max_new_tokens=3 " in said[0] and said[2] == said[0] and "unknown command /sett" in said[1]
+    assert f"stop={stop} " in said[3] and "max_new_tokens=20" in said[4]
+    for words, line in zip(("mean temperature?", "takes a number, not 'cold'", "need temperature >= 0", "--top_k takes"), said[5:]):
+        assert words in line
+    assert said[9].startswith("/reset") and "seed=5" in said[-2] and "min_p=0.2" in said[-1]
+    assert len(said) == 9 + len(sample.COMMANDS.splitlines()) + 2
+    # the same seed again, the same answer again
+    cfg = sample.Config(max_new_tokens=9)
+    answers, _ = turns(conversation(), monkeypatch, capsys, *["/set seed 5", "hello", "/reset"] * 2, cfg=cfg)
+    assert answers[1] == answers[4] != free[0]
+
+
+def test_ctrl_c_stops_the_answer_alone(monkeypatch, capsys):
+    expected, _ = turns(conversation(), monkeypatch, capsys, "hello", "why", cfg=dataclasses.replace(GREEDY, max_new_tokens=6))
+    talk, cfg = conversation(), dataclasses.replace(GREEDY, max_new_tokens=1000)
+    stream = talk.model.stream
+
+    def interrupted(*args, **more):
+        for i, token in enumerate(stream(*args, **more)):
+            if i == 5:
+                signal.raise_signal(signal.SIGINT)
+            yield token
+    monkeypatch.setattr(talk.model, "stream", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    answers, said = turns(talk, monkeypatch, capsys, "hello", KeyboardInterrupt, "why", cfg=cfg)
+    assert (answers[0], answers[2]) == tuple(expected[:2]) and not said and signal.getsignal(signal.SIGINT) is handler
+
+
+def test_an_answer_ends_with_its_text(monkeypatch):
+    tokenizer, model = one_token_a_byte(), small(vocab_size=257)
+    ids = tokenizer.encode("one two") + [0] + tokenizer.encode("three")
+    given, made = [], torch.tensor(ids)[:, None]
+    monkeypatch.setattr(model, "stream", lambda prompts, *args, **more: given.append(prompts) or iter(made))
+    talk = sample.Conversation(model, tokenizer, [])
+    assert "".join(talk.answer(sample.Config(), None)) == "one two" and talk.unread == [0] and talk.tokens_made == 8
+    assert "".join(talk.answer(sample.Config(ignore_eos=True), None)) == "one two<|endoftext|>three"
+    assert "".join(talk.answer(sample.Config(stop="x|e t"), None)) == "on" and talk.unread == tokenizer.encode("t")
+    assert given == [[[0]], [[0]], [ids[-1:]]] and talk.seen == {*ids}
+
+
+def test_sample_stops_at_a_string(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    flags = {"out_dir": "run", "start": "abc ", "temperature": 0.0, "max_new_tokens": 60, "device": "cpu", "seed": 1}
+    sample.main(sample.Config(**flags), {})
+    text = capsys.readouterr().out.rstrip("\n")[4:]
+    sample.main(sample.Config(**flags, stop=f"##|{text[7:10]}"), {})
+    out, err = capsys.readouterr()
+    end = text.index(text[7:10])
+    assert out == f"abc {text[:end]}\n" and f"\n{end + 3} tokens in" in err
+
+
+def by_hand(model, ids, layer):
+    """delta and surprise, from one forward pass in other words."""
+    with torch.no_grad():
+        x = model.backbone["embedding"](ids[None])
+        for i in range(layer):
+            x = model.backbone["layers"][i](x)
+        m, d = model.backbone["layers"][layer].mixer, model.config.d_inner
+        x = m.in_proj(model.backbone["layers"][layer].norm(x))[..., :d].transpose(1, 2)
+        x = F.conv1d(F.pad(x, (m.conv1d.weight.shape[2] - 1, 0)), m.conv1d.weight, m.conv1d.bias, groups=d).transpose(1, 2)
+        delta = torch.log1p(torch.exp(m.dt_proj(F.silu(x) @ m.x_proj.weight[:m.dt_rank].T)))
+        logp = model(ids[None])[0][0].log_softmax(-1)
+        return delta[0].mean(-1), -logp[torch.arange(len(ids) - 1), ids[1:]]
+
+
+@pytest.mark.parametrize("part", [1, 7, 512])
+def test_what_show_measures(monkeypatch, part):
+    model, ids = small(n_layer=3).eval(), tokens(40)
+    monkeypatch.setattr(sample, "PART", part)
+    for layer in range(3):
+        delta, surprise = by_hand(model, ids, layer)
+        assert torch.allclose(torch.tensor(sample.opening(model, ids.tolist(), layer)), delta, atol=1e-6)
+    first, *rest = sample.surprise(model, ids.tolist())
+    assert first is None and torch.allclose(torch.tensor(rest), surprise, atol=1e-5)
+    assert len(sample.opening(model, [5], 1)) == 1 and sample.surprise(model, [5]) == [None]
+    assert not model.backbone["layers"][1].mixer.x_proj._forward_hooks
+
+
+class Page(html.parser.HTMLParser):
+    """The text in <main>, the values in title=, and whatever a page could load from elsewhere."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.stack, self.text, self.values, self.outside = [], "", [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.stack += [] if tag == "meta" else [tag]
+        self.values += [value for name, value in attributes if name == "title"]
+        self.outside += [tag] * (tag in ("script", "link", "img")) + [n for n, _ in attributes if n in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data if "main" in self.stack else ""
+
+
+@pytest.mark.parametrize("what", ["delta", "loss"])
+def test_show_as_html_gives_the_text_back(tmp_path, capsys, what):
+    tokenizer, model = one_token_a_byte(), small(vocab_size=257).eval()
+    text = "\n a <b> & \"q\" 'r' &amp; </main>\t日本🙂\r\n\r  two  spaces\n\n"
+    cfg = sample.Config(show=what, html=str(tmp_path / "out.html"), start="x")
+    sample.show(cfg, model, tokenizer, tokenizer.encode(text))
+    page = Page((tmp_path / "out.html").read_bytes().decode())
+    assert "\r" not in (tmp_path / "out.html").read_bytes().decode()
+    assert page.text == text and not page.stack and not page.outside and os.listdir(tmp_path) == ["out.html"]
+    assert Page("".join(sample.as_html("x", 0, 1, [("<b>&lt;", 1.0)], [1]))).text == "<b>&lt;"
+    ids = torch.tensor(tokenizer.encode(text))
+    delta, surprise = by_hand(model, ids, 1)
+    expected = delta.tolist() if what == "delta" else [math.nan, *surprise.tolist()]
+    assert len(page.values) == len(text) and len(ids) == len(text.encode())     # bytes of a character together
+    smile = len(text[:text.index("🙂")].encode())
+    assert abs(float(page.values[text.index("🙂")]) - sum(expected[smile:smile + 4]) / 4) < 1e-3
+    assert abs(float(page.values[-1]) - expected[-1]) < 1e-3 and (page.values[0] == "") == (what == "loss")
+
+
+def test_show_in_a_terminal_and_in_a_pipe(monkeypatch, capsys):
+    talk, text = conversation(), "ab\n<c> é"
+    ids, cfg = talk.tokenizer.encode(text), sample.Config(show="loss", start=text)
+    sample.show(cfg, talk.model, talk.tokenizer, ids)
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split(None, 1)[1] for line in listed] == [repr(c) for c in text] and listed[0].split()[0] == "-"
+    assert abs(float(listed[4].split()[0]) - sample.surprise(talk.model, ids)[4]) < 1e-4
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    sample.show(cfg, talk.model, talk.tokenizer, ids)
+    assert capsys.readouterr().out.splitlines() == listed
+    monkeypatch.delenv("NO_COLOR")
+    sample.show(cfg, talk.model, talk.tokenizer, ids)
+    legend, shown = capsys.readouterr().out.split("\n", 1)
+    grounds = [int(g) for g in re.findall(r"48;2;(\d+);", shown)]
+    assert legend.startswith("surprise in nats: ")
+    assert re.sub("\x1b\\[[0-9;]*m", "", shown) == text.replace("\n", "↵\n") + "\n"
+    del grounds[3]      # a newline is painted on both lines
+    values = [-1, *sample.surprise(talk.model, ids)[1:]]
+    assert grounds[0] == 48 and all((grounds[i] <= grounds[j]) for i in range(8) for j in range(8) if values[i] < values[j])
+    assert "\x1b" not in sample.painted("\x1b[2J", 0.3).removeprefix("\x1b[38").removesuffix("\x1b[0m")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--show=gamma", "--start=abc"], ["--show takes delta or loss, not 'gamma'"]),
+    (["--show=loss"], ["give it as --start"]),
+    (["--show=loss", "--start=abc", "--interactive"], ["without --interactive"]),
+    (["--show=loss", "--start=abc", "--layer=1"], ["--layer with --show=delta"]),
+    (["--html=x.html", "--start=abc"], ["--html goes with --show"]),
+    (["--show=delta", "--start=abc", "--layer=2"], ["--layer must be from 0 to 1, not 2"]),
+    (["--show=delta", "--start=FILE:empty.txt"], ["empty"]),
+    (["--show=delta", "--start=abc", "--html=no/where.html"], ["could not write no/where.html"]),
+    (["--min_p=2"], ["min_p"]), (["--repetition_penalty=0"], ["repetition_penalty"]),
+])
+def test_bad_flags_for_show_and_sampling(finished, call, flags, words):
+    (finished / "empty.txt").touch()
+    before = tree(finished)
+    result = call("sample.py", "--out_dir=run", "--device=cpu", *flags, cwd=finished)
+    result.stderr = "".join(line for line in result.stderr.splitlines(keepends=True) if not line.startswith("run, step"))
+    one_line_error(result, *words)
+    assert tree(finished) == before
+
+
+AWKWARD_BITS = ["a", "word", " ", "  ", "   ", " " * 7, " " * 40, "\n", "\n\n\n", "\r\n", "\r\n\r\n", "\t\t", "\x0b", "...", "'s",
+                "👩‍👩‍👧", "🏳️‍🌈", "é", "e\u0301", "\u0301", "\u0323\u0301", "\u1100\u1161", "日本語", "3.14",
+                "\u00a0", "\u3000", "\u200d", "\x1c", "\x85", "\ufeff", "def f(x):\n    return x\n", "<|endoftext|>", "<|padding|>", "\u212b", "\ufb01"]
+
+
+def neox_like():
+    """tokenizer.json with the settings of GPT-NeoX's, and its tokens for runs of spaces."""
+    tokenizers = pytest.importorskip("tokenizers")
+    level = tokenizers.pre_tokenizers.ByteLevel
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.normalizer, t.pre_tokenizer = tokenizers.normalizers.NFC(), level(add_prefix_space=False, trim_offsets=True)
+    t.decoder = tokenizers.decoders.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    t.post_processor = tokenizers.processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    t.train_from_iterator([AWKWARD * 20, (ROOT / "mamba.py").read_text(encoding="utf-8")], tokenizers.trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=["<|endoftext|>", "<|padding|>"], show_progress=False,
+        initial_alphabet=level.alphabet()))
+    t.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
+    return t.to_str()
+
+
+def test_neox_tokens_equal_those_of_transformers(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "t.json").write_text(neox_like(), encoding="utf-8")
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "t.json"))
+    tokenizer, rng = prepare_data.BPETokenizer((tmp_path / "t.json").read_text(encoding="utf-8")), random.Random(0)
+    texts = [AWKWARD * 3, "word " * 9000 + "\n", (ROOT / "sample.py").read_text(encoding="utf-8").replace("\n", "\r\n"),
+             *("".join(rng.choices(AWKWARD_BITS, k=400)) for _ in range(20)), *("x" + bit + "y" for bit in AWKWARD_BITS)]
+    for text in texts:
+        expected = reference(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(text) == expected and tokenizer.encode(text + "\0")[-1] == tokenizer.encode("\0")[0]
+        for block, piece in ((1 << 20, 1 << 15), (37, 11), (1000, 200)):
+            monkeypatch.setattr(prepare_data, "BLOCK", block)
+            monkeypatch.setattr(prepare_data, "PIECE", piece)
+            streamed = tokenizer.encode_stream(prepare_data.read(text.encode()))
+            assert [i for ids in streamed for i in ids.tolist()] == expected, (block, text[:40])
+
+
+def test_bpe_of_a_large_text_is_trained_on_a_sample(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tokenizers")
+    monkeypatch.setattr(prepare_data, "PIECE", 100)
+    (tmp_path / "folder").mkdir()
+    story = "".join(f"once word{i // 10} upon\n<|endoftext|>\n" for i in range(3000))
+    for name in "ab":
+        (tmp_path / "folder" / f"{name}.txt").write_text(story)
+    cfg = prepare_data.Config(str(tmp_path / "folder"), "bpe", 400, str(tmp_path / "data"))
+    prepare_data.prepare(cfg)
+    assert "one in" not in capsys.readouterr().out
+    read, train_bpe = [], prepare_data.BPETokenizer.train
+    monkeypatch.setattr(prepare_data.BPETokenizer, "train", lambda texts, n: train_bpe((read.append(t) or t for t in texts), n))
+    monkeypatch.setattr(prepare_data, "TRAIN_BPE_ON", 20_000)
+    meta, train, val, tokenizer = opened(prepare_data.prepare(cfg))
+    every = int(re.search(r"bpe: trained on one in (\d+) stretches", capsys.readouterr().out)[1])
+    assert every == math.ceil(2 * len(story) * 0.9 / 20_000) and 15_000 < sum(map(len, read)) < 22_000
+    places = [int(n) for n in re.findall(r"word(\d+)", "".join(read))]
+    second = next(i for i in range(1, len(places)) if places[i] < places[i - 1])    # where the other file begins
+    assert all(min(part) < 10 for part in (places[:second], places[second:])) and places[second - 1] > 290 and places[-1] > 220
+    # what stands between documents is one token, and no pair was spent on its spelling
+    vocabulary = tokenizer.tokenizer.get_vocab()
+    assert tokenizer.end_of_text == 0 and not [t for t in vocabulary if "|>" in t and t != "<|endoftext|>"]
+    assert tokenizer.decode(train) + tokenizer.decode(val) == story + "<|endoftext|>" + story and train.count(0) > 5000
+    # the tokenizer travels whole in meta.json, and in the checkpoint, which takes it from there
+    torch.save({"meta": meta}, tmp_path / "ckpt.pt")
+    again = prepare_data.load_tokenizer(load(tmp_path / "ckpt.pt")["meta"]["tokenizer"])
+    assert again.encode(story) == tokenizer.encode(story) and again.decode(again.encode(story)) == story
+
+
+def test_a_checkpoint_carries_what_meta_json_says(finished):
+    (folder,) = (finished / "data").iterdir()
+    assert load(finished / "run" / "best.pt")["meta"] == prepare_data.load_meta(folder)
