@@ -39,6 +39,12 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+try:
+    import scan_triton as _scan_triton
+except ImportError:     # this file works alone; the kernels beside it, where there is Triton, make it faster on CUDA
+    _scan_triton = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -97,7 +103,7 @@ class MambaConfig:
 # The selective scan
 
 
-SCAN_METHODS = ("auto", "sequential", "chunked")
+SCAN_METHODS = ("auto", "sequential", "chunked", "triton")
 
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, state=None,
@@ -113,7 +119,8 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     Returns y (B, L, D) in the type of u, or (y, last_state) with last_state (B, D, N) in float32, so that
     scan(x) equals scan(x[:, :k]) followed by scan(x[:, k:]) with that state. Computes in float32 (float64 if u is
     float64) whatever the inputs are. Differentiable in every tensor, once.
-    method: "sequential" | "chunked" | "auto" (chunked, but one step is one step). ValueError on shapes that do not fit.
+    method: "sequential" | "chunked" | "triton" (scan_triton.py, on CUDA) | "auto": triton where it runs, else chunked; a
+    single step is one step. ValueError on shapes that do not fit, and for a method that cannot run.
     Names and meaning follow mamba_ssm's selective_scan_fn; the layout is (B, L, D) throughout.
     """
     if u.dim() != 3 or A.dim() != 2:
@@ -132,16 +139,24 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 
     if state is None:
         state = u.new_zeros(batch, d_inner, d_state, dtype=_at_least_float32(u))
-    one_step = method == "auto" and length == 1
-    scan = selective_scan_sequential if method == "sequential" or one_step else selective_scan_chunked
+    method = "sequential" if method == "auto" and length == 1 else scan_method(method, u, d_state)
+    scan = {"sequential": selective_scan_sequential, "chunked": selective_scan_chunked, "triton": _selective_scan_triton}[method]
     with torch.autocast(u.device.type, enabled=False):  # autocast would run the products below in 16 bits
         y, last_state = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
     return (y, last_state) if return_last_state else y
 
 
-def scan_method(method):
-    """The method that selective_scan uses for a sequence: what "auto" stands for."""
-    return "chunked" if method == "auto" else method
+def scan_method(method, u, d_state):
+    """The method that selective_scan uses for a sequence on the device and of the type of u: what "auto" stands for."""
+    able = _scan_triton is not None and u.device.type == "cuda" and u.dtype != torch.float64 and d_state <= 256
+    if method == "triton" and not able:
+        raise ValueError("scan 'triton' needs CUDA, the package triton, scan_triton.py beside mamba.py, a d_state of at most "
+                         "256 and no float64; 'auto' takes the best there is")
+    return method if method != "auto" else "triton" if able else "chunked"
+
+
+def _selective_scan_triton(*inputs):
+    return _scan_triton.selective_scan_triton(*inputs)
 
 
 def _at_least_float32(x):
@@ -557,10 +572,21 @@ class Mamba(nn.Module):
         for layer, layer_state in zip(self.backbone["layers"], state or [None] * self.config.n_layer):
             x = layer(x, layer_state)
         x = self.backbone["norm_f"](x[:, -num_last_tokens:])
-        logits = self.lm_head(x)[..., :self.config.vocab_size]                  # without the padding rows
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            return self._logits(x), None
+        # logits of a large vocabulary take more memory than the rest of the model: there are never more than LOGITS of
+        # them at once, and the backward pass computes them again
+        x, targets = x.flatten(0, 1), targets.flatten()
+        rows = max(1, LOGITS // self.config.padded_vocab_size)
+        parts = list(zip(x.split(rows), targets.split(rows)))
+        losses = [checkpoint(self._loss, *part, use_reentrant=False) if len(parts) > 1 else self._loss(*part) for part in parts]
+        return None, torch.stack(losses).sum() / (targets >= 0).sum()
+
+    def _logits(self, x):
+        return self.lm_head(x)[..., :self.config.vocab_size]                    # without the padding rows
+
+    def _loss(self, x, targets):
+        return F.cross_entropy(self._logits(x).float(), targets, ignore_index=-1, reduction="sum")
 
     def init_state(self, batch):
         """What the model remembers before the first token: for each layer (conv state, h). Its size never grows."""
@@ -731,6 +757,7 @@ class Mamba(nn.Module):
         return torch.stack(rows) if isinstance(prompts, torch.Tensor) else rows
 
 
+LOGITS = 2 ** 28    # as float32, 1 GB
 PREFILL = 2048      # a prompt is read in parts of this many tokens: the memory it takes does not grow with its length
 ASK = 16            # tokens between two questions to a GPU whether all rows have stopped
 

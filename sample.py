@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mamba import SCAN_METHODS, Mamba, check_sampling, get_file, scan_method
+from mamba import SCAN_METHODS, Mamba, check_sampling, get_file
 from prepare_data import (
     Problem,
     flag,
@@ -41,7 +41,14 @@ from prepare_data import (
     parse_flags,
     run,
 )
-from train import UNREADABLE, load_checkpoint, load_model, pick_device, pick_dtype
+from train import (
+    UNREADABLE,
+    load_checkpoint,
+    load_model,
+    pick_device,
+    pick_dtype,
+    pick_scan,
+)
 
 
 @dataclass
@@ -65,7 +72,7 @@ class Config:
     html: str = flag("", "file for what --show shows, instead of the terminal")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16; by default bfloat16 on CUDA, else float32")
-    scan: str = flag("auto", "method of the selective scan: auto, sequential or chunked")
+    scan: str = flag("auto", "method of the selective scan: auto, triton (fused kernels, on CUDA), chunked or sequential")
 
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "ignore_eos", "max_new_tokens",
@@ -153,7 +160,7 @@ def main(cfg, given):
     prompt = tokenizer.encode(start) if start else []
     generator = make_generator(cfg, device)
     print(f"{source}: {model.num_params() / 1e6:.2f}M parameters; {device}, {dtype}, "
-          f"scan {scan_method(cfg.scan)}, seed {cfg.seed}", file=sys.stderr)
+          f"scan {pick_scan(cfg.scan, device, dtype, model.config.d_state)}, seed {cfg.seed}", file=sys.stderr)
     if cfg.show:
         show(cfg, model, tokenizer, prompt)
         return

@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages, on Linux: fresh memory costs a CPU less
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -83,8 +85,8 @@ class Config:
     # the machine
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16 (mixed precision); by default bfloat16 on CUDA, else float32")
-    compile: bool = flag(False, "torch.compile the model")
-    scan: str = flag("auto", "method of the selective scan: auto, sequential or chunked")
+    compile: bool | None = flag(None, "torch.compile the model; by default on CUDA")
+    scan: str = flag("auto", "method of the selective scan: auto, triton (fused kernels, on CUDA), chunked or sequential")
 
 
 PRESETS = {  # what trains in minutes on such a device
@@ -132,6 +134,14 @@ def check_against_cpu(device):
     if not error < 1e-3:
         raise Problem(f"torch {torch.__version__} computes wrong on {device} (gradients are off by {error:.1e}); "
                       "update torch, or use --device=cpu")
+
+
+def pick_scan(name, device, dtype, d_state):
+    """The scan that runs there for this --scan. One that cannot run is a Problem."""
+    try:
+        return scan_method(name, torch.empty(0, device=device, dtype=getattr(torch, dtype)), d_state)
+    except (ValueError, KeyError) as error:
+        raise Problem(str(error)) from None
 
 
 def pick_dtype(name, device):
@@ -261,7 +271,7 @@ def settle(cfg, given, device):
                           f"'{cfg.init_from}'")
         if shape := [k for k in SHAPE if k in given]:
             raise Problem(f"--{shape[0]} cannot be chosen: the weights of {cfg.init_from} have a shape of their own")
-    for k, v in {**PRESETS[device.type], **(FINE_TUNING if pretrained else {})}.items():
+    for k, v in {**PRESETS[device.type], "compile": device.type == "cuda", **(FINE_TUNING if pretrained else {})}.items():
         if getattr(cfg, k) is None:
             setattr(cfg, k, v)
     for k in ("batch_size", "block_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters",
@@ -462,7 +472,7 @@ def main(cfg, given):
     by_char = meta["tokenizer"]["type"] == "char"
     unit = "bits per character" if by_char else "bits per byte"
     per_unit = (1 if by_char else meta["val_tokens"] / meta["val_bytes"]) / math.log(2)
-    say(f"{device.type}, {dtype}, scan {scan_method(cfg.scan)}{', compiled' if cfg.compile else ''}; "
+    say(f"{device.type}, {dtype}, scan {pick_scan(cfg.scan, device, dtype, raw_model.config.d_state)}{', compiled' if cfg.compile else ''}; "
         f"{raw_model.num_params() / 1e6:.2f}M parameters ({cfg.n_layer} layers of {cfg.d_model})")
     say(f"{folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate, "
         f"vocabulary of {meta['vocab_size']:,}")
