@@ -555,7 +555,7 @@ def main(cfg, given):
     sweep = [[shapes[0][0], length, *shapes[0][2:]] for length, in sweep]
     device = pick_device(cfg.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     peers = [name for name in PEERS if importlib.util.find_spec(name) and (name != "mamba_ssm" or device.type == "cuda")]
     machine = machine_of(device)
     for name in peers:      # a peer that was copied here has no version
