@@ -22,7 +22,7 @@ sum_n A w_t, delta's gradient, is a running sum of gy q - x r, begun anew in eve
 sum_t delta_t w_t, A's gradient, splits in the same way. q waits where gu and gdelta will be, in two parts of their type.
 
 What bounds it: one exp2 for each number of the states and pass, 16 a clock on each multiprocessor, two passes forward and
-two backward. Nothing is added up by atomics: sums over channels (gB, gC) and over chunks (gA, gD) are written in parts and
+two backward; and in practice the instructions around them, four to eight for each number. Nothing is added up by atomics: sums over channels (gB, gC) and over chunks (gA, gD) are written in parts and
 summed by PyTorch, so that the same input gives the same bits.
 """
 from __future__ import annotations
@@ -59,6 +59,11 @@ def _finished(raw, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
+def _wide(u, delta, B, C, z, gout):
+    return u.to(tl.float32), delta.to(tl.float32), B.to(tl.float32), C.to(tl.float32), z.to(tl.float32), gout.to(tl.float32)
+
+
+@triton.jit
 def _step(u, delta, B, C, z, gout, in_d, in_n, HAS_C: tl.constexpr, HAS_Z: tl.constexpr, HAS_G: tl.constexpr):
     """Loads of one step. They come a step ahead: a load has to be under way long before it is needed."""
     u_t, delta_t = tl.load(u, mask=in_d, other=0), tl.load(delta, mask=in_d, other=0)
@@ -85,11 +90,12 @@ def _ends(u, delta, A, B, bias, ends, sums, D, N, steps, chunks, u_b, u_l, delta
     total = tl.zeros((BD,), tl.float32)
     u_n, delta_n, B_n, _C, _z, _g = _step(u, delta, B, B, u, u, in_d, in_n, False, False, False)
     for t in range(1, steps + 1):
-        u_t, delta_t, B_t = u_n.to(tl.float32), delta_n.to(tl.float32), B_n.to(tl.float32)
+        u_t, delta_t, B_t, _C, _z, _g = _wide(u_n, delta_n, B_n, _C, _z, _g)
         u += u_l
         delta += delta_l
         B += B_l
-        u_n, delta_n, B_n, _C, _z, _g = _step(u, delta, B, B, u, u, in_d & (t < steps), in_n & (t < steps), False, False, False)
+        more_d, more_n = in_d & (t < steps), in_n & (t < steps)
+        u_n, delta_n, B_n, _C, _z, _g = _step(u, delta, B, B, u, u, more_d, more_n, False, False, False)
         delta_t = tl.where(in_d, _finished(delta_t + bias_d, SOFTPLUS), 0)
         h = tl.exp2(delta_t[:, None] * A2) * h + (delta_t * u_t)[:, None] * B_t[None, :]
         total += delta_t
@@ -159,14 +165,15 @@ def _outputs(u, delta, A, B, C, Dw, z, bias, first, entering, y, kept, last, L, 
             tl.store(kept, h, mask=in_h)
             kept += D * N
         for t in range(begin + 1, tl.minimum(begin + STEPS, stop) + 1):
-            u_t, delta_t, B_t, C_t, z_t = u_n.to(tl.float32), delta_n.to(tl.float32), B_n.to(tl.float32), C_n.to(tl.float32), z_n.to(tl.float32)
+            u_t, delta_t, B_t, C_t, z_t, _g = _wide(u_n, delta_n, B_n, C_n, z_n, _g)
             u += u_l
             delta += delta_l
             B += B_l
             C += C_l
             if HAS_Z:
                 z += z_l
-            u_n, delta_n, B_n, C_n, z_n, _g = _step(u, delta, B, C, z, u, in_d & (t < stop), in_n & (t < stop), True, HAS_Z, False)
+            more_d, more_n = in_d & (t < stop), in_n & (t < stop)
+            u_n, delta_n, B_n, C_n, z_n, _g = _step(u, delta, B, C, z, u, more_d, more_n, True, HAS_Z, False)
             delta_t = _finished(delta_t + bias_d, SOFTPLUS)
             h = tl.exp2(delta_t[:, None] * A2) * h + (delta_t * u_t)[:, None] * B_t[None, :]
             y_t = tl.sum(h * C_t[None, :], 1)
@@ -216,7 +223,7 @@ def _rising(u, delta, A, B, C, Dw, z, bias, gout, kept, gu, gdelta, gz, gC, ends
     steps = tl.minimum(STEPS, L - start)
     u_n, delta_n, B_n, C_n, z_n, g_n = _step(u, delta, B, C, z, gout, in_d, in_n, True, HAS_Z, True)
     for t in range(1, steps + 1):
-        u_t, delta_t, B_t, C_t, z_t, gout_t = u_n.to(tl.float32), delta_n.to(tl.float32), B_n.to(tl.float32), C_n.to(tl.float32), z_n.to(tl.float32), g_n.to(tl.float32)
+        u_t, delta_t, B_t, C_t, z_t, gout_t = _wide(u_n, delta_n, B_n, C_n, z_n, g_n)
         u += u_l
         delta += delta_l
         B += B_l
@@ -224,7 +231,8 @@ def _rising(u, delta, A, B, C, Dw, z, bias, gout, kept, gu, gdelta, gz, gC, ends
         gout += g_l
         if HAS_Z:
             z += z_l
-        u_n, delta_n, B_n, C_n, z_n, g_n = _step(u, delta, B, C, z, gout, in_d & (t < steps), in_n & (t < steps), True, HAS_Z, True)
+        more_d, more_n = in_d & (t < steps), in_n & (t < steps)
+        u_n, delta_n, B_n, C_n, z_n, g_n = _step(u, delta, B, C, z, gout, more_d, more_n, True, HAS_Z, True)
         delta_t = _finished(delta_t + bias_d, SOFTPLUS)
         gy_t = gout_t
         if HAS_Z:
@@ -294,7 +302,8 @@ def _falling(u, delta, A, B, C, Dw, z, bias, gout, kept, entering, sums, gu, gde
     u_n, delta_n, B_n, C_n, z_n, g_n = _step(u, delta, B, C, z, gout, in_d, in_n, True, HAS_Z, True)
     high_n, low_n = tl.load(gu, mask=in_d, other=0), tl.load(gdelta, mask=in_d, other=0)
     for t in range(1, steps + 1):
-        u_t, raw_t, B_t, C_t, z_t, gy_t = u_n.to(tl.float32), delta_n.to(tl.float32) + bias_d, B_n.to(tl.float32), C_n.to(tl.float32), z_n.to(tl.float32), g_n.to(tl.float32)
+        u_t, raw_t, B_t, C_t, z_t, gy_t = _wide(u_n, delta_n, B_n, C_n, z_n, g_n)
+        raw_t += bias_d
         q_t = high_n.to(tl.float32) + low_n.to(tl.float32)
         u -= u_l
         delta -= delta_l
@@ -303,8 +312,9 @@ def _falling(u, delta, A, B, C, Dw, z, bias, gout, kept, entering, sums, gu, gde
         gout -= g_l
         if HAS_Z:
             z -= z_l
-        u_n, delta_n, B_n, C_n, z_n, g_n = _step(u, delta, B, C, z, gout, in_d & (t < steps), in_n & (t < steps), True, HAS_Z, True)
-        high_n, low_n = tl.load(gu - D, mask=in_d & (t < steps), other=0), tl.load(gdelta - D, mask=in_d & (t < steps), other=0)
+        more_d, more_n = in_d & (t < steps), in_n & (t < steps)
+        u_n, delta_n, B_n, C_n, z_n, g_n = _step(u, delta, B, C, z, gout, more_d, more_n, True, HAS_Z, True)
+        high_n, low_n = tl.load(gu - D, mask=more_d, other=0), tl.load(gdelta - D, mask=more_d, other=0)
         delta_t = _finished(raw_t, SOFTPLUS)
         if HAS_Z:
             gy_t *= z_t * _sigmoid(z_t)
@@ -363,8 +373,8 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     u, delta, B, C, z = _side_by_side(u, delta, B, C, z)
     A, D, delta_bias, state = _whole(A, D, delta_bias, state)
     y, last, kept = _forward_fake(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep)
-    programs = triton.cdiv(d_inner, BD) * batch
-    chunks = max(1, min(triton.cdiv(L, STEPS), triton.cdiv(PROGRAMS, programs)))
+    blocks = triton.cdiv(d_inner, BD)
+    chunks = max(1, min(triton.cdiv(L, STEPS), triton.cdiv(PROGRAMS, blocks * batch)))
     steps = triton.cdiv(triton.cdiv(L, chunks), STEPS) * STEPS
     chunks = triton.cdiv(L, steps)
     entering = A.new_empty(batch, chunks, d_inner, N) if chunks > 1 else A
@@ -372,11 +382,12 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     with torch.cuda.device(u.device):
         if chunks > 1:      # the last chunk adds to no other
             sums = A.new_empty(batch, chunks, d_inner)
-            _ends[triton.cdiv(d_inner, BD), chunks - 1, batch](u, delta, A, B, delta_bias, entering, sums, d_inner, N,
-                                                               steps, chunks, *_strides(u, delta, B), **options)
-            _carry[triton.cdiv(d_inner * N, CARRY), batch](state, A, entering, sums, None, d_inner, N, chunks,
-                                                         HAS_FIRST=state is not None, HAS_LAST=False, REVERSE=False, BLOCK=CARRY)
-        _outputs[triton.cdiv(d_inner, BD), chunks, batch](
+            _ends[blocks, chunks - 1, batch](u, delta, A, B, delta_bias, entering, sums, d_inner, N, steps, chunks,
+                                             *_strides(u, delta, B), **options)
+            _carry[triton.cdiv(d_inner * N, CARRY), batch](
+                state, A, entering, sums, None, d_inner, N, chunks,
+                HAS_FIRST=state is not None, HAS_LAST=False, REVERSE=False, BLOCK=CARRY)
+        _outputs[blocks, chunks, batch](
             u, delta, A, B, C, D, z, delta_bias, state, entering, y, kept, last, L, d_inner, N, steps, chunks,
             *_strides(u, delta, B, C, z), STEPS=STEPS, HAS_D=D is not None, HAS_Z=z is not None,
             HAS_FIRST=state is not None, KEEP=keep, **options)
@@ -408,12 +419,13 @@ def _backward(gy, glast, kept, u, delta, A, B, C, D, z, delta_bias, softplus):
     with torch.cuda.device(u.device):
         _rising[blocks, chunks, batch](u, delta, A, B, C, D, z, delta_bias, gy, kept, gu, gdelta, gz, parts, entering, sums,
                                        gA_parts, gD_parts, L, d_inner, N, chunks, *strides, **options)
-        torch.sum(parts, 0, out=gC) if C.dtype == parts.dtype else gC.copy_(parts.sum(0))
-        _carry[triton.cdiv(d_inner * N, CARRY), batch](glast, A, entering, sums, gstate, d_inner, N, chunks,
-                                                     HAS_FIRST=glast is not None, HAS_LAST=True, REVERSE=True, BLOCK=CARRY)
+        gC.copy_(parts.sum(0))
+        _carry[triton.cdiv(d_inner * N, CARRY), batch](
+            glast, A, entering, sums, gstate, d_inner, N, chunks,
+            HAS_FIRST=glast is not None, HAS_LAST=True, REVERSE=True, BLOCK=CARRY)
         _falling[blocks, chunks, batch](u, delta, A, B, C, D, z, delta_bias, gy, kept, entering, sums, gu, gdelta, parts,
                                         gA_parts, gbias_parts, L, d_inner, N, chunks, *strides, **options)
-        torch.sum(parts, 0, out=gB) if B.dtype == parts.dtype else gB.copy_(parts.sum(0))
+        gB.copy_(parts.sum(0))
     if D is not None:
         gD = gD_parts.sum((0, 1))
     if delta_bias is not None:

@@ -45,8 +45,6 @@ from prepare_data import (
     run,
 )
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # large pages on Linux: less time goes into fresh memory on a CPU
-
 
 @dataclass
 class Config:
@@ -416,6 +414,7 @@ class Stop:
 
 
 def main(cfg, given):
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # large pages on Linux: a CPU loses less time on fresh memory
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and cfg.device in ("auto", "cuda") and torch.cuda.is_available():
         cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
