@@ -469,21 +469,51 @@ class MambaBlock(nn.Module):
 
 def causal_conv(x, weight, bias=None, state=None):
     """
-    Depthwise causal convolution as d_conv shifted multiply-adds: y_t = sum_k weight[:, 0, k] x_{t - (d_conv - 1) + k}.
+    Depthwise causal convolution as d_conv shifted multiply-adds: y_t = bias + sum_k weight[:, 0, k] x_{t - (d_conv - 1) + k}.
 
     x: (B, L, D).  weight: (D, 1, d_conv).  bias: (D,).  state: (B, d_conv - 1, D), the inputs before x, or None for zeros.
     Returns y (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d: that wants (B, D, L), and on MPS it is wrong for views.
     """
-    (batch, length, d_inner), d_conv = x.shape, weight.shape[2]
-    if state is None:
-        state = x.new_zeros(batch, d_conv - 1, d_inner)
-    x = torch.cat([state.to(x.dtype), x], dim=1)                                # (B, d_conv - 1 + L, D)
-    y = x[:, :length] * weight[:, 0, 0]
-    for k in range(1, d_conv):
-        y = torch.addcmul(y, x[:, k:k + length], weight[:, 0, k])
-    if bias is not None:
-        y = y + bias
-    return y.to(x.dtype), x[:, length:]
+    (batch, length, d_inner), before = x.shape, weight.shape[2] - 1
+    state = x.new_zeros(batch, before, d_inner) if state is None else state.to(x.dtype)
+    seen = torch.cat([state, x[:, max(0, length - before):]], dim=1)
+    bias = weight.new_zeros(d_inner) if bias is None else bias
+    return CausalConv.apply(x, weight[:, 0].t().contiguous(), bias, state), seen[:, seen.shape[1] - before:]
+
+
+class CausalConv(torch.autograd.Function):
+    """The convolution with a backward of its own: autograd would make a full-size gradient for each of the shifted x."""
+
+    @staticmethod
+    def forward(ctx, x, taps, bias, state):
+        ctx.save_for_backward(x, taps, state)
+        y = torch.addcmul(bias, x, taps[-1])                                    # (B, L, D)
+        for tap, x_k, state_k, y_x, y_state in CausalConv.shifted(x, taps, state, y):
+            y_x.addcmul_(x_k, tap)
+            y_state.addcmul_(state_k, tap)
+        return y.to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gy):
+        (x, taps, state), gy = ctx.saved_tensors, gy.to(_at_least_float32(gy))
+        gx, gstate = gy * taps[-1], torch.zeros_like(state, dtype=gy.dtype)
+        gtaps = [(gy * x).sum((0, 1))]
+        shifts = zip(CausalConv.shifted(x, taps, state, gy), CausalConv.shifted(gx, taps, gstate, gy))
+        for (tap, x_k, state_k, gy_x, gy_state), (_, gx_k, gstate_k, _, _) in reversed(list(shifts)):
+            gx_k.addcmul_(gy_x, tap)
+            gstate_k.addcmul_(gy_state, tap)
+            gtaps.append((gy_x * x_k).sum((0, 1)) + (gy_state * state_k).sum((0, 1)))
+        return gx.to(x.dtype), torch.stack(gtaps[::-1]).to(taps.dtype), gy.sum((0, 1)).to(taps.dtype), gstate.to(state.dtype)
+
+    @staticmethod
+    def shifted(x, taps, state, y):
+        """For each tap but the last: it, what it meets in x and in the state, and the parts of y that this goes to."""
+        before, length = len(taps) - 1, x.shape[1]
+        for k, tap in enumerate(taps[:-1]):
+            back = before - k                       # y_t gets x_{t - back}
+            first = min(back, length)               # the first steps get it from the state
+            yield tap, x[:, :length - first], state[:, k:k + first], y[:, first:], y[:, :first]
 
 
 class RMSNorm(nn.Module):
