@@ -403,6 +403,20 @@ def _carried(first, decay, ends, backward=False):
 # The block
 
 
+class Linear(nn.Linear):
+    """nn.Linear. For one float32 row, where a CPU spends the time of generation, it uses all cores: F.linear takes one."""
+
+    def forward(self, x):
+        blocks = math.gcd(self.out_features, torch.get_num_threads())
+        if (blocks == 1 or x.numel() != self.in_features or x.device.type != "cpu" or x.dtype != torch.float32
+                or torch.is_grad_enabled()):
+            return super().forward(x)
+        rows = x.reshape(1, 1, -1).expand(blocks, -1, -1)
+        y = torch.bmm(rows, self.weight.unflatten(0, (blocks, -1)).transpose(1, 2))     # (blocks, 1, out / blocks)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
 class MambaBlock(nn.Module):
     """
     The mixer (paper, figure 3): project up, short causal convolution, selective scan, gate, project down.
@@ -415,14 +429,14 @@ class MambaBlock(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         d_inner, self.dt_rank, self.d_state, self.scan = config.d_inner, config.dt_rank, config.d_state, config.scan
-        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=config.bias)
+        self.in_proj = Linear(config.d_model, 2 * d_inner, bias=config.bias)
         # holds the weights under their released names; the convolution itself is in causal_conv
         self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner, bias=config.conv_bias)
-        self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * self.d_state, bias=False)
+        self.x_proj = Linear(d_inner, self.dt_rank + 2 * self.d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner, bias=True)
         self.A_log = nn.Parameter(torch.log(torch.arange(1, self.d_state + 1, dtype=torch.float32)).repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
-        self.out_proj = nn.Linear(d_inner, config.d_model, bias=config.bias)
+        self.out_proj = Linear(d_inner, config.d_model, bias=config.bias)
 
         # the steps delta start log-uniform in [dt_min, dt_max]: the bias is the inverse of softplus at such a draw
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
@@ -441,6 +455,8 @@ class MambaBlock(nn.Module):
                 torch.zeros(batch, d_inner, self.d_state, dtype=self.A_log.dtype, device=weight.device))
 
     def forward(self, x, state=None):
+        if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            return self._step(x, *state)
         conv_state, h = (None, None) if state is None else (t.clone() for t in state)
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, L, D) each
         x, conv_state = causal_conv(x, self.conv1d.weight, self.conv1d.bias, conv_state)
@@ -454,6 +470,22 @@ class MambaBlock(nn.Module):
             state[0].copy_(conv_state.detach())
             state[1].copy_(h.detach())
         return self.out_proj(y)
+
+    def _step(self, x, conv_state, h):
+        """The same for one token, x (B, 1, d_model), in few calls, which is what a generated token costs."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, 1, D) each
+        window = torch.cat([conv_state.to(x.dtype), x], dim=1)                  # (B, d_conv, D)
+        conv_state.copy_(window[:, 1:])
+        x = (window * self.conv1d.weight[:, 0].t()).sum(1, keepdim=True)
+        x = F.silu(x if self.conv1d.bias is None else x + self.conv1d.bias)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        u, delta, B, C, z = (t.to(h.dtype) for t in (x, F.linear(dt, self.dt_proj.weight), B, C, z))
+        delta = F.softplus(delta + self.dt_proj.bias)                           # (B, 1, D)
+        decay = torch.exp(-delta.transpose(1, 2) * torch.exp(self.A_log))       # (B, D, N)
+        h.mul_(decay).addcmul_((delta * u).transpose(1, 2), B)                  # (B, D, N) += (B, D, 1) (B, 1, N)
+        y = (h * C).sum(-1)[:, None]                                            # (B, 1, D)
+        y = torch.addcmul(y, self.D, u) * F.silu(z)
+        return self.out_proj(y.to(x.dtype))
 
     def _apply(self, fn, recurse=True):
         # model.bfloat16() and .half() leave these in float32: rounding A or delta's bias changes how long the model
@@ -503,8 +535,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: MambaConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.d_model, 2 * config.d_intermediate, bias=config.bias)
-        self.fc2 = nn.Linear(config.d_intermediate, config.d_model, bias=config.bias)
+        self.fc1 = Linear(config.d_model, 2 * config.d_intermediate, bias=config.bias)
+        self.fc2 = Linear(config.d_intermediate, config.d_model, bias=config.bias)
 
     def forward(self, x):
         value, gate = self.fc1(x).chunk(2, dim=-1)
@@ -549,7 +581,7 @@ class Mamba(nn.Module):
             "norm_f": RMSNorm(config.d_model, config.norm_eps),
         })
         self.dropout = nn.Dropout(config.dropout)
-        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
         nn.init.normal_(self.backbone["embedding"].weight, std=0.02)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone["embedding"].weight
