@@ -312,7 +312,7 @@ class Conversation:
         except UNREADABLE:
             raise Problem(f"{path} is damaged or not a conversation") from None
         if saved["fingerprint"] != self.fingerprint:
-            raise Problem(f"{path} is a conversation with another model, or with this one in another --dtype")
+            raise Problem(f"{path} is a conversation with another model, or with this one in another --dtype or --quantize")
         self.state, self.unread, self.seen = saved["state"], saved["unread"], set(saved["seen"])
 
 
