@@ -407,10 +407,10 @@ class Linear(nn.Linear):
     """nn.Linear. For one float32 row, where a CPU spends the time of generation, it uses all cores: F.linear takes one."""
 
     def forward(self, x):
-        blocks = math.gcd(self.out_features, torch.get_num_threads())
-        if (blocks == 1 or x.numel() != self.in_features or x.device.type != "cpu" or x.dtype != torch.float32
-                or torch.is_grad_enabled()):
+        if (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() != self.in_features
+                or x.device.type != "cpu" or x.dtype != torch.float32):
             return super().forward(x)
+        blocks = math.gcd(self.out_features, torch.get_num_threads())
         rows = x.reshape(1, 1, -1).expand(blocks, -1, -1)
         y = torch.bmm(rows, self.weight.unflatten(0, (blocks, -1)).transpose(1, 2))     # (blocks, 1, out / blocks)
         y = y.view(*x.shape[:-1], self.out_features)

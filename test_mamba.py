@@ -2535,6 +2535,20 @@ def test_single_tokens_under_autocast():
     assert relative(results[1], results[0]) < 3e-2
 
 
+def test_one_graph_with_and_without_gradients():
+    """The steps of training and of generation, traced as torch.compile does it."""
+    model, idx = small().eval(), tokens(1, 5)
+    traced = torch.compile(model, backend="eager", fullgraph=True)
+    states = model.init_state(1), model.init_state(1)
+    with torch.no_grad():
+        for token in idx.split(1, 1):
+            assert relative(traced(token, state=states[0])[0], model(token, state=states[1])[0]) < 1e-6
+    assert relative(states[0][2][1], states[1][2][1]) < 1e-6
+    linear = mamba.Linear(4, 6)
+    for x in (torch.randn(1, 4), torch.randn(3, 4)):
+        assert torch.equal(torch.compile(linear, backend="eager", fullgraph=True)(x), linear(x))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7, 16, 48])
 def test_linear_of_one_row_on_any_number_of_threads(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
