@@ -36,7 +36,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
 import mamba
-from mamba import Mamba, MambaConfig, selective_scan
+from mamba import Mamba, MambaConfig, quantize_int8, selective_scan
 from prepare_data import Problem, flag, nearest, run
 from train import autocast, pick_device, pick_dtype
 
@@ -478,7 +478,9 @@ def train_suite(bench):
 def generating(bench, name, shape, dtype):
     """A call that generates cfg.new_tokens tokens, greedily, after one token."""
     n, start = bench.cfg.new_tokens, torch.zeros(1, 1, dtype=torch.long, device=bench.device)
-    model = build(name, *shape).to(bench.device, getattr(torch, dtype)).eval()
+    model = build(name, *shape).to(bench.device, getattr(torch, bench.dtype if dtype == "int8" else dtype)).eval()
+    if dtype == "int8":
+        quantize_int8(model)
     if name == "transformers":
         model.generation_config.eos_token_id = None     # random weights would end the text anywhere
         return lambda: model.generate(start, max_new_tokens=n, do_sample=False, pad_token_id=0)
@@ -511,9 +513,9 @@ def generate_suite(bench):
             parameters = build("ours", *shape).num_params()
         what = f"d_model {shape[1]}, {shape[2]} layers, vocabulary {shape[0]}, {parameters / 1e6:.2f}M parameters, {bench.dtype}"
         names = {name: (name, bench.dtype) for name in ("ours", *bench.peers) if name != "mamba_ssm"}
-        names["ours, bfloat16"] = ("ours", "bfloat16")
+        names.update({f"ours, {dtype}": ("ours", dtype) for dtype in ("bfloat16", "int8")})
         read_s = {name: parameters * getattr(torch, dtype).itemsize / bandwidth for name, (_, dtype) in names.items()}
-        allowed = " and ".join(f"{1 / read_s[name]:,.0f} tokens/s as {names[name][1]}" for name in ("ours", "ours, bfloat16"))
+        allowed = ", ".join(f"{1 / read_s[name]:,.0f} tokens/s as {names[name][1]}" for name in names if name.startswith("ours"))
         remarks = [f"floor: {bandwidth / 1e9:.1f} GB/s read all weights once per token at {allowed} (more if a cache holds them)"]
         table(bench, f"generation, batch 1: {what}",
               {name: functools.partial(generating, bench, which, shape, dtype) for name, (which, dtype) in names.items()},

@@ -403,6 +403,20 @@ def _carried(first, decay, ends, backward=False):
 # The block
 
 
+class Linear(nn.Linear):
+    """nn.Linear. For one float32 row, where a CPU spends the time of generation, it uses all cores: F.linear takes one."""
+
+    def forward(self, x):
+        if (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() != self.in_features
+                or x.device.type != "cpu" or x.dtype != torch.float32):
+            return super().forward(x)
+        blocks = math.gcd(self.out_features, torch.get_num_threads())
+        rows = x.reshape(1, 1, -1).expand(blocks, -1, -1)
+        y = torch.bmm(rows, self.weight.unflatten(0, (blocks, -1)).transpose(1, 2))     # (blocks, 1, out / blocks)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
 class MambaBlock(nn.Module):
     """
     The mixer (paper, figure 3): project up, short causal convolution, selective scan, gate, project down.
@@ -415,14 +429,14 @@ class MambaBlock(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         d_inner, self.dt_rank, self.d_state, self.scan = config.d_inner, config.dt_rank, config.d_state, config.scan
-        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=config.bias)
+        self.in_proj = Linear(config.d_model, 2 * d_inner, bias=config.bias)
         # holds the weights under their released names; the convolution itself is in causal_conv
         self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner, bias=config.conv_bias)
-        self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * self.d_state, bias=False)
+        self.x_proj = Linear(d_inner, self.dt_rank + 2 * self.d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner, bias=True)
         self.A_log = nn.Parameter(torch.log(torch.arange(1, self.d_state + 1, dtype=torch.float32)).repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
-        self.out_proj = nn.Linear(d_inner, config.d_model, bias=config.bias)
+        self.out_proj = Linear(d_inner, config.d_model, bias=config.bias)
 
         # the steps delta start log-uniform in [dt_min, dt_max]: the bias is the inverse of softplus at such a draw
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
@@ -441,6 +455,8 @@ class MambaBlock(nn.Module):
                 torch.zeros(batch, d_inner, self.d_state, dtype=self.A_log.dtype, device=weight.device))
 
     def forward(self, x, state=None):
+        if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            return self._step(x, *state)
         conv_state, h = (None, None) if state is None else (t.clone() for t in state)
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, L, D) each
         x, conv_state = causal_conv(x, self.conv1d.weight, self.conv1d.bias, conv_state)
@@ -454,6 +470,22 @@ class MambaBlock(nn.Module):
             state[0].copy_(conv_state.detach())
             state[1].copy_(h.detach())
         return self.out_proj(y)
+
+    def _step(self, x, conv_state, h):
+        """The same for one token, x (B, 1, d_model), in few calls, which is what a generated token costs."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, 1, D) each
+        window = torch.cat([conv_state.to(x.dtype), x], dim=1)                  # (B, d_conv, D)
+        conv_state.copy_(window[:, 1:])
+        x = (window * self.conv1d.weight[:, 0].t()).sum(1, keepdim=True)
+        x = F.silu(x if self.conv1d.bias is None else x + self.conv1d.bias)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        u, delta, B, C, z = (t.to(h.dtype) for t in (x, F.linear(dt, self.dt_proj.weight), B, C, z))
+        delta = F.softplus(delta + self.dt_proj.bias)                           # (B, 1, D)
+        decay = torch.exp(-delta.transpose(1, 2) * torch.exp(self.A_log))       # (B, D, N)
+        h.mul_(decay).addcmul_((delta * u).transpose(1, 2), B)                  # (B, D, N) += (B, D, 1) (B, 1, N)
+        y = (h * C).sum(-1)[:, None]                                            # (B, 1, D)
+        y = torch.addcmul(y, self.D, u) * F.silu(z)
+        return self.out_proj(y.to(x.dtype))
 
     def _apply(self, fn, recurse=True):
         # model.bfloat16() and .half() leave these in float32: rounding A or delta's bias changes how long the model
@@ -533,8 +565,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: MambaConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.d_model, 2 * config.d_intermediate, bias=config.bias)
-        self.fc2 = nn.Linear(config.d_intermediate, config.d_model, bias=config.bias)
+        self.fc1 = Linear(config.d_model, 2 * config.d_intermediate, bias=config.bias)
+        self.fc2 = Linear(config.d_intermediate, config.d_model, bias=config.bias)
 
     def forward(self, x):
         value, gate = self.fc1(x).chunk(2, dim=-1)
@@ -579,7 +611,7 @@ class Mamba(nn.Module):
             "norm_f": RMSNorm(config.d_model, config.norm_eps),
         })
         self.dropout = nn.Dropout(config.dropout)
-        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
         nn.init.normal_(self.backbone["embedding"].weight, std=0.02)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone["embedding"].weight
@@ -849,6 +881,64 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_
     noise = torch.empty(probs.shape, device=generator.device if generator else probs.device)
     noise = noise.exponential_(generator=generator).clamp_(min=1e-20)
     return (probs / noise.to(probs.device)).argmax(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in int8
+
+
+class Int8Linear(nn.Module):
+    """
+    A linear layer for inference, of weights that are whole numbers from -127 to 127 times one scale for each output.
+
+    Int8Linear(linear)(x), x (..., in) -> (..., out) in the type of x. On a CPU the product is computed in bfloat16.
+    weight: (out, in) int8.  scale: (out,), bfloat16 numbers in the type of the layer they are from.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(1) / 127).bfloat16().to(linear.weight.dtype)
+        self.register_buffer("scale", scale.clamp(min=torch.finfo(scale.dtype).tiny))       # a row may be zero
+        weight = (weight / self.scale.float()[:, None]).round_().clamp_(-127, 127)
+        self.weight, self.bias = nn.Parameter(weight.to(torch.int8), requires_grad=False), linear.bias
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        if x.device.type == "cpu":
+            rows = rows.bfloat16()
+        # few rows: never more than int8 is read from memory. PyTorch's kernel is wrong where `in` is not a multiple of 16
+        if x.device.type == "cpu" and len(rows) <= 8 and rows.shape[1] % 32 == 0:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale.bfloat16())
+        else:
+            y = F.linear(rows, self.weight.to(rows.dtype)) * self.scale.to(rows.dtype)
+        y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Embedding(nn.Module):
+    """The embedding that is tied to an Int8Linear: one table for both."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.weight = head.weight
+        self.register_buffer("scale", head.scale)
+
+    def forward(self, idx):
+        return self.weight[idx] * self.scale[idx][..., None]                    # (B, L, d_model)
+
+
+def quantize_int8(model):
+    """Turn the weights of a Mamba into int8, in place, and return it: a quarter of float32's memory, half of bfloat16's.
+    What is small or delicate (convolution, dt_proj, A_log, norms) and an untied embedding stay. It can no longer be trained."""
+    tied = model.lm_head.weight is model.backbone["embedding"].weight
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear):
+                setattr(module, name, Int8Linear(child))
+    if tied:
+        model.backbone["embedding"] = Int8Embedding(model.lm_head)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2502,3 +2502,119 @@ def test_loss_in_parts_equals_the_loss_at_once(monkeypatch):
         loss.backward()
         results.append(torch.cat([loss.detach().reshape(1), *(p.grad.flatten() for p in model.parameters())]))
     assert relative(results[1], results[0]) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One token at a time, weights in int8
+
+
+@pytest.mark.parametrize("changes", [{}, {"d_conv": 1, "conv_bias": False}, {"bias": True, "d_state": 5, "d_intermediate": 24}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_single_tokens_equal_one_call(changes, dtype):
+    """The step without gradients against the path with them; both update the state that they are given, to the same."""
+    model, idx = small(**changes).eval().to(dtype), tokens(3, 40)
+    states = model.init_state(3), model.init_state(3)
+    whole = model(idx, state=states[0])[0]
+    before = [tensor.data_ptr() for tensor in tree_leaves(states[1])]
+    with torch.no_grad():
+        parts = [model(token, state=states[1])[0] for token in idx.split(1, 1)]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert relative(torch.cat(parts, 1), whole) < tolerance
+    for got, expected in zip(tree_leaves(states[1]), tree_leaves(states[0])):
+        assert got.dtype == expected.dtype and (got.numel() == 0 or relative(got, expected) < tolerance)
+    assert before == [tensor.data_ptr() for tensor in tree_leaves(states[1])]
+
+
+def test_single_tokens_under_autocast():
+    model, idx, results = small().eval(), tokens(2, 12), []
+    for step in (12, 1):
+        state = model.init_state(2)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            results.append(torch.cat([model(part, state=state)[0] for part in idx.split(step, 1)], 1))
+        assert state[0][1].dtype == torch.float32
+    assert relative(results[1], results[0]) < 3e-2
+
+
+def test_one_graph_with_and_without_gradients():
+    """The steps of training and of generation, traced as torch.compile does it."""
+    model, idx = small().eval(), tokens(1, 5)
+    traced = torch.compile(model, backend="eager", fullgraph=True)
+    states = model.init_state(1), model.init_state(1)
+    with torch.no_grad():
+        for token in idx.split(1, 1):
+            assert relative(traced(token, state=states[0])[0], model(token, state=states[1])[0]) < 1e-6
+    assert relative(states[0][2][1], states[1][2][1]) < 1e-6
+    linear = mamba.Linear(4, 6)
+    for x in (torch.randn(1, 4), torch.randn(3, 4)):
+        assert torch.equal(torch.compile(linear, backend="eager", fullgraph=True)(x), linear(x))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 16, 48])
+def test_linear_of_one_row_on_any_number_of_threads(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for n_in, n_out, bias in ((5, 96, True), (48, 30, False), (1, 1, True)):
+        linear, x = mamba.Linear(n_in, n_out, bias=bias), torch.randn(1, 1, n_in)
+        with torch.no_grad():
+            y = linear(x)
+        assert y.shape == (1, 1, n_out) and relative(y, F.linear(x, linear.weight, linear.bias)) < 1e-6
+        x.requires_grad_()
+        assert torch.autograd.grad(linear(x).sum(), x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("n_in", [5, 16, 24, 40, 64, 96])
+@pytest.mark.parametrize("rows", [(1, 1), (3, 1), (2, 4), (3, 30)])
+def test_int8_linear(n_in, rows):
+    """Weights are off by half a step at most, and the product is that of the dequantised weights in bfloat16."""
+    linear = torch.nn.Linear(n_in, 71)
+    with torch.no_grad():
+        linear.weight[3], linear.weight[4] = 0, linear.weight[4] * 100
+    layer, x = mamba.Int8Linear(linear), torch.randn(*rows, n_in)
+    weight = layer.weight.double() * layer.scale.double()[:, None]
+    assert layer.weight.dtype == torch.int8 and not weight[3].any()
+    assert ((weight - linear.weight).abs() <= 0.501 * layer.scale[:, None]).all()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        y = layer.to(dtype)(x.to(dtype))
+        assert y.dtype == dtype and y.shape == (*rows, 71)
+        off = y.double() - F.linear(x.double(), weight, linear.bias.double())
+        assert (off.abs() <= 0.01 * F.linear(x.double().abs(), weight.abs(), linear.bias.double().abs())).all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantized_model(tied):
+    """Half of bfloat16's memory, a loss within 1 % of the trained model's, whole or token by token."""
+    text = torch.tensor(list((ROOT / "mamba.py").read_text(encoding="utf-8")[:20_000].encode("ascii", "replace")))
+    model = small(vocab_size=128, d_model=64, n_layer=2, tie_embeddings=tied)
+    optimizer = model.configure_optimizers(3e-3)
+    for x in text[:8 * 64 * 30].view(30, 8, 64):
+        model(x[:, :-1], x[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    x, y = text[-1001:-1][None], text[-1000:][None]
+    model.eval()
+    with torch.no_grad():
+        loss, params = model(x, y)[1].item(), model.num_params()
+        was = [m.weight.numel() for m in model.modules() if isinstance(m, mamba.Linear)]
+        assert loss < 3.5 and mamba.quantize_int8(model) is model
+        assert abs(model(x, y)[1].item() / loss - 1) < 0.01
+        state = model.init_state(1)
+        logits = torch.cat([model(token, state=state)[0] for token in x.split(1, 1)], 1)
+        assert abs(F.cross_entropy(logits[0], y[0]).item() / loss - 1) < 0.01
+    layers = [m for m in model.modules() if isinstance(m, mamba.Int8Linear)]
+    assert len(layers) == 2 * 3 + 1 and model.num_params() == params
+    assert sum(m.weight.nbytes for m in layers) == sum(was)
+    embedding = model.backbone["embedding"]
+    assert (embedding.weight is model.lm_head.weight) == tied and torch.is_floating_point(embedding.weight) != tied
+    assert embedding(x).dtype == torch.float32
+
+
+def test_sample_with_int8(finished, call, capsys):
+    one_line_error(call("sample.py", "--out_dir=run", "--quantize=int4", cwd=finished), "--quantize takes int8, not 'int4'")
+    settings = {"out_dir": "run", "device": "cpu", "start": "abc", "max_new_tokens": 20, "temperature": 0.0}
+    for more in ({"quantize": "int8"}, {"quantize": "int8", "show": "delta"}, {}):
+        sample.main(sample.Config(**settings, **more), settings)
+        out, err = capsys.readouterr()
+        assert ("int8 weights" in err) == ("quantize" in more)
+        if "show" in more:
+            assert len(out.splitlines()) == 3 and all(float(line.split()[0]) > 0 for line in out.splitlines())
+        else:
+            assert out.startswith("abc") and len(out) == 3 + 20 + 1
