@@ -715,8 +715,10 @@ class Mamba(nn.Module):
         Write config.json and pytorch_model.bin into folder, both whole or none, in the layout of the released weights:
         from_pretrained and mamba_ssm read it, and transformers if it is given its config. Tensors keep their types, the
         config keeps all options; mamba_ssm refuses those it does not know (norm_eps, dropout, scan), so they are written
-        only where they are not the default. OSError: the disk is full, ...
+        only where they are not the default. OSError: the disk is full, ...  ValueError: the weights are int8.
         """
+        if isinstance(self.lm_head, Int8Linear):
+            raise ValueError("the layout of the released weights has no int8; save the model before quantize_int8")
         options, defaults = asdict(self.config), asdict(MambaConfig())
         config = {k: v for k, v in options.items() if k not in SSM_CFG and (k in ALWAYS_SAVED or v != defaults[k])}
         config["ssm_cfg"] = {k: options[k] for k in SSM_CFG}

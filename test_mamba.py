@@ -2618,3 +2618,9 @@ def test_sample_with_int8(finished, call, capsys):
             assert len(out.splitlines()) == 3 and all(float(line.split()[0]) > 0 for line in out.splitlines())
         else:
             assert out.startswith("abc") and len(out) == 3 + 20 + 1
+
+
+def test_int8_weights_are_not_saved_as_released_ones(tmp_path):
+    with pytest.raises(ValueError, match="before quantize_int8"):
+        mamba.quantize_int8(small()).save_pretrained(tmp_path / "int8")
+    assert not (tmp_path / "int8").exists()
