@@ -717,7 +717,7 @@ class Mamba(nn.Module):
         config keeps all options; mamba_ssm refuses those it does not know (norm_eps, dropout, scan), so they are written
         only where they are not the default. OSError: the disk is full, ...  ValueError: the weights are int8.
         """
-        if isinstance(self.lm_head, Int8Linear):
+        if self.lm_head.weight.dtype == torch.int8:
             raise ValueError("the layout of the released weights has no int8; save the model before quantize_int8")
         options, defaults = asdict(self.config), asdict(MambaConfig())
         config = {k: v for k, v in options.items() if k not in SSM_CFG and (k in ALWAYS_SAVED or v != defaults[k])}
