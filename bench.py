@@ -285,9 +285,9 @@ def largest_error(results, expected):
     return max(((r.to(e.device).double() - e).norm() / e.norm().clamp(min=1e-30)).item() for r, e in zip(results, expected))
 
 
-# What the scan has to do with each of its (B, L, D, N) numbers. Forward: delta A, exp (exp2 is faster), x B, the recurrence, C . h.
-# Backward: those again but C . h; gy C, the recurrence in reverse, the sums gx, gB and gC, two products to g a h, the sum
-# into gA, and a product and a sum for gdelta.
+# What the scan has to do with each of its (B, L, D, N) numbers. Forward: delta A, exp (as exp2, which is faster), x B, the
+# recurrence, C . h. Backward: those again but C . h; gy C, the recurrence in reverse, the sums gx, gB and gC, two products
+# to g a h, the sum into gA, and a product and a sum for gdelta.
 FORWARD = {"mul": 2, "exp2": 1, "addcmul": 1, "sum over N": 1}
 BACKWARD = {"mul": 2 + 1 + 2 + 1, "exp2": 1, "addcmul": 1 + 1 + 1, "sum over N": 2, "sum over D": 2}
 OPERATIONS = {"copy": "out.copy_(a)", "exp": "torch.exp(a, out=out)", "exp2": "torch.exp2(a, out=out)",

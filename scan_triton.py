@@ -75,14 +75,23 @@ def _step(u, delta, B, C, z, gout, in_d, in_n, HAS_C: tl.constexpr, HAS_Z: tl.co
 
 
 @triton.jit
-def _ends(u, delta, A, B, bias, ends, sums, D, N, steps, chunks, u_b, u_l, delta_b, delta_l, B_b, B_l,
-          HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+def _place(A, bias, D, N, HAS_BIAS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+    """What this program works on: its block of channels, chunk and sequence; the channels d and numbers n, where they and
+    the states (BD, BN) lie inside, and where in (D, N) a state is; A as powers of 2, and delta_bias, of these channels."""
     block, chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     d, n = block * BD + tl.arange(0, BD), tl.arange(0, BN)
     in_d, in_n = d < D, n < N
     in_h = in_d[:, None] & in_n[None, :]
-    A2 = tl.load(A + d[:, None] * N + n[None, :], mask=in_h, other=0) * LOG2E   # (BD, BN)
+    of_h = d[:, None] * N + n[None, :]
+    A2 = tl.load(A + of_h, mask=in_h, other=0) * LOG2E
     bias_d = tl.load(bias + d, mask=in_d, other=0) if HAS_BIAS else 0.0
+    return block, chunk, b, d, n, in_d, in_n, in_h, of_h, A2, bias_d
+
+
+@triton.jit
+def _ends(u, delta, A, B, bias, ends, sums, D, N, steps, chunks, u_b, u_l, delta_b, delta_l, B_b, B_l,
+          HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+    _block, chunk, b, d, n, in_d, in_n, in_h, _of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
     u += b * u_b + chunk * steps * u_l + d
     delta += b * delta_b + chunk * steps * delta_l + d
     B += b * B_b + chunk * steps * B_l + n
@@ -135,13 +144,7 @@ def _outputs(u, delta, A, B, C, Dw, z, bias, first, entering, y, kept, last, L, 
              u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, STEPS: tl.constexpr, HAS_D: tl.constexpr,
              HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FIRST: tl.constexpr, KEEP: tl.constexpr,
              SOFTPLUS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    block, chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    d, n = block * BD + tl.arange(0, BD), tl.arange(0, BN)
-    in_d, in_n = d < D, n < N
-    in_h = in_d[:, None] & in_n[None, :]
-    of_h = d[:, None] * N + n[None, :]
-    A2 = tl.load(A + of_h, mask=in_h, other=0) * LOG2E                          # (BD, BN)
-    bias_d = tl.load(bias + d, mask=in_d, other=0) if HAS_BIAS else 0.0
+    _block, chunk, b, d, n, in_d, in_n, in_h, of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
     D_d = tl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
     start = chunk * steps
     u += b * u_b + start * u_l + d
@@ -193,13 +196,7 @@ def _outputs(u, delta, A, B, C, Dw, z, bias, first, entering, y, kept, last, L, 
 def _rising(u, delta, A, B, C, Dw, z, bias, gout, kept, gu, gdelta, gz, gC, ends, sums, gA, gD, L, D, N, chunks,
             u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, g_b, g_l, STEPS: tl.constexpr, HAS_D: tl.constexpr,
             HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    block, chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    d, n = block * BD + tl.arange(0, BD), tl.arange(0, BN)
-    in_d, in_n = d < D, n < N
-    in_h = in_d[:, None] & in_n[None, :]
-    of_h = d[:, None] * N + n[None, :]
-    A2 = tl.load(A + of_h, mask=in_h, other=0) * LOG2E                          # (BD, BN)
-    bias_d = tl.load(bias + d, mask=in_d, other=0) if HAS_BIAS else 0.0
+    block, chunk, b, d, n, in_d, in_n, in_h, of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
     D_d = tl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
     start = chunk * STEPS
     row = b * L + start
@@ -270,13 +267,7 @@ def _rising(u, delta, A, B, C, Dw, z, bias, gout, kept, gu, gdelta, gz, gC, ends
 def _falling(u, delta, A, B, C, Dw, z, bias, gout, kept, entering, sums, gu, gdelta, gB, gA, gbias, L, D, N, chunks,
              u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, g_b, g_l, STEPS: tl.constexpr, HAS_D: tl.constexpr,
              HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    block, chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    d, n = block * BD + tl.arange(0, BD), tl.arange(0, BN)
-    in_d, in_n = d < D, n < N
-    in_h = in_d[:, None] & in_n[None, :]
-    of_h = d[:, None] * N + n[None, :]
-    A2 = tl.load(A + of_h, mask=in_h, other=0) * LOG2E                          # (BD, BN)
-    bias_d = tl.load(bias + d, mask=in_d, other=0) if HAS_BIAS else 0.0
+    block, chunk, b, d, n, in_d, in_n, in_h, of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
     D_d = tl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
     start = chunk * STEPS
     end = tl.minimum(start + STEPS, L) - 1
@@ -366,7 +357,7 @@ FORWARD = f"({INPUTS}, Tensor? state, bool softplus, bool keep) -> (Tensor, Tens
 BACKWARD = f"(Tensor gy, Tensor? glast, Tensor kept, {INPUTS}, bool softplus) -> ({', '.join(['Tensor'] * 9)})"
 
 
-@torch.library.custom_op("mamba_py::selective_scan", mutates_args=(), schema=FORWARD, device_types="cuda")
+@torch.library.custom_op("selective_scan::forward", mutates_args=(), schema=FORWARD, device_types="cuda")
 def _forward(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     (batch, L, d_inner), N = u.shape, A.shape[1]
     BD, BN = _blocks(N)
@@ -401,7 +392,7 @@ def _forward_fake(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     return u.new_empty(u.shape), A.new_empty(batch, d_inner, N), A.new_empty(batch, chunks if keep else 0, d_inner, N)
 
 
-@torch.library.custom_op("mamba_py::selective_scan_backward", mutates_args=(), schema=BACKWARD, device_types="cuda")
+@torch.library.custom_op("selective_scan::backward", mutates_args=(), schema=BACKWARD, device_types="cuda")
 def _backward(gy, glast, kept, u, delta, A, B, C, D, z, delta_bias, softplus):
     (batch, L, d_inner), N = u.shape, A.shape[1]
     BD, BN = _blocks(N)
@@ -449,7 +440,7 @@ def _setup(ctx, inputs, output):
 def _autograd(ctx, gy, glast, _gkept):
     kept, u, *inputs = ctx.saved_tensors
     gy = torch.zeros_like(u) if gy is None else gy
-    *grads, gstate = torch.ops.mamba_py.selective_scan_backward(gy, glast, kept, u, *inputs, ctx.softplus)
+    *grads, gstate = torch.ops.selective_scan.backward(gy, glast, kept, u, *inputs, ctx.softplus)
     grads = [None if t is None else grad for t, grad in zip((u, *inputs), grads)]
     return *grads, gstate if ctx.has_state else None, None, None
 
@@ -465,5 +456,5 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
     A, D, delta_bias, state = (t if t is None else t.float() for t in (A, D, delta_bias, state))
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (u, delta, A, B, C, D, z, delta_bias, state))
-    y, last_state, _ = torch.ops.mamba_py.selective_scan(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, keep)
+    y, last_state, _ = torch.ops.selective_scan.forward(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, keep)
     return y, last_state
