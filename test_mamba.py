@@ -2381,17 +2381,18 @@ def all_of_scan(inputs, method, softplus, kind):
     return {"y": y, "last": last, **dict(zip(inputs, torch.autograd.grad((y, last), list(inputs.values()), weights)))}
 
 
-def check_triton(inputs, softplus=True):
+def check_triton(inputs, softplus=True, device="cuda"):
     """Against float64, no result is further off than twice a float32 scan whose results are rounded to u's type, or 1e-5.
     The gradients of delta_bias and A are sums that may cancel, so their error is measured against what they are sums of:
     delta's gradients, and for A those times the sum of delta in a chunk of the backward pass."""
     kind = inputs["u"].dtype
-    inputs = {k: v.cuda().abs() if not softplus and k in ("delta", "delta_bias") else v.cuda() for k, v in inputs.items()}
+    inputs = {k: v.abs() if not softplus and k in ("delta", "delta_bias") else v for k, v in inputs.items()}
+    inputs = {k: v.to(device) for k, v in inputs.items()}
     exact = all_of_scan({k: v.double() for k, v in inputs.items()}, "sequential", softplus, kind)
     plain = all_of_scan({k: v.float() for k, v in inputs.items()}, "sequential", softplus, kind)
     ours, again = (all_of_scan(inputs, "triton", softplus, kind) for _ in range(2))
-    scales = {"delta_bias": exact["delta"].norm().item()}
-    scales["A"] = scales["delta_bias"] * 64 * (F.softplus(inputs["delta"].float()) if softplus else inputs["delta"]).mean().item()
+    scales = {"delta_bias": exact["delta"].abs().sum((0, 1)).norm().item()}
+    scales["A"] = exact["delta"].norm().item() * 64 * (F.softplus(inputs["delta"].float()) if softplus else inputs["delta"]).mean().item()
     for name, expected in exact.items():
         scale = scales.get(name, 0)
         error, allowed = (relative(t, expected, scale) for t in (ours[name], plain[name].to(kind)))
@@ -2404,6 +2405,21 @@ def test_triton_that_cannot_run_is_an_error():
     with pytest.raises(ValueError, match="needs CUDA"):
         selective_scan(**inputs, method="triton")
     assert mamba.scan_method("auto", torch.zeros(1), 16) == "chunked"
+
+
+INTERPRETED = """
+import mamba, scan_triton, test_mamba
+mamba.scan_method = lambda method, u, d_state: method       # it would refuse a CPU
+for scan_triton.PROGRAMS, *shape in ((1, 1, 1, 1, 1), (1, 2, 66, 5, 3), (6, 1, 66, 10, 64), (6, 1, 130, 33, 16)):
+    test_mamba.check_triton(test_mamba.scan_inputs(*shape), device="cpu")
+test_mamba.check_triton(test_mamba.scan_inputs(1, 65, 3, 4, ("z",)), softplus=False, device="cpu")
+"""
+
+
+def test_triton_equals_float64_in_its_interpreter():
+    pytest.importorskip("triton")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", INTERPRETED], check=True, cwd=ROOT,
+                   env={**os.environ, "TRITON_INTERPRET": "1"})
 
 
 @on_gpu
