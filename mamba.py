@@ -626,6 +626,7 @@ class Mamba(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         self.config = config
+        self.compiles = {}      # for a number of texts, whether torch.compile works here
         self.backbone = nn.ModuleDict({
             "embedding": nn.Embedding(config.padded_vocab_size, config.d_model),
             "layers": nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
@@ -792,56 +793,52 @@ class Mamba(nn.Module):
         token = None
         self.eval()
         try:
-            logits, step = self._prefill(prompts, state), self._decoder(state, compile)
+            self._prefill(prompts, state)
+            last, step = torch.stack([p[-1] for p in prompts]), self._decoder(state, compile)
             for left in reversed(range(max_new_tokens)):
-                token = next_token(logits, token, stop, seen, generator, settings)
+                token = next_token(step(last if token is None else token), token, stop, seen, generator, settings)
                 yield token
                 asks = stop is not None and (device.type == "cpu" or left % ASK == 0)
                 if left == 0 or (asks and stopped(token, stop).all()):
                     return
-                logits = step(token)
         finally:
             self.train(training)
 
     def _decoder(self, state, compile=False):
         """
-        step(token) -> logits, (B,) -> (B, vocab_size): the model for the next token of each text, in few calls; it updates
-        state in place. compile: with the layers by torch.compile, all by the same code, so that many take no longer.
+        step(token) -> logits, (B,) -> (B, vocab_size): the model for the next token of each text; it updates state in place.
+        compile: by torch.compile, unless one line has said that it does not work here.
         """
-        embedding, vocab_size, rows = self.backbone["embedding"], self.config.vocab_size, len(state[0][1])
-        ready = functools.partial(_ready, rows=rows, compile=compile)
+        rows, options = len(state[0][1]), {"dynamic": False, "fullgraph": True}
+        if compile and rows not in self.compiles:
+            trial, token = self._step(self.init_state(rows), True), torch.zeros(rows, dtype=torch.long, device=state[0][1].device)
+            self.compiles[rows] = try_compile(trial, lambda step: step(token), **options) is not trial
+        if compile and self.compiles[rows]:
+            return torch.compile(self._step(state, True), **options)
+        return torch.inference_mode()(self._step(state, False))     # calls cost less than without gradients alone
 
-        def decoder(state, call):
-            layers = [layer.decoder(s, ready) for layer, s in zip(self.backbone["layers"], state)]
-            norm, head = ready(self.backbone["norm_f"]), ready(self.lm_head)
+    def _step(self, state, compile):
+        ready = functools.partial(_ready, rows=len(state[0][1]), compile=compile)
+        embedding, vocab_size = self.backbone["embedding"], self.config.vocab_size
+        layers = [layer.decoder(s, ready) for layer, s in zip(self.backbone["layers"], state)]
+        norm, head = ready(self.backbone["norm_f"]), ready(self.lm_head)
 
-            def step(token):
-                x = embedding(token)                                            # (B, d_model)
-                for layer in layers:
-                    x = call(layer, x)
-                return call(head, norm(x))[:, :vocab_size]                      # without the padding rows
-            return torch.inference_mode()(step)     # costs less than no_grad
-
-        def call(function, x):
-            return function(x)
-        if compile:
-            token = torch.zeros(rows, dtype=torch.long, device=self.lm_head.weight.device)
-            call = try_compile(call, lambda call: decoder(self.init_state(rows), call)(token), dynamic=False, fullgraph=True)
-        return decoder(state, call)
+        def step(token):
+            x = embedding(token)                                                # (B, d_model)
+            for layer in layers:
+                x = layer(x)
+            return head(norm(x))[:, :vocab_size]                                # without the padding rows
+        return step
 
     def _prefill(self, prompts, state):
-        """Read the prompts into the state with the scan, those of one length together; returns (B, vocab_size) logits."""
-        logits = [None] * len(prompts)
-        for length in {len(p) for p in prompts}:
-            rows = [i for i, p in enumerate(prompts) if len(p) == length]
+        """Read the prompts but their last tokens into the state with the scan, those of one length together."""
+        for length in {len(p) - 1 for p in prompts} - {0}:
+            rows = [i for i, p in enumerate(prompts) if len(p) - 1 == length]
             rows_state = [(conv[rows], h[rows]) for conv, h in state]
-            for part in torch.stack([prompts[i] for i in rows]).split(PREFILL, dim=1):
-                last, _ = self(part, state=rows_state, num_last_tokens=1)
+            for part in torch.stack([prompts[i][:-1] for i in rows]).split(PREFILL, dim=1):
+                self(part, state=rows_state, num_last_tokens=1)
             for (conv, h), (rows_conv, rows_h) in zip(state, rows_state):
                 conv[rows], h[rows] = rows_conv, rows_h
-            for i, row in zip(rows, last[:, -1]):
-                logits[i] = row
-        return torch.stack(logits)
 
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None,
                  repetition_penalty=None, stop=(), compile=False):

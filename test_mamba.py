@@ -1955,7 +1955,7 @@ def test_stop_tokens():
     stops = [*stop, free[3][15]]
     new = torch.stack(list(model.stream(prompts, 40, stop=stops, generator=torch.Generator().manual_seed(0))), 1).tolist()
     del model._decoder
-    assert len(calls) == len(new[0]) - 1 and len(new[0]) < 40   # no step after the last row has stopped
+    assert len(calls) == len(new[0]) and len(new[0]) < 40   # no step after the last row has stopped
     assert all(row[-1] in stops and len({*row[row.index(row[-1]):]}) == 1 for row in new)
 
     # a tensor is as long as the longest row; a prompt may hold stop tokens, and end with one
@@ -2666,11 +2666,9 @@ def unlike_eager(model, prompts, **more):
 
 
 @pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-def test_compiled_step(capsys, monkeypatch):
+def test_compiled_step(capsys):
     torch.compiler.reset()
     model, prompts = small().eval(), [tokens(n, seed=n) for n in (5, 1)]
-    attempts, attempt = [], mamba.try_compile
-    monkeypatch.setattr(mamba, "try_compile", lambda *given, **options: attempts.append(attempt(*given, **options)) or attempts[-1])
     assert not unlike_eager(model, prompts[:1], temperature=0)
     assert not unlike_eager(model, prompts, stop=[7, 9], repetition_penalty=1.3, top_k=8)
     states = model.init_state(1), model.init_state(1)
@@ -2682,7 +2680,7 @@ def test_compiled_step(capsys, monkeypatch):
                 assert relative(compiled(token), plain(token)) < (2e-2 if quantize else 1e-5)
         for one, other in zip(*map(tree_leaves, states)):
             assert relative(one, other) < (2e-2 if quantize else 1e-5)
-    assert len(attempts) == 4 and all(hasattr(call, "_torchdynamo_orig_callable") for call in attempts)
+    assert model.compiles == {1: True, 2: True}
     assert capsys.readouterr() == ("", "")
 
 
