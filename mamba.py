@@ -791,7 +791,8 @@ class Mamba(nn.Module):
             for row, prompt in zip(seen, prompts):
                 row.scatter_(0, prompt, True)
         token = None
-        self.eval()
+        if training:    # else this would take as long as half a token
+            self.eval()
         try:
             self._prefill(prompts, state)
             last, step = torch.stack([p[-1] for p in prompts]), self._decoder(state, compile)
@@ -802,7 +803,8 @@ class Mamba(nn.Module):
                 if left == 0 or (asks and stopped(token, stop).all()):
                     return
         finally:
-            self.train(training)
+            if training:
+                self.train()
 
     def _decoder(self, state, compile=False):
         """
@@ -893,7 +895,7 @@ def _ready(module, rows, compile):
             y = (x[:, None].to(wide) * weight.to(wide)).sum(-1)
             y = y * module.scale if int8 else y
             return (y if bias is None else y + bias).to(x.dtype)
-    elif on_cpu and rows == 1 and weight.dtype == torch.float32 and weight.numel() > 2 ** 17:   # smaller is faster on one core
+    elif on_cpu and rows == 1 and weight.dtype == torch.float32 and weight.numel() >= 2 ** 17:  # smaller is faster on one core
         blocks = math.gcd(len(weight), torch.get_num_threads())
         parts = weight.unflatten(0, (blocks, -1)).transpose(1, 2)               # (blocks, in, out / blocks)
 
