@@ -48,7 +48,7 @@ class Config:
     out: str = flag("results.json", "file for all results, raw times included")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16; by default bfloat16 on CUDA, else float32")
-    compile: bool = flag(False, "also what needs torch.compile: PyTorch's associative_scan, and a compiled training step")
+    compile: bool = flag(False, "also what needs torch.compile: PyTorch's associative_scan, a compiled training step and generation")
     # scan
     shapes: str = flag("4x1024x512x16", "BxLxDxN,...: batch, length, channels, numbers remembered by each channel")
     lengths: str = flag("", "L,...: also these lengths, with B, D and N of the first shape")
@@ -475,7 +475,7 @@ def train_suite(bench):
           f"B={cfg.batch_size} L={cfg.block_size}, {bench.dtype}", variants, dict.fromkeys(names, x.numel()), remarks=remarks)
 
 
-def generating(bench, name, shape, dtype):
+def generating(bench, name, shape, dtype, compiled):
     """A call that generates cfg.new_tokens tokens, greedily, after one token."""
     n, start = bench.cfg.new_tokens, torch.zeros(1, 1, dtype=torch.long, device=bench.device)
     model = build(name, *shape).to(bench.device, getattr(torch, bench.dtype if dtype == "int8" else dtype)).eval()
@@ -486,7 +486,7 @@ def generating(bench, name, shape, dtype):
         return lambda: model.generate(start, max_new_tokens=n, do_sample=False, pad_token_id=0)
     if name == "mambapy":
         return torch.no_grad()(lambda: model.generate(start[:, 0], n))
-    return lambda: model.generate(start, n, temperature=0)
+    return lambda: model.generate(start, n, temperature=0, compile=compiled)
 
 
 def reading(bench, shape, step):
@@ -514,11 +514,16 @@ def generate_suite(bench):
         what = f"d_model {shape[1]}, {shape[2]} layers, vocabulary {shape[0]}, {parameters / 1e6:.2f}M parameters, {bench.dtype}"
         names = {name: (name, bench.dtype) for name in ("ours", *bench.peers) if name != "mamba_ssm"}
         names.update({f"ours, {dtype}": ("ours", dtype) for dtype in ("bfloat16", "int8")})
+        if cfg.compile:
+            torch.compiler.reset()
+            names.update({f"{name}, compiled": of for name, of in names.items() if name.startswith("ours")})
         read_s = {name: parameters * getattr(torch, dtype).itemsize / bandwidth for name, (_, dtype) in names.items()}
-        allowed = ", ".join(f"{1 / read_s[name]:,.0f} tokens/s as {names[name][1]}" for name in names if name.startswith("ours"))
+        allowed = ", ".join(f"{1 / read_s[name]:,.0f} tokens/s as {names[name][1]}" for name in names
+                            if name.startswith("ours") and not name.endswith("compiled"))
         remarks = [f"floor: {bandwidth / 1e9:.1f} GB/s read all weights once per token at {allowed} (more if a cache holds them)"]
         table(bench, f"generation, batch 1: {what}",
-              {name: functools.partial(generating, bench, which, shape, dtype) for name, (which, dtype) in names.items()},
+              {name: functools.partial(generating, bench, which, shape, dtype, name.endswith("compiled"))
+               for name, (which, dtype) in names.items()},
               dict.fromkeys(names, cfg.new_tokens), floor={name: cfg.new_tokens * s for name, s in read_s.items()}, remarks=remarks)
         variants = {"ours, by the scan": functools.partial(reading, bench, shape, mamba.PREFILL),
                     "ours, token by token": functools.partial(reading, bench, shape, 1)}

@@ -22,6 +22,7 @@ Glossary, with the paper's names:
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -30,6 +31,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -456,7 +458,7 @@ class MambaBlock(nn.Module):
 
     def forward(self, x, state=None):
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
-            return self._step(x, *state)
+            return self.decoder(*state)(x[:, 0])[:, None]
         conv_state, h = (None, None) if state is None else (t.clone() for t in state)
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, L, D) each
         x, conv_state = causal_conv(x, self.conv1d.weight, self.conv1d.bias, conv_state)
@@ -471,21 +473,30 @@ class MambaBlock(nn.Module):
             state[1].copy_(h.detach())
         return self.out_proj(y)
 
-    def _step(self, x, conv_state, h):
-        """The same for one token, x (B, 1, d_model), in few calls, which is what a generated token costs."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, 1, D) each
-        window = torch.cat([conv_state.to(x.dtype), x], dim=1)                  # (B, d_conv, D)
-        conv_state.copy_(window[:, 1:])
-        x = (window * self.conv1d.weight[:, 0].t()).sum(1, keepdim=True)
-        x = F.silu(x if self.conv1d.bias is None else x + self.conv1d.bias)
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        u, delta, B, C, z = (t.to(h.dtype) for t in (x, F.linear(dt, self.dt_proj.weight), B, C, z))
-        delta = F.softplus(delta + self.dt_proj.bias)                           # (B, 1, D)
-        decay = torch.exp(-delta.transpose(1, 2) * torch.exp(self.A_log))       # (B, D, N)
-        h.mul_(decay).addcmul_((delta * u).transpose(1, 2), B)                  # (B, D, N) += (B, D, 1) (B, 1, N)
-        y = (h * C).sum(-1)[:, None]                                            # (B, 1, D)
-        y = torch.addcmul(y, self.D, u) * F.silu(z)
-        return self.out_proj(y.to(x.dtype))
+    def decoder(self, conv_state, h, ready=lambda module: module):
+        """
+        step(x) -> y, both (B, d_model): forward for the next token, in few calls, which is what a generated token costs.
+        It updates conv_state and h; what is the same for all tokens is computed here, once. ready: see the function _ready.
+        """
+        in_proj, x_proj, out_proj = ready(self.in_proj), ready(self.x_proj), ready(self.out_proj)
+        taps, bias = self.conv1d.weight[:, 0].t(), self.conv1d.bias             # (d_conv, D)
+        A_2 = -torch.exp(self.A_log) / math.log(2)      # exp(delta A) = 2^(delta A_2): exp2 takes a sixth of the time
+        dt_weight, dt_bias, D, sizes = self.dt_proj.weight, self.dt_proj.bias, self.D, (self.dt_rank, self.d_state, self.d_state)
+
+        def step(x):
+            x, z = in_proj(x).chunk(2, dim=-1)                                  # (B, D) each
+            window = torch.cat([conv_state.to(x.dtype), x[:, None]], dim=1)     # (B, d_conv, D)
+            conv_state.copy_(window[:, 1:])
+            x = (window * taps).sum(1)
+            x = F.silu(x if bias is None else x + bias)
+            dt, B, C = x_proj(x).split(sizes, dim=-1)
+            delta = F.softplus(F.linear(dt, dt_weight) + dt_bias)               # (B, D), float32 from here on, by dt_bias
+            decay = (delta[..., None] * A_2).exp2_()                            # (B, D, N)
+            h.mul_(decay).addcmul_((delta * x)[..., None], B[:, None])          # (B, D, N) += (B, D, 1) (B, 1, N)
+            y = (h * C[:, None]).sum(-1)                                        # (B, D)
+            y = torch.addcmul(y, D, x) * F.silu(z.to(h.dtype))
+            return out_proj(y.to(x.dtype))
+        return step
 
     def _apply(self, fn, recurse=True):
         # model.bfloat16() and .half() leave these in float32: rounding A or delta's bias changes how long the model
@@ -590,6 +601,16 @@ class Layer(nn.Module):
             x = x + self.dropout(self.mlp(self.norm2(x)))
         return x
 
+    def decoder(self, state, ready):
+        """step(x) -> x, both (B, d_model): forward for the next token, without dropout. See MambaBlock.decoder."""
+        norm, mixer, mlp = ready(self.norm), self.mixer.decoder(*state, ready), self.mlp
+        norm2 = mlp and ready(self.norm2)
+
+        def step(x):
+            x = x + mixer(norm(x))
+            return x if mlp is None else x + mlp(norm2(x))
+        return step
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
@@ -605,6 +626,7 @@ class Mamba(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         self.config = config
+        self.compiles = {}      # for a number of texts, whether torch.compile works here
         self.backbone = nn.ModuleDict({
             "embedding": nn.Embedding(config.padded_vocab_size, config.d_model),
             "layers": nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
@@ -742,7 +764,7 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, state=None,
-               min_p=None, repetition_penalty=None, stop=(), seen=None):
+               min_p=None, repetition_penalty=None, stop=(), seen=None, compile=False):
         """
         Yield the next tokens, (B,) each, as they are made: constant time and memory per token. Arguments as in generate.
         A row that has made a stop token repeats it until all rows have; then the stream ends, on a GPU up to ASK tokens
@@ -750,6 +772,7 @@ class Mamba(nn.Module):
         With a state (from init_state), the prompts continue what it has read; it is updated in place, and when the stream
         ends it has not yet read the last token. seen, (B, vocab_size) bool, are more tokens for repetition_penalty to know;
         it is updated in place, with the prompts' tokens and the new ones.
+        compile: the step of a token by torch.compile; the first stream for a number of prompts then waits some ten seconds.
         """
         device, training, vocab_size = self.lm_head.weight.device, self.training, self.config.vocab_size
         settings = (temperature, top_k, top_p, min_p, repetition_penalty)
@@ -768,35 +791,59 @@ class Mamba(nn.Module):
             for row, prompt in zip(seen, prompts):
                 row.scatter_(0, prompt, True)
         token = None
-        self.eval()
+        if training:    # else this would take as long as half a token
+            self.eval()
         try:
-            logits = self._prefill(prompts, state)
+            self._prefill(prompts, state)
+            last, step = torch.stack([p[-1] for p in prompts]), self._decoder(state, compile)
             for left in reversed(range(max_new_tokens)):
-                token = next_token(logits, token, stop, seen, generator, settings)
+                token = next_token(step(last if token is None else token), token, stop, seen, generator, settings)
                 yield token
                 asks = stop is not None and (device.type == "cpu" or left % ASK == 0)
                 if left == 0 or (asks and stopped(token, stop).all()):
                     return
-                logits = self(token[:, None], state=state)[0][:, -1]
         finally:
-            self.train(training)
+            if training:
+                self.train()
+
+    def _decoder(self, state, compile=False):
+        """
+        step(token) -> logits, (B,) -> (B, vocab_size): the model for the next token of each text; it updates state in place.
+        compile: by torch.compile, unless one line has said that it does not work here.
+        """
+        rows, options = len(state[0][1]), {"dynamic": False, "fullgraph": True}
+        if compile and rows not in self.compiles:
+            trial, token = self._step(self.init_state(rows), True), torch.zeros(rows, dtype=torch.long, device=state[0][1].device)
+            self.compiles[rows] = try_compile(trial, lambda step: step(token), **options) is not trial
+        if compile and self.compiles[rows]:
+            return torch.compile(self._step(state, True), **options)
+        return torch.inference_mode()(self._step(state, False))     # calls cost less than without gradients alone
+
+    def _step(self, state, compile):
+        ready = functools.partial(_ready, rows=len(state[0][1]), compile=compile)
+        embedding, vocab_size = self.backbone["embedding"], self.config.vocab_size
+        layers = [layer.decoder(s, ready) for layer, s in zip(self.backbone["layers"], state)]
+        norm, head = ready(self.backbone["norm_f"]), ready(self.lm_head)
+
+        def step(token):
+            x = embedding(token)                                                # (B, d_model)
+            for layer in layers:
+                x = layer(x)
+            return head(norm(x))[:, :vocab_size]                                # without the padding rows
+        return step
 
     def _prefill(self, prompts, state):
-        """Read the prompts into the state with the scan, those of one length together; returns (B, vocab_size) logits."""
-        logits = [None] * len(prompts)
-        for length in {len(p) for p in prompts}:
-            rows = [i for i, p in enumerate(prompts) if len(p) == length]
+        """Read the prompts but their last tokens into the state with the scan, those of one length together."""
+        for length in {len(p) - 1 for p in prompts} - {0}:
+            rows = [i for i, p in enumerate(prompts) if len(p) - 1 == length]
             rows_state = [(conv[rows], h[rows]) for conv, h in state]
-            for part in torch.stack([prompts[i] for i in rows]).split(PREFILL, dim=1):
-                last, _ = self(part, state=rows_state, num_last_tokens=1)
+            for part in torch.stack([prompts[i][:-1] for i in rows]).split(PREFILL, dim=1):
+                self(part, state=rows_state, num_last_tokens=1)
             for (conv, h), (rows_conv, rows_h) in zip(state, rows_state):
                 conv[rows], h[rows] = rows_conv, rows_h
-            for i, row in zip(rows, last[:, -1]):
-                logits[i] = row
-        return torch.stack(logits)
 
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None,
-                 repetition_penalty=None, stop=()):
+                 repetition_penalty=None, stop=(), compile=False):
         """
         prompts: (B, L) token ids, or a list of B prompts of any lengths. Returns them with max_new_tokens more each, as one
         (B, L + max_new_tokens) tensor, or as a list of tensors; at temperature 0 every prompt gives what it gives alone.
@@ -804,13 +851,14 @@ class Mamba(nn.Module):
         together have this probability.  min_p: only among those at least min_p times as likely as the likeliest.
         repetition_penalty: above 1 makes the tokens of the prompt and of the answer so far less likely: their logits are
         divided by it where positive, multiplied where negative (CTRL, arXiv 1909.05858).
+        compile: the step of a token by torch.compile; see stream.
         stop: ids that end a row. In the list each row ends with its stop token; in the tensor, which is then as long as
         the longest row, a shorter row repeats its stop token to the end.
         generator: a torch.Generator, to get the same text again; one on the CPU makes a GPU wait for its numbers.
         ValueError for settings without a meaning.
         """
         new = list(self.stream(prompts, max_new_tokens, temperature, top_k, top_p, generator, None, min_p,
-                               repetition_penalty, stop))
+                               repetition_penalty, stop, compile=compile))
         new = torch.stack(new, dim=1) if new else torch.empty(len(prompts), 0, dtype=torch.long)    # (B, new tokens)
         ends = [new.shape[1]] * len(prompts)
         if len(stop) > 0:
@@ -824,6 +872,50 @@ class Mamba(nn.Module):
 LOGITS = 2 ** 28    # as float32, 1 GB
 PREFILL = 2048      # a prompt is read in parts of this many tokens: the memory it takes does not grow with its length
 ASK = 16            # tokens between two questions to a GPU whether all rows have stopped
+
+
+def _ready(module, rows, compile):
+    """
+    A Linear, Int8Linear or RMSNorm as a function of x (rows, in), made ready for being called for token after token.
+    A product with one row is bound by memory on a CPU: all cores should read, and each weight once, in its own type.
+    """
+    weight, bias = module.weight, getattr(module, "bias", None)
+    on_cpu, int8 = weight.device.type == "cpu", weight.dtype == torch.int8
+    if isinstance(module, RMSNorm):
+        wide = weight.to(_at_least_float32(weight)) * math.sqrt(len(weight))
+        d_eps = wide.new_tensor(len(weight) * module.eps)
+
+        def function(x):    # weight sqrt(d) x / sqrt(|x|^2 + d eps): half the calls
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide.dtype)
+            return (x * wide * torch.addcmul(d_eps, length, length).rsqrt_()).to(x.dtype)
+        return module if compile else function
+    if compile and on_cpu and rows <= (8 if int8 else 1):   # becomes one loop over the weights
+        def function(x):
+            wide = _at_least_float32(x)
+            y = (x[:, None].to(wide) * weight.to(wide)).sum(-1)
+            y = y * module.scale if int8 else y
+            return (y if bias is None else y + bias).to(x.dtype)
+    elif on_cpu and rows == 1 and weight.dtype == torch.float32 and weight.numel() >= 2 ** 17:  # smaller is faster on one core
+        blocks = math.gcd(len(weight), torch.get_num_threads())
+        parts = weight.unflatten(0, (blocks, -1)).transpose(1, 2)               # (blocks, in, out / blocks)
+
+        def function(x):
+            y = torch.bmm(x.expand(blocks, 1, -1), parts).view(1, -1)
+            return y if bias is None else y + bias
+    else:
+        return module if int8 else lambda x: F.linear(x, weight, bias)
+    return function
+
+
+def try_compile(function, attempt, say=lambda line: print(line, file=sys.stderr), **options):
+    """torch.compile(function, **options), if attempt(that) works; if not, one line says so and function is returned."""
+    try:
+        compiled = torch.compile(function, **options)
+        attempt(compiled)
+        return compiled
+    except (RuntimeError, ImportError, OSError) as error:   # no compiler, a device it does not know, ...
+        say(f"torch.compile does not work here ({type(error).__name__}); going on without it")
+        return function
 
 
 def next_token(logits, before, stop, seen, generator, settings):

@@ -1950,11 +1950,12 @@ def test_stop_tokens():
     assert [row.tolist() for row in got] == [row[:end] for row, end in zip(free, ends)] and min(ends) < max(ends)
     assert again(prompts, stop=())[3].tolist() == free[3]
     calls = []
-    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    decoder, counted = model._decoder, lambda step: lambda token: calls.append(1) or step(token)
+    model._decoder = lambda *given: counted(decoder(*given))
     stops = [*stop, free[3][15]]
     new = torch.stack(list(model.stream(prompts, 40, stop=stops, generator=torch.Generator().manual_seed(0))), 1).tolist()
-    hook.remove()
-    assert len(calls) == 2 + len(new[0]) and len(new[0]) < 40   # no step after the last row has stopped
+    del model._decoder
+    assert len(calls) == len(new[0]) and len(new[0]) < 40   # no step after the last row has stopped
     assert all(row[-1] in stops and len({*row[row.index(row[-1]):]}) == 1 for row in new)
 
     # a tensor is as long as the longest row; a prompt may hold stop tokens, and end with one
@@ -2640,3 +2641,70 @@ def test_int8_weights_are_not_saved_as_released_ones(tmp_path):
     with pytest.raises(ValueError, match="before quantize_int8"):
         mamba.quantize_int8(small()).save_pretrained(tmp_path / "int8")
     assert not (tmp_path / "int8").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step of a token: made ready once, and compiled
+
+
+@pytest.mark.parametrize("changes", [{"d_model": 256, "n_layer": 1}, {"bias": True, "d_conv": 1, "conv_bias": False, "d_intermediate": 24}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoder_equals_one_call(changes, dtype, batch):
+    """The step that is made ready once gives the logits and the states of a single call, and updates them in place."""
+    model, idx = small(**changes).eval().to(torch.float32 if dtype == torch.int8 else dtype), tokens(batch, 20)
+    if dtype == torch.int8:
+        mamba.quantize_int8(model)
+    states = model.init_state(batch), model.init_state(batch)
+    step, got = model._decoder(states[1]), []
+    with torch.no_grad():
+        whole = model(idx, state=states[0])[0]
+        got = [step(token) for token in idx.unbind(1)]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.int8: 3e-2}[dtype]
+    assert got[0].shape == whole[:, 0].shape and relative(torch.stack(got, 1), whole) < tolerance
+    for one, expected in zip(tree_leaves(states[1]), tree_leaves(states[0])):
+        assert one.dtype == expected.dtype and (one.numel() == 0 or relative(one, expected) < tolerance)
+
+
+def test_generated_tokens_and_states_can_be_trained_on():
+    """The step runs in inference mode, what it leaves behind is not of it."""
+    model, idx = small(), tokens(2, 5)
+    state = model.init_state(2)
+    new = torch.stack(list(model.stream(idx, 6, state=state, repetition_penalty=1.1, temperature=0)), 1)
+    assert not any(t.is_inference() for t in (new, *tree_leaves(state)))
+    model(new, new, state=state)[1].backward()
+
+
+def unlike_eager(model, prompts, **more):
+    """Rows that differ between the compiled and the plain generation."""
+    rows = [model.generate(prompts, 12, generator=torch.Generator().manual_seed(1), compile=compile, **more) for compile in (0, 1)]
+    return [i for i, pair in enumerate(zip(*rows)) if not torch.equal(*pair)]
+
+
+@pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_compiled_step(capsys):
+    torch.compiler.reset()
+    model, prompts = small().eval(), [tokens(n, seed=n) for n in (5, 1)]
+    assert not unlike_eager(model, prompts[:1], temperature=0)
+    assert not unlike_eager(model, prompts, stop=[7, 9], repetition_penalty=1.3, top_k=8)
+    states = model.init_state(1), model.init_state(1)
+    for quantize in (False, True):
+        model = mamba.quantize_int8(model) if quantize else model
+        plain, compiled = (model._decoder(state, compile) for state, compile in zip(states, (False, True)))
+        with torch.no_grad():
+            for token in tokens(6, 1):
+                assert relative(compiled(token), plain(token)) < (2e-2 if quantize else 1e-5)
+        for one, other in zip(*map(tree_leaves, states)):
+            assert relative(one, other) < (2e-2 if quantize else 1e-5)
+    assert model.compiles == {1: True, 2: True}
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
+    def compile(function, **options):
+        def fails(*inputs):
+            raise RuntimeError("no compiler\nand a long story")
+        return fails
+    monkeypatch.setattr(torch, "compile", compile)
+    assert not unlike_eager(small().eval(), tokens(2, 4))
+    assert capsys.readouterr() == ("", "torch.compile does not work here (RuntimeError); going on without it\n")

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mamba import Mamba, MambaConfig, scan_method
+from mamba import Mamba, MambaConfig, scan_method, try_compile
 from prepare_data import Config as DataConfig
 from prepare_data import (
     Problem,
@@ -488,13 +488,10 @@ def main(cfg, given):
         return
     say(f"going on from step {step} of {cfg.max_iters}" if checkpoint else f"{cfg.max_iters} steps, into {out_dir}")
     if cfg.compile:
-        try:
-            model = torch.compile(model)
+        def attempt(model):
             with autocast(device, dtype):
                 model(*get_batch(train_data, cfg, 0, 0, rank, world, device))[1].backward()
-        except (RuntimeError, ImportError, OSError) as error:   # no compiler, a device it does not know, ...
-            say(f"torch.compile does not work here ({type(error).__name__}); going on without it")
-            model = raw_model
+        model = try_compile(raw_model, attempt, say)
         raw_model.zero_grad(set_to_none=True)
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
