@@ -62,8 +62,10 @@ class Config:
     batch_size: int = flag(8, "sequences in a training step")
     block_size: int = flag(256, "tokens in a sequence")
     size: str = flag("both", "the models that generate: small, 130m or both")
-    new_tokens: int = flag(32, "tokens that one call generates")
-    prompt: int = flag(1000, "tokens of the prompt to read")
+    texts: int = flag(1, "texts that are generated at once")
+    start: int = flag(1, "tokens that each of them begins with; they are read within the time")
+    new_tokens: int = flag(32, "tokens that one call generates for each")
+    prompt: int = flag(1000, "tokens of the prompt to read, after which the time of a token is measured too")
 
 
 PEERS = ("mambapy", "transformers", "mamba_ssm")
@@ -417,12 +419,13 @@ class Mambapy(nn.Module):
     def forward(self, idx):
         return self.head(self.norm(self.layers(self.embedding(idx))))
 
-    def generate(self, token, n):
-        c = self.layers.config
-        caches = [(None, self.head.weight.new_zeros(len(token), c.d_inner, c.d_conv - 1)) for _ in range(c.n_layers)]
-        for _ in range(n):
-            x, caches = self.layers.step(self.embedding(token), caches)
-            token = self.head(self.norm(x)).argmax(-1)
+    def generate(self, start, n):
+        c, tokens = self.layers.config, list(start.unbind(1))
+        caches = [(None, self.head.weight.new_zeros(len(start), c.d_inner, c.d_conv - 1)) for _ in range(c.n_layers)]
+        for i in range(len(tokens) + n - 1):
+            x, caches = self.layers.step(self.embedding(tokens[i]), caches)
+            if i + 1 >= len(tokens):
+                tokens.append(self.head(self.norm(x)).argmax(-1))
 
 
 def build(name, vocab_size, d_model, n_layer):
@@ -476,8 +479,8 @@ def train_suite(bench):
 
 
 def generating(bench, name, shape, dtype, compiled):
-    """A call that generates cfg.new_tokens tokens, greedily, after one token."""
-    n, start = bench.cfg.new_tokens, torch.zeros(1, 1, dtype=torch.long, device=bench.device)
+    """A call that generates cfg.new_tokens tokens, greedily, for cfg.texts texts that begin with cfg.start tokens each."""
+    n, start = bench.cfg.new_tokens, torch.randint(shape[0], (bench.cfg.texts, bench.cfg.start), device=bench.device)
     model = build(name, *shape).to(bench.device, getattr(torch, bench.dtype if dtype == "int8" else dtype)).eval()
     if dtype == "int8":
         quantize_int8(model)
@@ -485,7 +488,7 @@ def generating(bench, name, shape, dtype, compiled):
         model.generation_config.eos_token_id = None     # random weights would end the text anywhere
         return lambda: model.generate(start, max_new_tokens=n, do_sample=False, pad_token_id=0)
     if name == "mambapy":
-        return torch.no_grad()(lambda: model.generate(start[:, 0], n))
+        return torch.no_grad()(lambda: model.generate(start, n))
     return lambda: model.generate(start, n, temperature=0, compile=compiled)
 
 
@@ -500,6 +503,17 @@ def reading(bench, shape, step):
         for part in prompt.split(step, 1):
             model(part, state=state, num_last_tokens=1)
     return call
+
+
+@torch.no_grad()
+def going_on(bench, shape, position):
+    """A call that generates cfg.new_tokens tokens, after as many as `position` that were read before."""
+    model = build("ours", *shape).to(bench.device, getattr(torch, bench.dtype)).eval()
+    read, state = torch.randint(shape[0], (1, position), device=bench.device), model.init_state(1)
+    for part in read.split(mamba.PREFILL, 1):
+        model(part, state=state, num_last_tokens=1)
+    n = bench.cfg.new_tokens
+    return lambda: list(model.stream(read[:, -1:], n, temperature=0, state=[tuple(t.clone() for t in layer) for layer in state]))
 
 
 def generate_suite(bench):
@@ -521,13 +535,17 @@ def generate_suite(bench):
         allowed = ", ".join(f"{1 / read_s[name]:,.0f} tokens/s as {names[name][1]}" for name in names
                             if name.startswith("ours") and not name.endswith("compiled"))
         remarks = [f"floor: {bandwidth / 1e9:.1f} GB/s read all weights once per token at {allowed} (more if a cache holds them)"]
-        table(bench, f"generation, batch 1: {what}",
+        table(bench, f"generation, {cfg.texts} x {cfg.new_tokens} tokens after {cfg.start}: {what}",
               {name: functools.partial(generating, bench, which, shape, dtype, name.endswith("compiled"))
                for name, (which, dtype) in names.items()},
-              dict.fromkeys(names, cfg.new_tokens), floor={name: cfg.new_tokens * s for name, s in read_s.items()}, remarks=remarks)
-        variants = {"ours, by the scan": functools.partial(reading, bench, shape, mamba.PREFILL),
-                    "ours, token by token": functools.partial(reading, bench, shape, 1)}
+              dict.fromkeys(names, cfg.texts * cfg.new_tokens), floor={name: cfg.new_tokens * s for name, s in read_s.items()},
+              remarks=remarks)
+        variants = {"ours, by the scan": functools.partial(reading, bench, shape, mamba.PREFILL)}
+        if cfg.prompt <= 10_000:    # else it would take minutes
+            variants["ours, token by token"] = functools.partial(reading, bench, shape, 1)
         table(bench, f"reading a prompt of {cfg.prompt:,} tokens: {what}", variants, dict.fromkeys(variants, cfg.prompt))
+        variants = {f"ours, after {n:,}": functools.partial(going_on, bench, shape, n) for n in sorted({100, cfg.prompt})}
+        table(bench, f"generation after a prompt: {what}", variants, dict.fromkeys(variants, cfg.new_tokens))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -553,7 +571,8 @@ def main(cfg, given):
     for name, choices in (("suite", ("scan", "train", "generate", "all")), ("size", ("small", "130m", "both"))):
         if (value := getattr(cfg, name)) not in choices:
             raise Problem(f"--{name} takes {', '.join(choices)}, not '{value}'" + nearest(value, choices))
-    for name in ("seconds", "memory_gb", "d_model", "n_layer", "vocab_size", "batch_size", "block_size", "new_tokens", "prompt"):
+    for name in ("seconds", "memory_gb", "d_model", "n_layer", "vocab_size", "batch_size", "block_size", "texts", "start",
+                 "new_tokens", "prompt"):
         if getattr(cfg, name) <= 0:
             raise Problem(f"--{name} must be above 0, not {getattr(cfg, name)}")
     shapes = parse_sizes("shapes", cfg.shapes, 4, "BxLxDxN, as in 4x1024x512x16,1x4096x512x16")

@@ -1521,7 +1521,7 @@ def test_bench_measures_every_suite(tmp_path):
     assert all(row["error"] < 1e-5 for table in results["tables"] for row in table["rows"] if "direction" in table)
     assert [table["title"].split(":")[0] for table in results["tables"]] == [
         *["scan, forward", "scan, forward + backward"] * 2, "cost per token, forward", "cost per token, forward + backward",
-        "training step", "generation, batch 1", "reading a prompt of 5 tokens"]
+        "training step", "generation, 1 x 2 tokens after 1", "reading a prompt of 5 tokens", "generation after a prompt"]
     for table in results["tables"]:
         assert table["title"] in done.stdout and not [remark for remark in table["remarks"] if "failed" in remark]
 
