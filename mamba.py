@@ -256,7 +256,8 @@ class ChunkedScan(torch.autograd.Function):
         A_t, batch = A.t().to(_at_least_float32(u)).contiguous(), len(u)        # (N, D)
         grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, delta, B, C, z)]
         stretches, starts = _stretches(u, A_t, "ahg"), list(ctx.starts)
-        gA, (gD, gbias) = torch.zeros_like(A_t), A_t.new_zeros(2, len(A))
+        gA = torch.zeros_like(stretches[0][1].a)            # (rows * T, N, D), summed at the end
+        gD, gbias = A_t.new_zeros(2, len(A))
         carry = glast.transpose(1, 2).to(A_t.dtype)         # (B, N, D): a_{t+1} g_{t+1} for the last step of the next tile
         for steps, tile in reversed(stretches):
             s = _inputs_of(steps, tile, u, delta, A_t, B, C, z, delta_bias, ctx.softplus)
@@ -284,7 +285,7 @@ class ChunkedScan(torch.autograd.Function):
                 carry = first[:batch].clone()
                 first.mul_(start)
                 a_later.mul_(h_earlier)                                         # now a is dLoss/d(delta A)
-                gA += torch.mul(a, delta_n, out=h).sum(0)
+                gA[:len(a)].addcmul_(a, delta_n)
                 torch.bmm(ones, a.mul_(A_t), out=gd_n)
             gd.addcmul_(gx, s.u)
             if ctx.softplus:
@@ -303,7 +304,7 @@ class ChunkedScan(torch.autograd.Function):
                 if grad is not None:
                     _in_tiles(grad, steps, tile).copy_(grad_s)
         gu, gdelta, gB, gC, gz = grads
-        return (None, None, gu, gdelta, gA.t().to(A.dtype), gB, gC, None if D is None else gD.to(D.dtype), gz,
+        return (None, None, gu, gdelta, gA.sum(0).t().to(A.dtype), gB, gC, None if D is None else gD.to(D.dtype), gz,
                 None if delta_bias is None else gbias.to(delta_bias.dtype), carry.transpose(1, 2))
 
 
@@ -311,7 +312,8 @@ def _tile_shape(u, A_t):
     """Steps in a tile, tiles in a stretch, and tiles computed at once, as suits the device and the sizes."""
     length, size = u.shape[1], len(u) * A_t.numel()         # size: numbers in the states of one step
     if u.device.type == "cpu":
-        steps = max(4, min(64, 2 ** 19 // size, length))    # 2 MB a buffer, which stays in the cache
+        # 2 MB a buffer, which stays in the cache; of a length that is a power of two too, nothing is left over
+        steps = min(2 ** max(2, min(6, round(math.log2(2 ** 19 / size)))), length)
         return SimpleNamespace(steps=steps, in_stretch=8, at_once=1)
     steps = min(32, length)                                 # at most 256 MB a buffer
     tiles = max(1, min(2 ** 26 // (size * steps), length // steps))
