@@ -32,7 +32,6 @@ import pickle
 import platform
 import re
 import struct
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -409,24 +408,24 @@ def _carried(first, decay, ends, backward=False):
 
 def linear(x, weight, bias=None):
     """
-    F.linear, and for many float32 rows on an AMD CPU the same at twice the speed: as a convolution over one pixel, which
-    PyTorch gives to oneDNN. It gives matrix products to MKL, which does without AVX-512 where the CPU is not Intel's.
+    F.linear, and for many float32 rows on an AMD CPU the same at twice the speed: as a convolution of width 1, which PyTorch
+    leaves to oneDNN. It leaves matrix products to MKL, which does without AVX-512 on CPUs that are not Intel's.
     """
     rows = x.numel() // x.shape[-1]
     if (rows < 512 or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-            or torch.compiler.is_compiling() or not _is_amd()):
+            or torch.compiler.is_compiling() or not _mkl_is_slow()):
         return F.linear(x, weight, bias)
-    x_image = x.reshape(1, 1, rows, -1).permute(0, 3, 1, 2)                     # (1, in, 1, rows), channels last
-    return F.conv2d(x_image, weight[..., None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    image = x.reshape(1, 1, rows, -1).permute(0, 3, 1, 2)                       # (1, in, 1, rows), still row by row in memory
+    return F.conv2d(image, weight[..., None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 @functools.cache
-def _is_amd():
-    about = platform.processor()                            # on Linux not the maker's name
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo") as file:
-            about += file.read(2 ** 10)                     # enough of the first core
-    return "AuthenticAMD" in about
+def _mkl_is_slow():
+    about, cpuinfo = platform.processor(), Path("/proc/cpuinfo")    # Windows names the maker in the one, Linux in the other
+    if cpuinfo.exists():
+        with open(cpuinfo) as file:
+            about += file.read(1024)
+    return "AuthenticAMD" in about and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
 class Linear(nn.Linear):
