@@ -2708,3 +2708,30 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", compile)
     assert not unlike_eager(small().eval(), tokens(2, 4))
     assert capsys.readouterr() == ("", "torch.compile does not work here (RuntimeError); going on without it\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products of many rows
+
+
+@pytest.mark.parametrize("rows", [(512,), (2, 300), (1, 1, 1000), (511,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_of_many_rows_by_convolution(rows, bias, monkeypatch):
+    monkeypatch.setattr(mamba, "_mkl_is_slow", lambda: True)    # as on an AMD CPU
+    called, conv2d = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *inputs: called.append(1) or conv2d(*inputs))
+    torch.manual_seed(0)
+    wide, weight, b = torch.randn(*rows, 48), torch.randn(30, 16), torch.randn(30) if bias else None
+    inputs = [t.requires_grad_() for t in (wide, weight, b) if t is not None]
+    results = []
+    for function, dtype in ((mamba.linear, torch.float32), (F.linear, torch.float64)):
+        x, w, *rest = (t.to(dtype) for t in inputs)
+        y = function(x[..., 8:24], w, *rest)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
+    assert len(called) == (math.prod(rows) >= 512)
+    for got, expected in zip(*results):
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got.double(), expected.double(), rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):     # its type is for F.linear to choose
+        assert mamba.linear(wide[..., 8:24], weight, b).dtype == torch.bfloat16
+    assert len(called) == (math.prod(rows) >= 512)
