@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 BLOCK = 1 << 20  # bytes read at a time
 PIECE = 1 << 15  # characters that BPE encodes at a time; 16 pieces go to all cores at once
-LONGEST = 1 << 18  # BPE cuts a stretch longer than this wherever it stands
-TRAIN_BPE_ON = 1 << 24  # bytes; training keeps every different word: without spaces, 100 times the size of the text
+LONGEST = 1 << 16  # BPE cuts a stretch longer than this wherever it stands
+TRAIN_BPE_ON = 1 << 24  # bytes of text at most, and
+DIFFERENT = 1 << 22  # bytes of different words: training keeps each of them, in 100 times its size
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -176,9 +177,11 @@ class BPETokenizer:
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        # without the split, pairs would go into spelling out what is a token anyway
+        # Without the split, pairs would go into spelling out what is a token anyway. A text without spaces is cut too: to
+        # merge pairs takes a time that is quadratic in the length of a word.
         documents = (document for text in texts for document in text.split(END_OF_TEXT))
-        tokenizer.train_from_iterator(documents, tokenizers.trainers.BpeTrainer(
+        stretches = (stretch for document in documents for stretch in re.split(r"(\w{100})", document))
+        tokenizer.train_from_iterator(stretches, tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
         return cls(tokenizer.to_str())
@@ -207,6 +210,7 @@ class BPETokenizer:
 # Where a text may be cut without changing a token: before the first space after a word, or after a lone newline between
 # words. GPT-2's pattern and its successors join a space only to what follows it, and a run of whitespace stays whole.
 CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=\S)")
+WORD = re.compile(r"[^\W\d_]+|\d+|(?:[^\w\s]|_)+")  # of that pattern, near enough to count words with
 
 
 def cut_between_words(blocks):
@@ -387,10 +391,11 @@ def prepare(cfg, block_size=0):
     elif cfg.tokenizer == "bpe":
         every = math.ceil(size * split / n / TRAIN_BPE_ON)
         with progress(size, "training bpe") as bar:
-            tokenizer = BPETokenizer.train(every_nth_piece(train, every, bar), cfg.vocab_size)
+            pieces, every = pieces_to_learn_from(train, every, bar)
+            tokenizer = BPETokenizer.train(pieces, cfg.vocab_size)
         if every > 1:
-            print(f"bpe: trained on one in {every} stretches of the text, spread over all of it "
-                  f"({TRAIN_BPE_ON / 1e6:.0f} MB at most, which bounds the memory)")
+            print(f"bpe: trained on one in {every} stretches of the text, spread over all of it ({TRAIN_BPE_ON / 1e6:.0f} MB "
+                  f"at most, and {DIFFERENT / 1e6:.0f} MB of different words, which bounds the memory)")
         if tokenizer.vocab_size < cfg.vocab_size:
             print(f"the text is too small for {cfg.vocab_size} tokens: the vocabulary has {tokenizer.vocab_size}")
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 65536 else "uint32")
@@ -452,11 +457,13 @@ def is_prepared(folder, dataset):
     return digest.hexdigest() == meta["sha256"]
 
 
-def every_nth_piece(parts, n, bar):
-    """One in n of the pieces of all parts, to train BPE on; the bar says when that has read them and begins to merge."""
-    pieces = (piece for part in parts for piece in cut_between_words(read(*part, bar)))
-    yield from itertools.islice(pieces, 0, None, n)
+def pieces_to_learn_from(parts, n, bar):
+    """(one in n of the pieces of all parts, n), n as given or doubled until their different words are few enough."""
+    pieces = list(itertools.islice((piece for part in parts for piece in cut_between_words(read(*part, bar))), 0, None, n))
+    while sum(len(word.encode()) for word in {word for piece in pieces for word in WORD.findall(piece)}) > DIFFERENT:
+        pieces, n = pieces[::2], 2 * n
     bar.set_description("training bpe, merging pairs")
+    return pieces, n
 
 
 def write_tokens(path, parts, tokenizer, dtype, bar):
