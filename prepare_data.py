@@ -15,6 +15,7 @@ import codecs
 import contextlib
 import dataclasses
 import difflib
+import errno
 import hashlib
 import io
 import itertools
@@ -22,6 +23,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import urllib.parse
@@ -47,21 +49,39 @@ def run(main, Config):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="replace")  # a console without a character still shows the others
+        # a console without a character still shows the others; what a pipe does not take fails where it is printed
+        getattr(sys, name).reconfigure(errors="replace", line_buffering=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the scripts set aside while they import torch
+    # Under torchrun what goes wrong with the flags or the data does so in all processes, and one of each machine tells it.
+    tells = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return main(*parse_flags(Config))
     except Problem as problem:
-        message, status = str(problem), 2
+        message, status = tells and str(problem), 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):  # how torch says it
+        if "by peer" in str(error):  # how gloo says that another process has ended
+            message, status = tells and "another process of this run has ended", 2
+        elif isinstance(error, MemoryError) or "memory" in str(error):  # how torch says it
+            message, status = "not enough memory; try a smaller model, --batch_size or --block_size", 2
+        else:
             raise
-        message, status = "not enough memory; try a smaller model, --batch_size or --block_size", 2
     except OSError as error:  # disk full, no permission, ...
         message, status = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part), 2
+        if nobody_reads(error):
+            message, status = None, 141
     except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+        message, status = tells and "interrupted", 130
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def nobody_reads(error):
+    """Whether this error is that of a pipe with nobody at its end (| head). If so, what stdout is still given gets lost."""
+    gone = isinstance(error, BrokenPipeError) or (os.name, error.errno, error.filename) == ("nt", errno.EINVAL, None)
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again where it flushes at its end
+    return gone
 
 
 def flag(default, help):
@@ -87,9 +107,10 @@ def parse_flags(Config, argv=None):
     while words:
         name, equals, value = words.pop(0).partition("=")
         if not name.startswith("--"):
-            raise Problem(f"unexpected argument '{name}'; flags are written --name=value")
+            raise Problem(f"unexpected argument '{name}'; flags are written --name=value"
+                          + f", as --{next(iter(fields))}={name}" * (name[:1] != "-"))
         if name[2:] not in fields:
-            raise Problem(f"unknown flag {name}" + nearest(name, [f"--{field}" for field in fields]))
+            raise Problem(f"unknown flag {name}" + (nearest(name[2:], fields, "--") or "; --help lists those there are"))
         kind, *optional = types[name[2:]]
         if not equals:
             if kind == "bool" and not (words and words[0].lower() in BOOLS):
@@ -110,9 +131,9 @@ def parse_flags(Config, argv=None):
     return Config(**given), given
 
 
-def nearest(word, known):
+def nearest(word, known, prefix=""):
     match = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {match[0]}?" if match else ""
+    return f"; did you mean {prefix}{match[0]}?" if match else ""
 
 
 @dataclasses.dataclass
@@ -516,5 +537,11 @@ def load_meta(folder):
         raise Problem(f"{folder} is damaged; make it again with: {command}") from None
 
 
+def main(cfg, given):
+    if "vocab_size" in given and cfg.tokenizer != "bpe":
+        raise Problem("--vocab_size goes with --tokenizer=bpe; other vocabularies have a size of their own")
+    prepare(cfg)
+
+
 if __name__ == "__main__":
-    run(lambda cfg, given: prepare(cfg), Config)
+    run(main, Config)
