@@ -15,6 +15,7 @@ import codecs
 import contextlib
 import dataclasses
 import difflib
+import errno
 import hashlib
 import io
 import itertools
@@ -22,6 +23,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import urllib.parse
@@ -32,8 +34,9 @@ from tqdm import tqdm
 
 BLOCK = 1 << 20  # bytes read at a time
 PIECE = 1 << 15  # characters that BPE encodes at a time; 16 pieces go to all cores at once
-LONGEST = 1 << 18  # BPE cuts a stretch longer than this wherever it stands
-TRAIN_BPE_ON = 1 << 24  # bytes; training keeps every different word: without spaces, 100 times the size of the text
+LONGEST = 1 << 16  # BPE cuts a stretch longer than this wherever it stands
+TRAIN_BPE_ON = 1 << 24  # bytes of text at most, and
+DIFFERENT = 1 << 22  # bytes of different words: training keeps each of them, in 100 times its size
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -46,21 +49,39 @@ def run(main, Config):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="replace")  # a console without a character still shows the others
+        # a console without a character still shows the others; what a pipe does not take fails where it is printed
+        getattr(sys, name).reconfigure(errors="replace", line_buffering=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the scripts set aside while they import torch
+    # Under torchrun what goes wrong with the flags or the data does so in all processes, and one of each machine tells it.
+    tells = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return main(*parse_flags(Config))
     except Problem as problem:
-        message, status = str(problem), 2
+        message, status = tells and str(problem), 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):  # how torch says it
+        if "by peer" in str(error):  # how gloo says that another process has ended
+            message, status = tells and "another process of this run has ended", 2
+        elif isinstance(error, MemoryError) or "memory" in str(error):  # how torch says it
+            message, status = "not enough memory; try a smaller model, --batch_size or --block_size", 2
+        else:
             raise
-        message, status = "not enough memory; try a smaller model, --batch_size or --block_size", 2
     except OSError as error:  # disk full, no permission, ...
         message, status = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part), 2
+        if nobody_reads(error):
+            message, status = None, 141
     except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+        message, status = tells and "interrupted", 130
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def nobody_reads(error):
+    """Whether this error is that of a pipe with nobody at its end (| head). If so, what stdout is still given gets lost."""
+    gone = isinstance(error, BrokenPipeError) or (os.name, error.errno, error.filename) == ("nt", errno.EINVAL, None)
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again where it flushes at its end
+    return gone
 
 
 def flag(default, help):
@@ -86,9 +107,10 @@ def parse_flags(Config, argv=None):
     while words:
         name, equals, value = words.pop(0).partition("=")
         if not name.startswith("--"):
-            raise Problem(f"unexpected argument '{name}'; flags are written --name=value")
+            raise Problem(f"unexpected argument '{name}'; flags are written --name=value"
+                          + f", as --{next(iter(fields))}={name}" * (name[:1] != "-"))
         if name[2:] not in fields:
-            raise Problem(f"unknown flag {name}" + nearest(name, [f"--{field}" for field in fields]))
+            raise Problem(f"unknown flag {name}" + (nearest(name[2:], fields, "--") or "; --help lists those there are"))
         kind, *optional = types[name[2:]]
         if not equals:
             if kind == "bool" and not (words and words[0].lower() in BOOLS):
@@ -109,9 +131,9 @@ def parse_flags(Config, argv=None):
     return Config(**given), given
 
 
-def nearest(word, known):
+def nearest(word, known, prefix=""):
     match = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {match[0]}?" if match else ""
+    return f"; did you mean {prefix}{match[0]}?" if match else ""
 
 
 @dataclasses.dataclass
@@ -176,9 +198,11 @@ class BPETokenizer:
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        # without the split, pairs would go into spelling out what is a token anyway
+        # Without the split, pairs would go into spelling out what is a token anyway. A text without spaces is cut too: to
+        # merge pairs takes a time that is quadratic in the length of a word.
         documents = (document for text in texts for document in text.split(END_OF_TEXT))
-        tokenizer.train_from_iterator(documents, tokenizers.trainers.BpeTrainer(
+        stretches = (stretch for document in documents for stretch in re.split(r"(\w{100})", document))
+        tokenizer.train_from_iterator(stretches, tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
         return cls(tokenizer.to_str())
@@ -207,6 +231,7 @@ class BPETokenizer:
 # Where a text may be cut without changing a token: before the first space after a word, or after a lone newline between
 # words. GPT-2's pattern and its successors join a space only to what follows it, and a run of whitespace stays whole.
 CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=\S)")
+WORD = re.compile(r"[^\W\d_]+|\d+|(?:[^\w\s]|_)+")  # of that pattern, near enough to count words with
 
 
 def cut_between_words(blocks):
@@ -387,10 +412,11 @@ def prepare(cfg, block_size=0):
     elif cfg.tokenizer == "bpe":
         every = math.ceil(size * split / n / TRAIN_BPE_ON)
         with progress(size, "training bpe") as bar:
-            tokenizer = BPETokenizer.train(every_nth_piece(train, every, bar), cfg.vocab_size)
+            pieces, every = pieces_to_learn_from(train, every, bar)
+            tokenizer = BPETokenizer.train(pieces, cfg.vocab_size)
         if every > 1:
-            print(f"bpe: trained on one in {every} stretches of the text, spread over all of it "
-                  f"({TRAIN_BPE_ON / 1e6:.0f} MB at most, which bounds the memory)")
+            print(f"bpe: trained on one in {every} stretches of the text, spread over all of it ({TRAIN_BPE_ON / 1e6:.0f} MB "
+                  f"at most, and {DIFFERENT / 1e6:.0f} MB of different words, which bounds the memory)")
         if tokenizer.vocab_size < cfg.vocab_size:
             print(f"the text is too small for {cfg.vocab_size} tokens: the vocabulary has {tokenizer.vocab_size}")
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 65536 else "uint32")
@@ -452,11 +478,13 @@ def is_prepared(folder, dataset):
     return digest.hexdigest() == meta["sha256"]
 
 
-def every_nth_piece(parts, n, bar):
-    """One in n of the pieces of all parts, to train BPE on; the bar says when that has read them and begins to merge."""
-    pieces = (piece for part in parts for piece in cut_between_words(read(*part, bar)))
-    yield from itertools.islice(pieces, 0, None, n)
+def pieces_to_learn_from(parts, n, bar):
+    """(one in n of the pieces of all parts, n), n as given or doubled until their different words are few enough."""
+    pieces = list(itertools.islice((piece for part in parts for piece in cut_between_words(read(*part, bar))), 0, None, n))
+    while sum(len(word.encode()) for word in {word for piece in pieces for word in WORD.findall(piece)}) > DIFFERENT:
+        pieces, n = pieces[::2], 2 * n
     bar.set_description("training bpe, merging pairs")
+    return pieces, n
 
 
 def write_tokens(path, parts, tokenizer, dtype, bar):
@@ -509,5 +537,11 @@ def load_meta(folder):
         raise Problem(f"{folder} is damaged; make it again with: {command}") from None
 
 
+def main(cfg, given):
+    if "vocab_size" in given and cfg.tokenizer != "bpe":
+        raise Problem("--vocab_size goes with --tokenizer=bpe; other vocabularies have a size of their own")
+    prepare(cfg)
+
+
 if __name__ == "__main__":
-    run(lambda cfg, given: prepare(cfg), Config)
+    run(main, Config)

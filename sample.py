@@ -27,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends the long import of torch without a traceback
 import torch
 import torch.nn.functional as F
 
@@ -118,7 +121,7 @@ def prompt_of(start):
         return start
     path = Path(start[len("FILE:"):])
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")     # some editors on Windows put a mark in front
     except UnicodeDecodeError as error:
         raise Problem(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
@@ -137,6 +140,8 @@ def check(cfg):
         raise Problem(f"--quantize takes int8, not '{cfg.quantize}'")
     if not 0 <= (cfg.seed or 0) < 2 ** 63:
         raise Problem(f"--seed must be at least 0 and below {2 ** 63}, not {cfg.seed}")
+    if Path(cfg.out_dir).is_file():
+        raise Problem(f"--out_dir takes the folder of a run, {Path(cfg.out_dir).parent}, not a file in it")
     if cfg.out_dir and cfg.pretrained:
         raise Problem("--out_dir and --pretrained are two models; give one of them")
     if cfg.show not in ("", "delta", "loss"):

@@ -795,7 +795,7 @@ def test_a_full_disk_while_saving(finished):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
     one_line_error(script("train.py", *TINY, "--max_iters=151", cwd=finished, preexec_fn=limit),
                    "could not write run/", "too large")
-    assert {k: v for k, v in tree(finished).items() if "run/" in k and "log" not in k} == before
+    assert {k: v for k, v in tree(finished).items() if "run/" in k and "log" not in k and k != "run/lock"} == before
 
 
 BAD_TEXTS = {"empty.txt": b"", "binary.txt": bytes(range(256)) * 20, "latin.txt": "caf\xe9 ".encode("latin-1") * 400,
@@ -2735,3 +2735,159 @@ def test_linear_of_many_rows_by_convolution(rows, bias, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):     # its type is for F.linear to choose
         assert mamba.linear(wide[..., 8:24], weight, b).dtype == torch.bfloat16
     assert len(called) == (math.prod(rows) >= 512)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rough edges: Ctrl-C at any time, pipes, torchrun, two runs in one folder, text without spaces
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")
+@pytest.mark.parametrize("name", ["train.py", "sample.py"])
+def test_ctrl_c_while_torch_is_imported(tmp_path, name):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen([sys.executable, str(ROOT / name)], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == -signal.SIGINT    # 130 in a shell
+
+
+def test_a_pipe_that_nobody_reads(work, corpus):
+    """As in `| head -1`: no word on stderr, and a training run is saved so that the same command goes on exactly."""
+    def head(name, *flags):
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        process = subprocess.Popen([sys.executable, str(ROOT / name), *flags], cwd=work, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True, env=env)
+        if name != "prepare_data.py":   # which prints all it has to say at its end
+            process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+        process.stderr.close()
+        assert process.wait(60) == 141, err
+        return err
+    assert head("train.py", *TINY) == "" and load(work / "run" / "ckpt.pt")["step"] < 150
+    succeeded(script("train.py", *TINY, cwd=work))
+    assert_same_run(work, corpus / "finished")
+    assert head("sample.py", "--out_dir=run", "--device=cpu", "--max_new_tokens=3000").count("\n") == 1     # the model
+    assert head("prepare_data.py", "--dataset=words.txt") == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")
+def test_ctrl_c_in_a_pipeline(work):
+    """`train.py | tee log`: tee goes first, so that even the message about stopping finds nobody."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY, "--eval_interval=1000", "--max_iters=1000"],
+                               cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(work, 10)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.read() == "" and process.wait(60) == 130
+    process.stderr.close()
+    assert load(work / "run" / "ckpt.pt")["step"] == steps_done(work) >= 10
+
+
+def test_one_process_of_a_machine_tells(tmp_path, call, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    for local, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        result = call("train.py", "--bach_size=3", cwd=tmp_path)
+        assert result.returncode == 2 and result.stderr.count("\n") == lines
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+        for error, told in ((RuntimeError("Connection closed by peer"), lines), (KeyboardInterrupt(), lines),
+                            (MemoryError(), 1), (OSError(28, "No space left on device"), 1)):
+            with pytest.raises(SystemExit):
+                prepare_data.run(lambda *_, error=error: (_ for _ in ()).throw(error), train.Config)
+            assert capsys.readouterr().err.count("\n") == told, error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")
+def test_torchrun_tells_once_and_saves(work):
+    """Data that one process finds bad ends all of them; Ctrl-C reaches all, and one saves and says how to go on."""
+    (work / "short.txt").write_text("only a few characters\n" * 5)
+    flags = ["--nproc_per_node=2", f"--master_port={random.randint(20000, 40000)}", str(ROOT / "train.py"), *TINY]
+    start = functools.partial(subprocess.Popen, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    command = [sys.executable, "-m", "torch.distributed.run", *flags]
+    output = start([*command, "--dataset=short.txt"]).communicate(timeout=120)[0]
+    assert output.count("\ntrain.py: ") + output.startswith("train.py: ") == 1 and "[rank" not in output, output
+    assert "too few for --block_size=64" in output and not (work / "run").exists()
+    process = start([*command, "--eval_interval=10000", "--max_iters=10000"])
+    wait_for_step(work, 5)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert output.count("the same command goes on from there") == 1 and "[rank" not in output, output
+    assert load(work / "run" / "ckpt.pt")["step"] == steps_done(work)
+
+
+def test_two_runs_in_one_folder(finished, monkeypatch, capsys):
+    before = tree(finished)     # not inside: where a process closes a file, its locks on it are gone
+    with train.lock(finished / "run"):
+        one_line_error(script("train.py", *TINY, "--init_from=scratch", cwd=finished), "another run is training in run")
+        monkeypatch.chdir(finished)
+        flags = {"out_dir": "run", "dataset": "words.txt", "device": "cpu", "eval_only": True}
+        train.main(train.Config(**flags), flags)    # reads alone
+        assert "step 150: val loss" in capsys.readouterr().out
+    assert tree(finished) == before
+    (finished / "new").mkdir()
+    with train.lock(finished / "new"):  # by a run that has not saved anything yet
+        one_line_error(script("train.py", *TINY, "--out_dir=new", cwd=finished), "another run is training in new")
+        assert os.listdir(finished / "new") == ["lock"]
+    if os.name == "posix":  # a file system without locks
+        monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+        train.lock(finished / "run").close()
+        assert "cannot lock" in capsys.readouterr().out
+
+
+def test_ordinary_text_trains_the_same_bpe_as_without_precautions():
+    tokenizers = pytest.importorskip("tokenizers")
+    from pydoc_data.topics import topics
+    text = "\n\n".join(topics[key] for key in sorted(topics))[:200_000] + AWKWARD
+    plain = tokenizers.Tokenizer(tokenizers.models.BPE())
+    level = tokenizers.pre_tokenizers.ByteLevel
+    plain.pre_tokenizer = level(add_prefix_space=False)
+    plain.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=["<|endoftext|>"], show_progress=False, initial_alphabet=level.alphabet()))
+    pieces, n = prepare_data.pieces_to_learn_from([(text.encode(), 0, math.inf)], 1, prepare_data.progress(0, ""))
+    assert n == 1 and len(pieces) > 5 and "".join(pieces) == text
+    model = json.loads(prepare_data.BPETokenizer.train(pieces, 1000).to_dict()["json"])["model"]
+    assert model == json.loads(plain.to_str())["model"] and len(model["merges"]) > 700
+
+
+def test_bpe_learns_from_few_enough_different_words(monkeypatch):
+    monkeypatch.setattr(prepare_data, "DIFFERENT", 3000)
+    rng = random.Random(0)
+    for text, thinned in (("the same words again and again " * 20_000, False),
+                          ("".join(rng.choices("abcdefgh", k=600_000)), True),
+                          (" ".join(str(rng.random()) for _ in range(30_000)), True)):
+        monkeypatch.setattr(prepare_data, "PIECE", 200)
+        monkeypatch.setattr(prepare_data, "LONGEST", 400)
+        part = (text.encode(), 0, math.inf)
+        pieces, n = prepare_data.pieces_to_learn_from([part], 3, prepare_data.progress(0, ""))
+        assert pieces == list(prepare_data.cut_between_words(prepare_data.read(*part)))[::n] and (n > 3) == thinned
+        words = set(re.findall(r"[a-z]+|\d+|\.", " ".join(pieces)))
+        assert sum(map(len, words)) <= 3000 and (not thinned or sum(map(len, words)) > 1000), n
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_bpe_without_spaces(tmp_path):
+    pytest.importorskip("tokenizers")
+    letters = random.Random(0).choices("".join(map(chr, range(0x4e00, 0x4e00 + 500))), k=4_000_000)     # 12 MB of UTF-8
+    (tmp_path / "t.txt").write_text("".join(letters), encoding="utf-8")
+    result = subprocess.run([sys.executable, "-c", PREPARE_PEAK.format(root=str(ROOT)), "t.txt", "bpe"], cwd=tmp_path,
+                            capture_output=True, text=True, check=True)
+    assert int(result.stdout.split()[-1]) < 600 * 1024, result.stdout
+
+
+@pytest.mark.parametrize("name, flags, words", [
+    ("train.py", ["novel.txt"], ["flags are written --name=value, as --dataset=novel.txt"]),
+    ("train.py", ["--tokenizer=bpe"], ["unknown flag --tokenizer; --help"]),
+    ("sample.py", ["--out_dir=run/best.pt"], ["takes the folder of a run, run, not a file"]),
+])
+def test_words_for_a_newcomer(finished, call, name, flags, words):
+    one_line_error(call(name, *flags, cwd=finished), *words)
+
+
+def test_flags_and_files_that_were_passed_over(tmp_path):
+    (tmp_path / "good.txt").write_text("good enough " * 9)
+    one_line_error(prep("--dataset=good.txt", "--vocab_size=300", cwd=tmp_path), "--vocab_size goes with --tokenizer=bpe")
+    (tmp_path / "bom.txt").write_bytes("\ufeffabc".encode())
+    assert sample.prompt_of(f"FILE:{tmp_path / 'bom.txt'}") == "abc"

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends the long import of torch without a traceback
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages, on Linux: fresh memory costs a CPU less
 import torch
 import torch.distributed as dist
@@ -41,6 +43,7 @@ from prepare_data import (
     is_prepared,
     load_meta,
     load_tokenizer,
+    nobody_reads,
     prepare,
     run,
 )
@@ -233,19 +236,43 @@ def load_pretrained(cfg, meta, device):
     return model.train()
 
 
+def lock(folder):
+    """
+    An open file that keeps a second run out of folder as long as it is open: the system closes it however this process
+    ends. Problem: another run is in there.
+    """
+    file = open(folder / "lock", "a")   # noqa: SIM115
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise Problem(f"another run is training in {folder}; wait until it ends, or use another --out_dir") from None
+    except OSError as error:    # a network file system without locks
+        say(f"cannot lock {folder} ({error.strerror}): nothing will stop a second run in there from overwriting this one")
+    return file
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: the defaults, under what the checkpoint says, under what the command line says
 
 
-def settle(cfg, given, device):
-    """(out_dir, finished Config, checkpoint to go on from or None). Flags that a resumed run cannot take are a Problem."""
+def settle(cfg, given, device, master):
+    """
+    (out_dir, its lock, finished Config, checkpoint to go on from or None). Flags that a resumed run cannot take are a
+    Problem. The lock is None where there is no checkpoint yet, or none will be written.
+    """
     pretrained = cfg.init_from not in ("resume", "scratch")
     out_dir = Path(cfg.out_dir or Path("out", dataset_name(cfg.dataset)))
     here = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
     if not (here.is_dir() and os.access(here, os.W_OK)):
         raise Problem(f"cannot write into {here}; choose another --out_dir")
-    checkpoint = None
-    if cfg.init_from != "scratch" and any((out_dir / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt")):
+    begun, checkpoint = any((out_dir / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt")), None
+    locked = lock(out_dir) if begun and master and not cfg.eval_only else None
+    if begun and cfg.init_from != "scratch":
         checkpoint = load_checkpoint(out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt")
         if "optimizer" not in checkpoint:
             raise Problem(f"{out_dir / 'ckpt.pt'} holds a model but no optimizer, so training cannot go on from it")
@@ -289,7 +316,7 @@ def settle(cfg, given, device):
     model_config(cfg)
     if cfg.eval_only and not (checkpoint or pretrained):
         raise Problem(f"--eval_only needs a checkpoint, and {out_dir} has none; train first, or give its --out_dir")
-    return out_dir, cfg, checkpoint
+    return out_dir, locked, cfg, checkpoint
 
 
 def model_config(cfg, **more):
@@ -301,8 +328,13 @@ def model_config(cfg, **more):
 
 def say(*words):
     if int(os.environ.get("RANK", "0")) == 0:
-        tqdm.write(" ".join(str(w) for w in words))
-        sys.stdout.flush()
+        try:
+            tqdm.write(" ".join(str(w) for w in words))
+            sys.stdout.flush()
+        except OSError as error:
+            if not nobody_reads(error):
+                raise
+            Stop.signal = 13    # SIGPIPE: ends as after Ctrl-C, which in `train.py | tee log` reaches tee first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,7 +416,7 @@ class Log:
 
 
 class Stop:
-    """True once Ctrl-C or SIGTERM came; the second one stops at once."""
+    """True once Ctrl-C or SIGTERM came, or nobody reads what is printed; the second Ctrl-C stops at once."""
     signal = 0
 
     def __init__(self):
@@ -414,14 +446,15 @@ class Stop:
 
 
 def main(cfg, given):
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # large pages on Linux: a CPU loses less time on fresh memory
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and cfg.device in ("auto", "cuda") and torch.cuda.is_available():
         cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > torch.cuda.device_count():
+            raise Problem(f"{processes} processes need as many GPUs; torch {torch.__version__} finds {torch.cuda.device_count()}")
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
-    out_dir, cfg, checkpoint = settle(cfg, given, device)
     master = rank == 0
+    out_dir, locked, cfg, checkpoint = settle(cfg, given, device, master)
     if cfg.batch_size % world:
         raise Problem(f"--batch_size={cfg.batch_size} cannot be shared evenly by {world} processes")
     if world > 1:
@@ -499,6 +532,7 @@ def main(cfg, given):
     # the loop
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
+        locked = locked or lock(out_dir)
         log = Log(out_dir / "log.csv", step, evaluated)
     bar = tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=None if master else True)
     tokens_per_step = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
