@@ -423,10 +423,10 @@ def opening(model, ids, layer):
     """
     mixer, values = model.backbone["layers"][layer].mixer, []
 
-    def read_dt(x_proj, inputs, output):                                        # output: (1, PART, dt_rank + 2 N)
+    def read_dt(x_proj, inputs, output):                    # output: (1, PART, dt_rank + 2 N), of one token without PART
         # dt_proj's weight and bias apart, as in the block: with 16-bit weights the bias is still added in float32
         delta = F.softplus(F.linear(output[..., :mixer.dt_rank], mixer.dt_proj.weight) + mixer.dt_proj.bias)
-        values.extend(delta.mean(-1)[0].tolist())
+        values.extend(delta.mean(-1).flatten().tolist())
     state = model.init_state(1)
     with mixer.x_proj.register_forward_hook(read_dt):
         for part in torch.tensor(ids, device=model.lm_head.weight.device).split(PART):

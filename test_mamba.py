@@ -2756,8 +2756,9 @@ def test_a_pipe_that_nobody_reads(work, corpus):
         env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
         process = subprocess.Popen([sys.executable, str(ROOT / name), *flags], cwd=work, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True, env=env)
-        if name != "prepare_data.py":   # which prints all it has to say at its end
-            process.stdout.readline()
+        for line in process.stdout if name != "prepare_data.py" else ():     # that prints all it has to say at its end
+            if name == "sample.py" or line.startswith("step 0"):            # training has begun
+                break
         process.stdout.close()
         err = process.stderr.read()
         process.stderr.close()
