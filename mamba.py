@@ -536,9 +536,9 @@ def causal_conv(x, weight, bias=None, state=None):
     """
     (batch, length, d_inner), before = x.shape, weight.shape[2] - 1
     state = x.new_zeros(batch, before, d_inner) if state is None else state.to(x.dtype)
-    seen = torch.cat([state, x[:, max(0, length - before):]], dim=1)
+    last = torch.cat([state, x[:, max(0, length - before):]], dim=1)
     bias = weight.new_zeros(d_inner) if bias is None else bias
-    return CausalConv.apply(x, weight[:, 0].t().contiguous(), bias, state), seen[:, seen.shape[1] - before:]
+    return CausalConv.apply(x, weight[:, 0].t().contiguous(), bias, state), last[:, last.shape[1] - before:]
 
 
 class CausalConv(torch.autograd.Function):
@@ -548,32 +548,28 @@ class CausalConv(torch.autograd.Function):
     def forward(ctx, x, taps, bias, state):
         ctx.save_for_backward(x, taps, state)
         y = torch.addcmul(bias, x, taps[-1])                                    # (B, L, D)
-        for tap, x_k, state_k, y_x, y_state in CausalConv.shifted(x, taps, state, y):
-            y_x.addcmul_(x_k, tap)
-            y_state.addcmul_(state_k, tap)
+        for tap, x_k in zip(taps[:-1], CausalConv.shifted(x, taps, state)):
+            y.addcmul_(x_k, tap)
         return y.to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy):
         (x, taps, state), gy = ctx.saved_tensors, gy.to(_at_least_float32(gy))
-        gx, gstate = gy * taps[-1], torch.zeros_like(state, dtype=gy.dtype)
-        gtaps = [(gy * x).sum((0, 1))]
-        shifts = zip(CausalConv.shifted(x, taps, state, gy), CausalConv.shifted(gx, taps, gstate, gy))
-        for (tap, x_k, state_k, gy_x, gy_state), (_, gx_k, gstate_k, _, _) in reversed(list(shifts)):
-            gx_k.addcmul_(gy_x, tap)
-            gstate_k.addcmul_(gy_state, tap)
-            gtaps.append((gy_x * x_k).sum((0, 1)) + (gy_state * state_k).sum((0, 1)))
-        return gx.to(x.dtype), torch.stack(gtaps[::-1]).to(taps.dtype), gy.sum((0, 1)).to(taps.dtype), gstate.to(state.dtype)
+        before, length = state.shape[1], x.shape[1]
+        later = F.pad(gy, (0, 0, before, before))
+        gseen = later[:, before:] * taps[0]                                     # of state and x: tap k meets gy k steps later
+        for k, tap in enumerate(taps[1:], 1):
+            gseen.addcmul_(later[:, before - k:][:, :before + length], tap)
+        gtaps = [(gy * x_k).sum((0, 1)) for x_k in (*CausalConv.shifted(x, taps, state), x)]
+        gx, gstate = gseen[:, before:], gseen[:, :before]
+        return gx.to(x.dtype), torch.stack(gtaps).to(taps.dtype), gy.sum((0, 1)).to(taps.dtype), gstate.to(state.dtype)
 
     @staticmethod
-    def shifted(x, taps, state, y):
-        """For each tap but the last: it, what it meets in x and in the state, and the parts of y that this goes to."""
-        before, length = len(taps) - 1, x.shape[1]
-        for k, tap in enumerate(taps[:-1]):
-            back = before - k                       # y_t gets x_{t - back}
-            first = min(back, length)               # the first steps get it from the state
-            yield tap, x[:, :length - first], state[:, k:k + first], y[:, first:], y[:, :first]
+    def shifted(x, taps, state):
+        """What each tap but the last, which meets x, meets: state and x, d_conv - 1, ... 1 steps back."""
+        seen = torch.cat([state, x], dim=1)
+        return [seen[:, k:k + x.shape[1]] for k in range(len(taps) - 1)]
 
 
 class RMSNorm(nn.Module):
@@ -826,28 +822,36 @@ class Mamba(nn.Module):
     def _decoder(self, state, compile=False):
         """
         step(token) -> logits, (B,) -> (B, vocab_size): the model for the next token of each text; it updates state in place.
-        compile: by torch.compile, unless one line has said that it does not work here.
+        compile: by torch.compile, unless one line has said that it does not work here. On CUDA the step is a CUDA graph.
         """
-        rows, options = len(state[0][1]), {"dynamic": False, "fullgraph": True}
+        rows, device = len(state[0][1]), state[0][1].device
         if compile and rows not in self.compiles:
-            trial, token = self._step(self.init_state(rows), True), torch.zeros(rows, dtype=torch.long, device=state[0][1].device)
-            self.compiles[rows] = try_compile(trial, lambda step: step(token), **options) is not trial
-        if compile and self.compiles[rows]:
-            return torch.compile(self._step(state, True), **options)
-        return torch.inference_mode()(self._step(state, False))     # calls cost less than without gradients alone
+            token = torch.zeros(rows, dtype=torch.long, device=device)
+            self.compiles[rows] = compiles_here(lambda: self._step(self.init_state(rows), True)(token))
+        step = self._step(state, compile and self.compiles[rows])
+        return _captured(step, state) if device.type == "cuda" else step
 
     def _step(self, state, compile):
-        ready = functools.partial(_ready, rows=len(state[0][1]), compile=compile)
+        rows, on_cpu = len(state[0][1]), state[0][1].device.type == "cpu"
+        ready = functools.partial(_ready, rows=rows, compile=compile)
         embedding, vocab_size = self.backbone["embedding"], self.config.vocab_size
         layers = [layer.decoder(s, ready) for layer, s in zip(self.backbone["layers"], state)]
-        norm, head = ready(self.backbone["norm_f"]), ready(self.lm_head)
+        norm, linear = ready(self.backbone["norm_f"]), ready(self.lm_head)
+
+        def head(x):
+            return linear(norm(x))[:, :vocab_size]                              # without the padding rows
+        compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+        if compile and not on_cpu:      # one compilation for all layers; a CPU would lose time between them
+            layers, head = [compiled(layer) for layer in layers], compiled(head)
 
         def step(token):
             x = embedding(token)                                                # (B, d_model)
             for layer in layers:
                 x = layer(x)
-            return head(norm(x))[:, :vocab_size]                                # without the padding rows
-        return step
+            return head(x)
+        if compile:
+            return compiled(step) if on_cpu else step
+        return torch.inference_mode()(step)     # calls cost less than without gradients alone
 
     def _prefill(self, prompts, state):
         """Read the prompts but their last tokens into the state with the scan, those of one length together."""
@@ -906,7 +910,7 @@ def _ready(module, rows, compile):
             length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide.dtype)
             return (x * wide * torch.addcmul(d_eps, length, length).rsqrt_()).to(x.dtype)
         return module if compile else function
-    if compile and on_cpu and rows <= (8 if int8 else 1):   # becomes one loop over the weights
+    if compile and rows <= (8 if int8 and on_cpu else 1):   # becomes one loop over the weights
         def function(x):
             wide = _at_least_float32(x)
             y = (x[:, None].to(wide) * weight.to(wide)).sum(-1)
@@ -924,15 +928,36 @@ def _ready(module, rows, compile):
     return function
 
 
-def try_compile(function, attempt, say=lambda line: print(line, file=sys.stderr), **options):
-    """torch.compile(function, **options), if attempt(that) works; if not, one line says so and function is returned."""
+def _captured(step, state):
+    """A step on CUDA as a CUDA graph: its launches are recorded once, and replayed for each token by a single call."""
+    tensors = [tensor for layer in state for tensor in layer]
+    before, token = [t.clone() for t in tensors], torch.zeros(len(tensors[0]), dtype=torch.long, device=tensors[0].device)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.device_of(token):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):     # what the first call alone has to do cannot be recorded
+            step(token)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            logits = step(token)
+    for tensor, was in zip(tensors, before):
+        tensor.copy_(was)
+
+    def replay(new):
+        token.copy_(new)
+        graph.replay()
+        return logits
+    return replay
+
+
+def compiles_here(attempt, say=lambda line: print(line, file=sys.stderr)):
+    """Whether attempt(), which calls something that torch.compile has made, works; if not, one line says so."""
     try:
-        compiled = torch.compile(function, **options)
-        attempt(compiled)
-        return compiled
+        attempt()
+        return True
     except (RuntimeError, ImportError, OSError) as error:   # no compiler, a device it does not know, ...
         say(f"torch.compile does not work here ({type(error).__name__}); going on without it")
-        return function
+        return False
 
 
 def next_token(logits, before, stop, seen, generator, settings):

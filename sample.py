@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import html
+import itertools
 import os
 import re
 import signal
@@ -80,6 +81,7 @@ class Config:
     quantize: str = flag("", "int8: weights of 8 bits, a quarter of float32's memory; on a CPU several times faster")
 
 
+AHEAD = 8   # tokens that a GPU makes before they are read back and shown
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "ignore_eos", "max_new_tokens",
             "seed")
 COMMANDS = """\
@@ -277,17 +279,20 @@ class Conversation:
             seen = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool)
             seen[0, sorted(self.seen)] = True
             seen = seen.to(self.model.lm_head.weight.device)
-        for token in self.model.stream([self.unread], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator,
-                                       self.state, cfg.min_p, cfg.repetition_penalty, seen=seen, compile=cfg.compile):
-            token = token.item()
-            self.seen.update(self.unread)
-            self.unread = [token]
-            self.tokens_made += 1
-            if token == self.tokenizer.end_of_text and not cfg.ignore_eos:
-                return
-            yield token
-            if self.interrupted:    # looked at between two tokens, so that the state is never left half updated
-                return
+        stream = self.model.stream([self.unread], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator,
+                                   self.state, cfg.min_p, cfg.repetition_penalty, seen=seen, compile=cfg.compile)
+        # a GPU may work ahead, but not where the state has to stay with what was shown
+        ahead = AHEAD if self.model.lm_head.weight.device.type == "cuda" and not cfg.interactive else 1
+        while tokens := list(itertools.islice(stream, ahead)):
+            for token in torch.cat(tokens).tolist():
+                self.seen.update(self.unread)
+                self.unread = [token]
+                self.tokens_made += 1
+                if token == self.tokenizer.end_of_text and not cfg.ignore_eos:
+                    return
+                yield token
+                if self.interrupted:    # looked at between two tokens, so that the state is never left half updated
+                    return
 
     @functools.cached_property
     def fingerprint(self):

@@ -2,9 +2,8 @@
 The selective scan as fused GPU kernels in Triton: the same function as selective_scan in mamba.py, which uses it on CUDA
 where this file lies beside it. Optional: without this file or without Triton everything works, slower.
 
-How the work is divided. The sequence is cut into chunks, and a program, which is one warp, takes one chunk of one sequence
-for 32 channels and walks over its steps in a plain loop. A thread has one channel, with all numbers of its state in
-registers: sums over them cost no exchange between threads. All chunks run at the same time:
+How the work is divided. The sequence is cut into chunks, and a program takes one chunk of one sequence for a few channels,
+with their states, (channels, N), in registers, and walks over its steps in a plain loop. All chunks run at the same time:
 
     forward    ends       from a zero state, what each chunk adds to the state; only where a sequence needs several chunks
                carry      the state that enters each chunk: a short loop over chunks, start' = exp(A sum(delta)) start + end
@@ -12,8 +11,6 @@ registers: sums over them cost no exchange between threads. All chunks run at th
     backward   rising     chunks of STEPS from the kept states: h again, gC, gz, and what each chunk adds to the adjoint
                carry      the adjoint that enters each chunk from behind
                falling    the chunk in reverse: g, gB, gu, gdelta, and the rest of gA
-
-States, and A, are (N, D) inside, as in mamba.py: neighbouring threads find their channels side by side in memory.
 
 The gradient of the decays, w_t = g_t a_t h_{t-1} for each state, needs h, which is known going up, and g, which is known
 going down. Neither is stored for every step, because both recurrences give w as a sum of terms that need only one of them:
@@ -25,9 +22,12 @@ sum_n A w_t, delta's gradient, is a running sum of gy q - x r, begun anew in eve
 sum_t delta_t w_t, A's gradient, splits in the same way. q waits where gu and gdelta will be, in two parts of their type.
 
 What bounds it: one exp2 for each number of the states and pass, 16 a clock on each multiprocessor, two passes forward and
-two backward; and the instructions around them, for each number some 8 in ends, 11 in outputs, 23 rising and 21 falling.
-Nothing is added up by atomics: sums over channels (gB, gC) and over chunks (gA, gD) are written in parts and summed by
-PyTorch, so that the same input gives the same bits.
+two backward; and in practice the instructions around them, four to eight for each number: an H200 issues one in 68 to 74 % of
+its cycles, with as many warps as the registers allow (12 rising, 16 to 28 elsewhere, on a multiprocessor). With a channel and
+all its numbers in one thread there are no shuffles and a fifth fewer instructions, but B and C fill the registers, a step
+ahead of time too: the forward pass took 10 to 90 % longer, the backward pass about as long. Nothing is added up by atomics:
+sums over channels (gB, gC) and over chunks (gA, gD) are written in parts and summed by PyTorch, so that the same input gives
+the same bits.
 """
 from __future__ import annotations
 
@@ -63,164 +63,151 @@ def _finished(raw, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def _over_channels(x, BN: tl.constexpr, BD: tl.constexpr):
-    """The sum of x (BN, BD) over its channels, (BN,). Each thread has one channel, and tl.sum would take 5 shuffles for each
-    number; by halves, Triton passes all of them once through shared memory."""
-    if BD == 1:
-        return tl.reshape(x, (BN,))
-    else:
-        one, other = tl.split(tl.reshape(x, (BN, BD // 2, 2)))
-        return _over_channels(one + other, BN, BD // 2)
+def _wide(u, delta, B, C, z, gout):
+    return u.to(tl.float32), delta.to(tl.float32), B.to(tl.float32), C.to(tl.float32), z.to(tl.float32), gout.to(tl.float32)
 
 
 @triton.jit
-def _place(A, bias, D, N: tl.constexpr, HAS_BIAS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    """What this program works on: its block of channels, chunk and sequence; the channels d and numbers n, what of them is
-    inside, and where in (N, D) its states (BN, BD) are; A as powers of 2, and delta_bias, of these channels."""
+def _step(u, delta, B, C, z, gout, in_d, in_n, HAS_C: tl.constexpr, HAS_Z: tl.constexpr, HAS_G: tl.constexpr):
+    """Loads of one step. They come a step ahead: a load has to be under way long before it is needed."""
+    u_t, delta_t = tl.load(u, mask=in_d, other=0), tl.load(delta, mask=in_d, other=0)
+    B_t = tl.load(B, mask=in_n, other=0)
+    C_t = tl.load(C, mask=in_n, other=0) if HAS_C else B_t
+    z_t = tl.load(z, mask=in_d, other=0) if HAS_Z else u_t
+    g_t = tl.load(gout, mask=in_d, other=0) if HAS_G else u_t
+    return u_t, delta_t, B_t, C_t, z_t, g_t
+
+
+@triton.jit
+def _place(A, bias, D, N, HAS_BIAS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+    """What this program works on: its block of channels, chunk and sequence; the channels d and numbers n, where they and
+    the states (BD, BN) lie inside, and where in (D, N) a state is; A as powers of 2, and delta_bias, of these channels."""
     block, chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     d, n = block * BD + tl.arange(0, BD), tl.arange(0, BN)
-    in_d = d < D
-    in_h = (n < N)[:, None] & in_d[None, :]
-    # told that channels lie side by side, Triton would give each thread four, and a quarter of their numbers
-    of_h = n[:, None] * D + tl.multiple_of(d, 1)[None, :]
+    in_d, in_n = d < D, n < N
+    in_h = in_d[:, None] & in_n[None, :]
+    of_h = d[:, None] * N + n[None, :]
     A2 = tl.load(A + of_h, mask=in_h, other=0) * LOG2E
     bias_d = tl.load(bias + d, mask=in_d, other=0) if HAS_BIAS else 0.0
-    return block, chunk, b, d, n, in_d, in_h, of_h, A2, bias_d
+    return block, chunk, b, d, n, in_d, in_n, in_h, of_h, A2, bias_d
 
 
 @triton.jit
-def _numbers(B, N: tl.constexpr, BN: tl.constexpr):
-    """A row of B or C, (BN,)."""
-    return tl.load(B) if N == BN else tl.load(B, mask=tl.arange(0, BN) < N, other=0)
-
-
-@triton.jit
-def _step(u, delta, z, gout, mask, HAS_Z: tl.constexpr, HAS_G: tl.constexpr):
-    """Loads of one step. They come a step ahead: a load has to be under way long before it is needed."""
-    u_t, delta_t = tl.load(u, mask=mask, other=0), tl.load(delta, mask=mask, other=0)
-    z_t = tl.load(z, mask=mask, other=0) if HAS_Z else u_t
-    g_t = tl.load(gout, mask=mask, other=0) if HAS_G else u_t
-    return u_t, delta_t, z_t, g_t
-
-
-@triton.jit
-def _ends(u, delta, A, B, bias, ends, sums, L, D, steps, chunks, u_b, u_l, delta_b, delta_l, N: tl.constexpr,
+def _ends(u, delta, A, B, bias, ends, sums, D, N, steps, chunks, u_b, u_l, delta_b, delta_l, B_b, B_l,
           HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    _block, chunk, b, d, n, in_d, in_h, of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
+    _block, chunk, b, d, n, in_d, in_n, in_h, _of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
     u += b * u_b + chunk * steps * u_l + d
     delta += b * delta_b + chunk * steps * delta_l + d
-    B += (b * L + chunk * steps) * N + n
-    h = tl.zeros((BN, BD), tl.float32)
+    B += b * B_b + chunk * steps * B_l + n
+    h = tl.zeros((BD, BN), tl.float32)
     total = tl.zeros((BD,), tl.float32)
-    u_n, delta_n, _z, _g = _step(u, delta, u, u, in_d, False, False)
+    u_n, delta_n, B_n, _C, _z, _g = _step(u, delta, B, B, u, u, in_d, in_n, False, False, False)
     for t in range(1, steps + 1):
-        u_t, delta_t, B_t = u_n.to(tl.float32), delta_n.to(tl.float32), _numbers(B, N, BN)
+        u_t, delta_t, B_t, _C, _z, _g = _wide(u_n, delta_n, B_n, _C, _z, _g)
         u += u_l
         delta += delta_l
-        B += N
-        u_n, delta_n, _z, _g = _step(u, delta, u, u, tl.where(t < steps, in_d, False), False, False)
-        delta_t = _finished(delta_t + bias_d, SOFTPLUS)
-        h = tl.exp2(delta_t[None, :] * A2) * h + (delta_t * u_t)[None, :] * B_t[:, None]
+        B += B_l
+        more_d, more_n = tl.where(t < steps, in_d, False), tl.where(t < steps, in_n, False)
+        u_n, delta_n, B_n, _C, _z, _g = _step(u, delta, B, B, u, u, more_d, more_n, False, False, False)
+        delta_t = tl.where(in_d, _finished(delta_t + bias_d, SOFTPLUS), 0)
+        h = tl.exp2(delta_t[:, None] * A2) * h + (delta_t * u_t)[:, None] * B_t[None, :]
         total += delta_t
-    at = b * chunks + chunk
-    tl.store(ends + at * N * D + of_h, h, mask=in_h)
-    tl.store(sums + at * D + d, total, mask=in_d)
+    at = (b * chunks + chunk) * D + d
+    tl.store(ends + at[:, None] * N + n[None, :], h, mask=in_h)
+    tl.store(sums + at, total, mask=in_d)
 
 
 @triton.jit
 def _carry(first, A, ends, sums, last, D, N, chunks, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
            REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """ends (B, chunks, N, D) becomes what enters each chunk; last is what leaves the last one."""
+    """ends (B, chunks, D, N) becomes what enters each chunk; last is what leaves the last one."""
     b = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)                          # in (N, D)
-    mask = i < N * D
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)                          # in (D, N)
+    mask = i < D * N
     A2 = tl.load(A + i, mask=mask, other=0) * LOG2E
-    h = tl.load(first + b * N * D + i, mask=mask, other=0) if HAS_FIRST else tl.zeros((BLOCK,), tl.float32)
+    h = tl.load(first + b * D * N + i, mask=mask, other=0) if HAS_FIRST else tl.zeros((BLOCK,), tl.float32)
     at = b * chunks + (chunks - 1 if REVERSE else 0)
     to_next = -1 if REVERSE else 1
-    ends += at * N * D + i
-    sums += at * D + i % D
+    ends += at * D * N + i
+    sums += at * D + i // N
     next_end, next_sum = tl.load(ends, mask=mask, other=0), tl.load(sums, mask=mask, other=0)
     for k in range(1, chunks + 1):
         end, total = next_end, next_sum
         sums += to_next * D
-        next_end = tl.load(ends + to_next * N * D, mask=tl.where(k < chunks, mask, False), other=0)
+        next_end = tl.load(ends + to_next * D * N, mask=tl.where(k < chunks, mask, False), other=0)
         next_sum = tl.load(sums, mask=tl.where(k < chunks, mask, False), other=0)
         tl.store(ends, h, mask=mask)
         h = tl.exp2(total * A2) * h + end
-        ends += to_next * N * D
+        ends += to_next * D * N
     if HAS_LAST:
-        tl.store(last + b * N * D + i, h, mask=mask)
+        tl.store(last + b * D * N + i, h, mask=mask)
 
 
 @triton.jit
-def _outputs(u, delta, A, B, C, Dw, z, bias, first, entering, y, kept, last, L, D, steps, chunks,
-             u_b, u_l, delta_b, delta_l, z_b, z_l, N: tl.constexpr, STEPS: tl.constexpr, HAS_D: tl.constexpr,
+def _outputs(u, delta, A, B, C, Dw, z, bias, first, entering, y, kept, last, L, D, N, steps, chunks,
+             u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, STEPS: tl.constexpr, HAS_D: tl.constexpr,
              HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FIRST: tl.constexpr, KEEP: tl.constexpr,
              SOFTPLUS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    _block, chunk, b, d, n, in_d, in_h, of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
+    _block, chunk, b, d, n, in_d, in_n, in_h, of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
     D_d = tl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
     start = chunk * steps
     u += b * u_b + start * u_l + d
     delta += b * delta_b + start * delta_l + d
-    B += (b * L + start) * N
-    C += (b * L + start) * N
+    B += b * B_b + start * B_l + n
+    C += b * C_b + start * C_l + n
     y += (b * L + start) * D + d
     if HAS_Z:
         z += b * z_b + start * z_l + d
     if chunks > 1:
-        h = tl.load(entering + (b * chunks + chunk) * N * D + of_h, mask=in_h, other=0)
+        h = tl.load(entering + (b * chunks + chunk) * D * N + of_h, mask=in_h, other=0)
     elif HAS_FIRST:
-        h = tl.load(first + b * N * D + of_h, mask=in_h, other=0)
+        h = tl.load(first + b * D * N + of_h, mask=in_h, other=0)
     else:
-        h = tl.zeros((BN, BD), tl.float32)
-    kept += (b * ((L + STEPS - 1) // STEPS + 1) + start // STEPS) * N * D + of_h
+        h = tl.zeros((BD, BN), tl.float32)
+    kept += (b * ((L + STEPS - 1) // STEPS + 1) + start // STEPS) * D * N + of_h
     stop = tl.minimum(start + steps, L)
-    u_n, delta_n, z_n, _g = _step(u, delta, z, u, in_d, HAS_Z, False)
+    u_n, delta_n, B_n, C_n, z_n, _g = _step(u, delta, B, C, z, u, in_d, in_n, True, HAS_Z, False)
     for begin in range(start, stop, STEPS):
         if KEEP:
             tl.store(kept, h, mask=in_h)
-            kept += N * D
-        B_row, C_row = B + n, C + n     # Triton finds their layout from here, but not through both loops
+            kept += D * N
         for t in range(begin + 1, tl.minimum(begin + STEPS, stop) + 1):
-            u_t, delta_t, z_t = u_n.to(tl.float32), delta_n.to(tl.float32), z_n.to(tl.float32)
-            B_t, C_t = _numbers(B_row, N, BN), _numbers(C_row, N, BN)
+            u_t, delta_t, B_t, C_t, z_t, _g = _wide(u_n, delta_n, B_n, C_n, z_n, _g)
             u += u_l
             delta += delta_l
-            B_row += N
-            C_row += N
+            B += B_l
+            C += C_l
             if HAS_Z:
                 z += z_l
-            u_n, delta_n, z_n, _g = _step(u, delta, z, u, tl.where(t < stop, in_d, False), HAS_Z, False)
+            more_d, more_n = tl.where(t < stop, in_d, False), tl.where(t < stop, in_n, False)
+            u_n, delta_n, B_n, C_n, z_n, _g = _step(u, delta, B, C, z, u, more_d, more_n, True, HAS_Z, False)
             delta_t = _finished(delta_t + bias_d, SOFTPLUS)
-            h = tl.exp2(delta_t[None, :] * A2) * h + (delta_t * u_t)[None, :] * B_t[:, None]
-            y_t = tl.sum(h * C_t[:, None], 0)
+            h = tl.exp2(delta_t[:, None] * A2) * h + (delta_t * u_t)[:, None] * B_t[None, :]
+            y_t = tl.sum(h * C_t[None, :], 1)
             if HAS_D:
                 y_t += D_d * u_t
             if HAS_Z:
                 y_t *= z_t * _sigmoid(z_t)
             tl.store(y, y_t, mask=in_d)
             y += D
-        B += STEPS * N
-        C += STEPS * N
     if stop == L:
-        tl.store(last + b * N * D + of_h, h, mask=in_h)
+        tl.store(last + b * D * N + of_h, h, mask=in_h)
         if KEEP:
             tl.store(kept, h, mask=in_h)
 
 
 @triton.jit
-def _rising(u, delta, A, B, C, Dw, z, bias, gout, kept, gu, gdelta, gz, gC, ends, sums, gA, gD, L, D, chunks,
-            u_b, u_l, delta_b, delta_l, z_b, z_l, g_b, g_l, N: tl.constexpr, STEPS: tl.constexpr, HAS_D: tl.constexpr,
+def _rising(u, delta, A, B, C, Dw, z, bias, gout, kept, gu, gdelta, gz, gC, ends, sums, gA, gD, L, D, N, chunks,
+            u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, g_b, g_l, STEPS: tl.constexpr, HAS_D: tl.constexpr,
             HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    block, chunk, b, d, n, in_d, in_h, of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
+    block, chunk, b, d, n, in_d, in_n, in_h, of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
     D_d = tl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
     start = chunk * STEPS
     row = b * L + start
     u += b * u_b + start * u_l + d
     delta += b * delta_b + start * delta_l + d
-    B += row * N + n
-    C += row * N + n
+    B += b * B_b + start * B_l + n
+    C += b * C_b + start * C_l + n
     gout += b * g_b + start * g_l + d
     gu += row * D + d
     gdelta += row * D + d
@@ -228,42 +215,42 @@ def _rising(u, delta, A, B, C, Dw, z, bias, gout, kept, gu, gdelta, gz, gC, ends
         z += b * z_b + start * z_l + d
         gz += row * D + d
     gC += (block * tl.num_programs(2).to(tl.int64) * L + row) * N + n
-    h = tl.load(kept + (b * (chunks + 1) + chunk) * N * D + of_h, mask=in_h, other=0)
-    decay = tl.full((BN, BD), 1.0, tl.float32)          # from the start of the chunk until now
-    adds = tl.zeros((BN, BD), tl.float32)               # to the adjoint
-    gA_h = tl.zeros((BN, BD), tl.float32)
-    total = tl.zeros((BD,), tl.float32)
+    h = tl.load(kept + (b * (chunks + 1) + chunk) * D * N + of_h, mask=in_h, other=0)
+    decay = tl.full((BD, BN), 1.0, tl.float32)          # from the start of the chunk until now
+    adds = tl.zeros((BD, BN), tl.float32)               # to the adjoint
+    gA_h = tl.zeros((BD, BN), tl.float32)
+    total = tl.zeros((BD, 1), tl.float32)
     gD_d = tl.zeros((BD,), tl.float32)
     steps = tl.minimum(STEPS, L - start)
-    u_n, delta_n, z_n, g_n = _step(u, delta, z, gout, in_d, HAS_Z, True)
+    u_n, delta_n, B_n, C_n, z_n, g_n = _step(u, delta, B, C, z, gout, in_d, in_n, True, HAS_Z, True)
     for t in range(1, steps + 1):
-        u_t, delta_t, B_t, C_t = u_n.to(tl.float32), delta_n.to(tl.float32), _numbers(B, N, BN), _numbers(C, N, BN)
-        z_t, gout_t = z_n.to(tl.float32), g_n.to(tl.float32)
+        u_t, delta_t, B_t, C_t, z_t, gout_t = _wide(u_n, delta_n, B_n, C_n, z_n, g_n)
         u += u_l
         delta += delta_l
-        B += N
-        C += N
+        B += B_l
+        C += C_l
         gout += g_l
         if HAS_Z:
             z += z_l
-        u_n, delta_n, z_n, g_n = _step(u, delta, z, gout, tl.where(t < steps, in_d, False), HAS_Z, True)
+        more_d, more_n = tl.where(t < steps, in_d, False), tl.where(t < steps, in_n, False)
+        u_n, delta_n, B_n, C_n, z_n, g_n = _step(u, delta, B, C, z, gout, more_d, more_n, True, HAS_Z, True)
         delta_t = _finished(delta_t + bias_d, SOFTPLUS)
         gy_t = gout_t
         if HAS_Z:
             open_t = _sigmoid(z_t)
             gy_t = gout_t * z_t * open_t
-        total += delta_t
-        a = tl.exp2(delta_t[None, :] * A2)
-        h = a * h + (delta_t * u_t)[None, :] * B_t[:, None]
-        read = h * C_t[:, None]
-        q_t = tl.sum(read * A2, 0)
+        total += delta_t[:, None]
+        a = tl.exp2(delta_t[:, None] * A2)
+        h = a * h + (delta_t * u_t)[:, None] * B_t[None, :]
+        read = h * C_t[None, :]
+        q_t = tl.sum(read * A2, 1)
         decay *= a
-        adds += decay * (gy_t[None, :] * C_t[:, None])
-        gA_h += (total * gy_t)[None, :] * read
-        tl.store(gC, _over_channels(gy_t[None, :] * h, BN, BD), mask=n < N)
+        adds += decay * (gy_t[:, None] * C_t[None, :])
+        gA_h += total * gy_t[:, None] * read
+        tl.store(gC, tl.sum(gy_t[:, None] * h, 0), mask=in_n)
         gD_d += gy_t * u_t
         if HAS_Z:
-            y_t = tl.sum(read, 0) + D_d * u_t
+            y_t = tl.sum(read, 1) + D_d * u_t
             tl.store(gz, gout_t * y_t * open_t * (1 + z_t * (1 - open_t)), mask=in_d)
             gz += D
         high = q_t.to(gu.dtype.element_ty)
@@ -272,66 +259,67 @@ def _rising(u, delta, A, B, C, Dw, z, bias, gout, kept, gu, gdelta, gz, gC, ends
         gu += D
         gdelta += D
         gC += N
-    at = b * chunks + chunk
-    tl.store(ends + at * N * D + of_h, adds, mask=in_h)
-    tl.store(gA + at * N * D + of_h, gA_h, mask=in_h)
-    tl.store(sums + at * D + d, total, mask=in_d)
+    at = (b * chunks + chunk) * D + d
+    tl.store(ends + at[:, None] * N + n[None, :], adds, mask=in_h)
+    tl.store(gA + at[:, None] * N + n[None, :], gA_h, mask=in_h)
+    tl.store(sums + at[:, None], total, mask=in_d[:, None])
     if HAS_D:
-        tl.store(gD + at * D + d, gD_d, mask=in_d)
+        tl.store(gD + at, gD_d, mask=in_d)
 
 
 @triton.jit
-def _falling(u, delta, A, B, C, Dw, z, bias, gout, kept, entering, sums, gu, gdelta, gB, gA, gbias, L, D, chunks,
-             u_b, u_l, delta_b, delta_l, z_b, z_l, g_b, g_l, N: tl.constexpr, STEPS: tl.constexpr, HAS_D: tl.constexpr,
+def _falling(u, delta, A, B, C, Dw, z, bias, gout, kept, entering, sums, gu, gdelta, gB, gA, gbias, L, D, N, chunks,
+             u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, g_b, g_l, STEPS: tl.constexpr, HAS_D: tl.constexpr,
              HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    block, chunk, b, d, n, in_d, in_h, of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
+    block, chunk, b, d, n, in_d, in_n, in_h, of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
     D_d = tl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
     start = chunk * STEPS
     end = tl.minimum(start + STEPS, L) - 1
     row = b * L + end
     u += b * u_b + end * u_l + d
     delta += b * delta_b + end * delta_l + d
-    B += row * N + n
-    C += row * N + n
+    B += b * B_b + end * B_l + n
+    C += b * C_b + end * C_l + n
     gout += b * g_b + end * g_l + d
     gu += row * D + d
     gdelta += row * D + d
     if HAS_Z:
         z += b * z_b + end * z_l + d
     gB += (block * tl.num_programs(2).to(tl.int64) * L + row) * N + n
-    at = b * chunks + chunk
-    g = tl.load(entering + at * N * D + of_h, mask=in_h, other=0)
-    w = g * tl.load(kept + (b * (chunks + 1) + chunk + 1) * N * D + of_h, mask=in_h, other=0)
-    total = tl.load(sums + at * D + d, mask=in_d, other=0)
-    gA_h = tl.load(gA + at * N * D + of_h, mask=in_h, other=0) + total[None, :] * w
-    gdecay = tl.sum(A2 * w, 0)
+    at = (b * chunks + chunk) * D + d
+    g = tl.load(entering + at[:, None] * N + n[None, :], mask=in_h, other=0)
+    w = g * tl.load(kept + (b * (chunks + 1) + chunk + 1) * D * N + of_h, mask=in_h, other=0)
+    total = tl.load(sums + at[:, None], mask=in_d[:, None], other=0)
+    gA_h = tl.load(gA + at[:, None] * N + n[None, :], mask=in_h, other=0) + total * w
+    gdecay = tl.sum(A2 * w, 1)
     gbias_d = tl.zeros((BD,), tl.float32)
     steps = end + 1 - start
-    u_n, delta_n, z_n, g_n = _step(u, delta, z, gout, in_d, HAS_Z, True)
+    u_n, delta_n, B_n, C_n, z_n, g_n = _step(u, delta, B, C, z, gout, in_d, in_n, True, HAS_Z, True)
     high_n, low_n = tl.load(gu, mask=in_d, other=0), tl.load(gdelta, mask=in_d, other=0)
     for t in range(1, steps + 1):
-        u_t, raw_t, B_t, C_t = u_n.to(tl.float32), delta_n.to(tl.float32) + bias_d, _numbers(B, N, BN), _numbers(C, N, BN)
-        z_t, gy_t, q_t = z_n.to(tl.float32), g_n.to(tl.float32), high_n.to(tl.float32) + low_n.to(tl.float32)
+        u_t, raw_t, B_t, C_t, z_t, gy_t = _wide(u_n, delta_n, B_n, C_n, z_n, g_n)
+        raw_t += bias_d
+        q_t = high_n.to(tl.float32) + low_n.to(tl.float32)
         u -= u_l
         delta -= delta_l
-        B -= N
-        C -= N
+        B -= B_l
+        C -= C_l
         gout -= g_l
         if HAS_Z:
             z -= z_l
-        u_n, delta_n, z_n, g_n = _step(u, delta, z, gout, tl.where(t < steps, in_d, False), HAS_Z, True)
-        more_d = tl.where(t < steps, in_d, False)
+        more_d, more_n = tl.where(t < steps, in_d, False), tl.where(t < steps, in_n, False)
+        u_n, delta_n, B_n, C_n, z_n, g_n = _step(u, delta, B, C, z, gout, more_d, more_n, True, HAS_Z, True)
         high_n, low_n = tl.load(gu - D, mask=more_d, other=0), tl.load(gdelta - D, mask=more_d, other=0)
         delta_t = _finished(raw_t, SOFTPLUS)
         if HAS_Z:
             gy_t *= z_t * _sigmoid(z_t)
         x_t = delta_t * u_t
-        g += gy_t[None, :] * C_t[:, None]
-        wrote = g * B_t[:, None]
-        gx_t = tl.sum(wrote, 0)
-        r_t = tl.sum(wrote * A2, 0)
-        gA_h -= (total * x_t)[None, :] * wrote
-        tl.store(gB, _over_channels(x_t[None, :] * g, BN, BD), mask=n < N)
+        g += gy_t[:, None] * C_t[None, :]
+        wrote = g * B_t[None, :]
+        gx_t = tl.sum(wrote, 1)
+        r_t = tl.sum(wrote * A2, 1)
+        gA_h -= total * x_t[:, None] * wrote
+        tl.store(gB, tl.sum(x_t[:, None] * g, 0), mask=in_n)
         gdecay += gy_t * q_t - x_t * r_t
         gdelta_t = gdecay / LOG2E + gx_t * u_t
         if SOFTPLUS:
@@ -339,20 +327,20 @@ def _falling(u, delta, A, B, C, Dw, z, bias, gout, kept, entering, sums, gu, gde
         gbias_d += gdelta_t
         tl.store(gu, gx_t * delta_t + D_d * gy_t, mask=in_d)
         tl.store(gdelta, gdelta_t, mask=in_d)
-        g *= tl.exp2(delta_t[None, :] * A2)
-        total -= delta_t
+        g *= tl.exp2(delta_t[:, None] * A2)
+        total -= delta_t[:, None]
         gu -= D
         gdelta -= D
         gB -= N
-    tl.store(gA + at * N * D + of_h, gA_h, mask=in_h)
+    tl.store(gA + at[:, None] * N + n[None, :], gA_h, mask=in_h)
     if HAS_BIAS:
-        tl.store(gbias + at * D + d, gbias_d, mask=in_d)
+        tl.store(gbias + at, gbias_d, mask=in_d)
 
 
 def _blocks(d_state):
-    """Channels and numbers of a state in a program, which is one warp: a channel of up to 16 numbers in each thread."""
-    BN = triton.next_power_of_2(d_state)
-    return max(1, min(32, 512 // BN)), BN
+    """Channels and numbers of a state in a program, which is one warp: 16 numbers in each thread."""
+    BN = max(4, triton.next_power_of_2(d_state))
+    return max(1, min(64, 512 // BN)), BN
 
 
 def _strides(*tensors):
@@ -375,64 +363,64 @@ BACKWARD = f"(Tensor gy, Tensor? glast, Tensor kept, {INPUTS}, bool softplus) ->
 
 @torch.library.custom_op("selective_scan::forward", mutates_args=(), schema=FORWARD)
 def _forward(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
-    (batch, L, d_inner), N = u.shape, len(A)
+    (batch, L, d_inner), N = u.shape, A.shape[1]
     BD, BN = _blocks(N)
-    u, delta, z = _side_by_side(u, delta, z)
-    A, B, C, D, delta_bias, state = _whole(A, B, C, D, delta_bias, state)
+    u, delta, B, C, z = _side_by_side(u, delta, B, C, z)
+    A, D, delta_bias, state = _whole(A, D, delta_bias, state)
     y, last, kept = _forward_fake(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep)
     blocks = triton.cdiv(d_inner, BD)
     chunks = max(1, min(triton.cdiv(L, STEPS), triton.cdiv(PROGRAMS, blocks * batch)))
     steps = triton.cdiv(triton.cdiv(L, chunks), STEPS) * STEPS
     chunks = triton.cdiv(L, steps)
-    entering = A.new_empty(batch, chunks, N, d_inner) if chunks > 1 else A
-    options = {"N": N, "HAS_BIAS": delta_bias is not None, "SOFTPLUS": softplus, "BD": BD, "BN": BN, "num_warps": 1}
+    entering = A.new_empty(batch, chunks, d_inner, N) if chunks > 1 else A
+    options = {"HAS_BIAS": delta_bias is not None, "SOFTPLUS": softplus, "BD": BD, "BN": BN, "num_warps": 1}
     with torch.cuda.device_of(u):
         if chunks > 1:      # the last chunk adds to no other
             sums = A.new_empty(batch, chunks, d_inner)
-            _ends[blocks, chunks - 1, batch](u, delta, A, B, delta_bias, entering, sums, L, d_inner, steps, chunks,
-                                             *_strides(u, delta), **options)
+            _ends[blocks, chunks - 1, batch](u, delta, A, B, delta_bias, entering, sums, d_inner, N, steps, chunks,
+                                             *_strides(u, delta, B), **options)
             _carry[triton.cdiv(d_inner * N, CARRY), batch](
                 state, A, entering, sums, None, d_inner, N, chunks,
                 HAS_FIRST=state is not None, HAS_LAST=False, REVERSE=False, BLOCK=CARRY)
         _outputs[blocks, chunks, batch](
-            u, delta, A, B, C, D, z, delta_bias, state, entering, y, kept, last, L, d_inner, steps, chunks,
-            *_strides(u, delta, z), STEPS=STEPS, HAS_D=D is not None, HAS_Z=z is not None,
+            u, delta, A, B, C, D, z, delta_bias, state, entering, y, kept, last, L, d_inner, N, steps, chunks,
+            *_strides(u, delta, B, C, z), STEPS=STEPS, HAS_D=D is not None, HAS_Z=z is not None,
             HAS_FIRST=state is not None, KEEP=keep, **options)
     return y, last, kept
 
 
 @_forward.register_fake
 def _forward_fake(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
-    (batch, L, d_inner), N = u.shape, len(A)
+    (batch, L, d_inner), N = u.shape, A.shape[1]
     chunks = (L + STEPS - 1) // STEPS + 1
-    return u.new_empty(u.shape), A.new_empty(batch, N, d_inner), A.new_empty(batch, chunks if keep else 0, N, d_inner)
+    return u.new_empty(u.shape), A.new_empty(batch, d_inner, N), A.new_empty(batch, chunks if keep else 0, d_inner, N)
 
 
 @torch.library.custom_op("selective_scan::backward", mutates_args=(), schema=BACKWARD)
 def _backward(gy, glast, kept, u, delta, A, B, C, D, z, delta_bias, softplus):
-    (batch, L, d_inner), N = u.shape, len(A)
+    (batch, L, d_inner), N = u.shape, A.shape[1]
     BD, BN = _blocks(N)
     blocks, chunks = triton.cdiv(d_inner, BD), triton.cdiv(L, STEPS)
-    gy, u, delta, z = _side_by_side(gy, u, delta, z)
-    A, B, C, D, delta_bias, glast = _whole(A, B, C, D, delta_bias, glast)
-    gu, gdelta, _gA, _gB, _gC, gD, gz, gbias, gstate = _backward_fake(gy, glast, kept, u, delta, A, B, C, D, z, delta_bias,
-                                                                      softplus)
-    entering, gA_parts = A.new_empty(2, batch, chunks, N, d_inner)
+    gy, u, delta, B, C, z = _side_by_side(gy, u, delta, B, C, z)
+    A, D, delta_bias, glast = _whole(A, D, delta_bias, glast)
+    gu, gdelta, _gA, gB, gC, gD, gz, gbias, gstate = _backward_fake(gy, glast, kept, u, delta, A, B, C, D, z, delta_bias,
+                                                                    softplus)
+    entering, gA_parts = A.new_empty(batch, chunks, d_inner, N), A.new_empty(batch, chunks, d_inner, N)
     sums, gD_parts, gbias_parts = A.new_empty(3, batch, chunks, d_inner)
     parts = A.new_empty(blocks, batch, L, N)
-    strides = _strides(u, delta, z, gy)
-    options = {"N": N, "STEPS": STEPS, "HAS_D": D is not None, "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None,
+    strides = _strides(u, delta, B, C, z, gy)
+    options = {"STEPS": STEPS, "HAS_D": D is not None, "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None,
                "SOFTPLUS": softplus, "BD": BD, "BN": BN, "num_warps": 1}
     with torch.cuda.device_of(u):
         _rising[blocks, chunks, batch](u, delta, A, B, C, D, z, delta_bias, gy, kept, gu, gdelta, gz, parts, entering, sums,
-                                       gA_parts, gD_parts, L, d_inner, chunks, *strides, **options)
-        gC = parts.sum(0)
+                                       gA_parts, gD_parts, L, d_inner, N, chunks, *strides, **options)
+        gC.copy_(parts.sum(0))
         _carry[triton.cdiv(d_inner * N, CARRY), batch](
             glast, A, entering, sums, gstate, d_inner, N, chunks,
             HAS_FIRST=glast is not None, HAS_LAST=True, REVERSE=True, BLOCK=CARRY)
         _falling[blocks, chunks, batch](u, delta, A, B, C, D, z, delta_bias, gy, kept, entering, sums, gu, gdelta, parts,
-                                        gA_parts, gbias_parts, L, d_inner, chunks, *strides, **options)
-        gB = parts.sum(0)
+                                        gA_parts, gbias_parts, L, d_inner, N, chunks, *strides, **options)
+        gB.copy_(parts.sum(0))
     if D is not None:
         gD = gD_parts.sum((0, 1))
     if delta_bias is not None:
@@ -469,9 +457,8 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
     The same function as selective_scan_sequential in mamba.py, arguments as there. u, delta, B, C, z: float32, bfloat16 or
     float16 on a GPU, d_state at most 256; computes in float32. Differentiable once; the gradients are the same bits each time.
     """
-    wide = lambda t: None if t is None else t.float().contiguous()
-    A, B, C, D, delta_bias, state = map(wide, (A.t(), B, C, D, delta_bias, state.transpose(1, 2)))
+    A, D, delta_bias, state = (t if t is None else t.float() for t in (A, D, delta_bias, state))
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (u, delta, A, B, C, D, z, delta_bias, state))
     y, last_state, _ = torch.ops.selective_scan.forward(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, keep)
-    return y, last_state.transpose(1, 2)
+    return y, last_state

@@ -2417,6 +2417,7 @@ test_mamba.check_triton(test_mamba.scan_inputs(1, 65, 3, 4, ("z",)), softplus=Fa
 """
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA runs the kernels themselves")
 def test_triton_equals_float64_in_its_interpreter():
     pytest.importorskip("triton")
     subprocess.run([sys.executable, "-W", "ignore", "-c", INTERPRETED], check=True, cwd=ROOT,
@@ -2662,6 +2663,29 @@ def test_decoder_equals_one_call(changes, dtype, batch):
     assert got[0].shape == whole[:, 0].shape and relative(torch.stack(got, 1), whole) < tolerance
     for one, expected in zip(tree_leaves(states[1]), tree_leaves(states[0])):
         assert one.dtype == expected.dtype and (one.numel() == 0 or relative(one, expected) < tolerance)
+
+
+@on_gpu
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("quantize", [False, True])
+def test_generation_by_a_cuda_graph(compile, quantize):
+    """The same texts as without a graph, and the state is where it was when the graph has been captured."""
+    model, prompts = small().eval().double().cuda(), [tokens(n, seed=n).cuda() for n in (5, 1, 1500)]
+    model = mamba.quantize_int8(model) if quantize else model
+    for some in (prompts[:1], prompts):
+        states = model.init_state(len(some)), model.init_state(len(some))
+        step, plain = model._decoder(states[0], compile), model._step(states[1], False)
+        assert not any(t.any() for t in tree_leaves(states[0]))
+        for token in tokens(6, len(some)).cuda():
+            assert relative(step(token), plain(token)) < 1e-6
+        for one, other in zip(*map(tree_leaves, states)):
+            assert relative(one, other) < 1e-6
+        texts = model.generate(some, 20, temperature=0, compile=compile)
+        for prompt, text in zip(some, texts):
+            for _ in range(20):
+                likeliest = model(prompt[None])[0][0, -1].argmax()
+                prompt = torch.cat([prompt, likeliest[None]])
+            assert torch.equal(text, prompt)
 
 
 def test_generated_tokens_and_states_can_be_trained_on():

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mamba import Mamba, MambaConfig, scan_method, try_compile
+from mamba import Mamba, MambaConfig, compiles_here, scan_method
 from prepare_data import Config as DataConfig
 from prepare_data import (
     Problem,
@@ -521,10 +521,12 @@ def main(cfg, given):
         return
     say(f"going on from step {step} of {cfg.max_iters}" if checkpoint else f"{cfg.max_iters} steps, into {out_dir}")
     if cfg.compile:
-        def attempt(model):
+        compiled = torch.compile(model)
+
+        def attempt():
             with autocast(device, dtype):
-                model(*get_batch(train_data, cfg, 0, 0, rank, world, device))[1].backward()
-        model = try_compile(raw_model, attempt, say)
+                compiled(*get_batch(train_data, cfg, 0, 0, rank, world, device))[1].backward()
+        model = compiled if compiles_here(attempt, say) else raw_model
         raw_model.zero_grad(set_to_none=True)
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
