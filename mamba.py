@@ -943,7 +943,7 @@ def _captured(step, state):
     for tensor, was in zip(tensors, before):
         tensor.copy_(was)
 
-    def replay(new):
+    def replay(new, kept=step):     # the graph reads what step has computed once, so that has to stay
         token.copy_(new)
         graph.replay()
         return logits
