@@ -2668,6 +2668,7 @@ def test_decoder_equals_one_call(changes, dtype, batch):
 @on_gpu
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("quantize", [False, True])
+@torch.no_grad()
 def test_generation_by_a_cuda_graph(compile, quantize):
     """The same texts as without a graph, and the state is where it was when the graph has been captured."""
     model, prompts = small().eval().double().cuda(), [tokens(n, seed=n).cuda() for n in (5, 1, 1500)]
