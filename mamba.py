@@ -898,7 +898,7 @@ ASK = 16            # tokens between two questions to a GPU whether all rows hav
 def _ready(module, rows, compile):
     """
     A Linear, Int8Linear or RMSNorm as a function of x (rows, in), made ready for being called for token after token.
-    A product with one row is bound by memory on a CPU: all cores should read, and each weight once, in its own type.
+    A product with one row is bound by memory: each weight should be read once, in its own type, and on a CPU by all cores.
     """
     weight, bias = module.weight, getattr(module, "bias", None)
     on_cpu, int8 = weight.device.type == "cpu", weight.dtype == torch.int8
@@ -932,8 +932,8 @@ def _captured(step, state):
     """A step on CUDA as a CUDA graph: its launches are recorded once, and replayed for each token by a single call."""
     tensors = [tensor for layer in state for tensor in layer]
     before, token = [t.clone() for t in tensors], torch.zeros(len(tensors[0]), dtype=torch.long, device=tensors[0].device)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.device_of(token):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):     # what the first call alone has to do cannot be recorded
             step(token)
