@@ -34,6 +34,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.library import custom_op
 
 STEPS = 64          # steps of a chunk in the backward pass; the forward pass takes a multiple
 CARRY = 64          # numbers of a state that a program carries from chunk to chunk
@@ -361,7 +362,7 @@ FORWARD = f"({INPUTS}, Tensor? state, bool softplus, bool keep) -> (Tensor, Tens
 BACKWARD = f"(Tensor gy, Tensor? glast, Tensor kept, {INPUTS}, bool softplus) -> ({', '.join(['Tensor'] * 9)})"
 
 
-@torch.library.custom_op("selective_scan::forward", mutates_args=(), schema=FORWARD)
+@custom_op("selective_scan::forward", mutates_args=(), schema=FORWARD)
 def _forward(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     (batch, L, d_inner), N = u.shape, A.shape[1]
     BD, BN = _blocks(N)
@@ -396,7 +397,7 @@ def _forward_fake(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     return u.new_empty(u.shape), A.new_empty(batch, d_inner, N), A.new_empty(batch, chunks if keep else 0, d_inner, N)
 
 
-@torch.library.custom_op("selective_scan::backward", mutates_args=(), schema=BACKWARD)
+@custom_op("selective_scan::backward", mutates_args=(), schema=BACKWARD)
 def _backward(gy, glast, kept, u, delta, A, B, C, D, z, delta_bias, softplus):
     (batch, L, d_inner), N = u.shape, A.shape[1]
     BD, BN = _blocks(N)

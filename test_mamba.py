@@ -33,6 +33,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -2485,7 +2486,7 @@ def test_triton_beyond_2_to_31_elements():
 def test_triton_is_a_well_made_operator():
     inputs = {k: v.detach().cuda().requires_grad_() for k, v in scan_inputs(2, 100, 33, 16).items()}
     args = [inputs[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "state")]
-    torch.library.opcheck(torch.ops.selective_scan.forward.default, (*args, True, True))
+    opcheck(torch.ops.selective_scan.forward.default, (*args, True, True))
 
 
 @on_gpu
