@@ -1,436 +1,653 @@
 """
-The selective scan as fused GPU kernels in Triton: the same function as selective_scan in mamba.py, which uses it on CUDA
-where this file lies beside it. Optional: without this file or without Triton everything works, slower.
+The selective scan as fused GPU kernels: the same function as selective_scan in mamba.py, which uses it on CUDA where this
+file lies beside it. Optional: without this file or without Triton everything works, slower. Written in Gluon, the part of
+Triton in which one says which thread holds what.
 
-How the work is divided. The sequence is cut into chunks, and a program takes one chunk of one sequence for a few channels,
-with their states, (channels, N), in registers, and walks over its steps in a plain loop. All chunks run at the same time:
+How the work is divided. A warp takes 8 channels of one sequence. It walks along the sequence in tiles of 4 segments of K
+steps: a thread has one channel and the K steps of one segment, all its inputs and sums in registers, and goes over the N
+numbers of the state one after the other:
 
-    forward    ends       from a zero state, what each chunk adds to the state; only where a sequence needs several chunks
-               carry      the state that enters each chunk: a short loop over chunks, start' = exp(A sum(delta)) start + end
-               outputs    the chunk again from its true start, y; keeps a state every STEPS steps for the backward pass
-    backward   rising     chunks of STEPS from the kept states: h again, gC, gz, and what each chunk adds to the adjoint
-               carry      the adjoint that enters each chunk from behind
-               falling    the chunk in reverse: g, gB, gu, gdelta, and the rest of gA
+    a_k = exp(delta_k A), x_k B_k               for its K steps: the only exponentials
+    h from a zero state                         what the segment adds to the state
+    what enters each segment                    from what the segments add, passed from lane to lane (_through)
+    h again from there, y_k += C_k h            multiply-adds, for the exponentials are still there
 
-The gradient of the decays, w_t = g_t a_t h_{t-1} for each state, needs h, which is known going up, and g, which is known
-going down. Neither is stored for every step, because both recurrences give w as a sum of terms that need only one of them:
+Nothing crosses threads but that one number of a segment. The state that enters a tile is kept in memory, for the next tile
+and, with the one in its middle, for the backward pass. That computes h again from it, and in the same way, from the end of
+the sequence on, the adjoint g_k = C_k gy_k + a_{k+1} g_{k+1}; all gradients follow from h and g of the same thread. Those of B and C
+are sums over channels: over the 8 of a warp the tensor cores add them up (_over_channels), over the warps of a program shared
+memory does, over programs PyTorch. No atomics: the same input gives the same bits.
 
-    w_t = w_{t+1} + (C_t gy_t) h_t - (x_t B_t) g_t          and at the end of a chunk  w = (what enters from behind) h_end
+What a program reads comes into shared memory a tile ahead of time (_fetch...). Four warps share a program, for whole lines of
+memory. If batch and channels are too few to fill the chip, the sequence is cut into chunks, and first it is found what each of them
+adds (_ends) and what enters it (_carry); the exponentials are then computed twice.
 
-so the rising kernel leaves q_t = sum_n A C_t h_t for each channel, the falling one has r_t = sum_n A B_t g_t, and
-sum_n A w_t, delta's gradient, is a running sum of gy q - x r, begun anew in every chunk so that no rounding adds up.
-sum_t delta_t w_t, A's gradient, splits in the same way. q waits where gu and gdelta will be, in two parts of their type.
-
-What bounds it: one exp2 for each number of the states and pass, 16 a clock on each multiprocessor, two passes forward and
-two backward; and in practice the instructions around them, four to eight for each number: an H200 issues one in 68 to 74 % of
-its cycles, with as many warps as the registers allow (12 rising, 16 to 28 elsewhere, on a multiprocessor). With a channel and
-all its numbers in one thread there are no shuffles and a fifth fewer instructions, but B and C fill the registers, a step
-ahead of time too: the forward pass took 10 to 90 % longer, the backward pass about as long. Nothing is added up by atomics:
-sums over channels (gB, gC) and over chunks (gA, gD) are written in parts and summed by PyTorch, so that the same input gives
-the same bits.
+What bounds it, on an H100: instructions, about 12 for each of the (B, L, D, N) numbers forward and 36 backward, of which 1.3
+and 1.5 are exponentials and others that only every eighth cycle begins. It issues one in 60 to 65 % of its cycles.
 """
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import torch.nn.functional as F
 from torch.library import custom_op
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language import constexpr, gather
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-STEPS = 64          # steps of a chunk in the backward pass; the forward pass takes a multiple
-CARRY = 64          # numbers of a state that a program carries from chunk to chunk
-PROGRAMS = 8192     # as many programs as keep the chip busy: the forward pass makes chunks until there are so many
+S, LANES = constexpr(4), constexpr(8)   # a warp: segments of a tile, and channels
+WARPS, BD = constexpr(4), constexpr(32)  # a program: warps, and channels
+NB = constexpr(16)  # numbers of the states for which it has B, C and the states themselves in shared memory
+TILE = constexpr(64)    # steps of a tile: 16 in each thread; in the backward pass 8, two halves of a tile, for want of registers
+SHORTEST = 4        # tiles of a chunk
+FILL = 1536         # warps that keep the chip busy: a sequence is cut into chunks until there are so many
 
-LOG2E = tl.constexpr(1.4426950408889634)
+# numbers that vary from call to call, for which no kernel is compiled anew
+SIZES = ("L", "N", "whole", "tiles", "chunks", "slots", "apart", "u_b", "x_b", "delta_b", "z_b", "g_b")
+LOG2E = constexpr(1.4426950408889634)
+# who has what: a thread one channel of one segment; (tiles, B and C, states) in 16 bytes, as memory likes it
+LAYOUT = constexpr(gl.BlockedLayout([1, 1], [4, 8], [1, 4], [1, 0]))                    # (S, BD)
+WIDE, WIDE32 = constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])), constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
+TO_SUM = constexpr(gl.BlockedLayout([1, 4, 1, 1], [4, 1, 8, 1], [1, 1, 1, 4], [3, 2, 1, 0]))
+PLAIN, LINE = constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0])), constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+# Gluon is young: these three have changed their names
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
-@triton.jit
+def _mma(exact):
+    """
+    PTX that adds up two sets of 8 numbers over the 8 channels of a warp, on the tensor cores. The second operand of mma.m16n8k8
+    is two registers of each lane, lanes in 4 x 8; the first one picks the rows j and j + 8 of the result for their sums over
+    4 lanes. What is left to add are pairs of columns, which one lane has.
+    """
+    mma = ("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{c0, c1, c2, c3}}, {{${0}, zero, zero, ${0}}}, {{{1}, {2}}}, "
+           "{{c0, c1, c2, c3}};")
+    lines = ["{ .reg .b32 zero, b0, b1; .reg .f32 r0, r1, c0, c1, c2, c3; mov.b32 zero, 0;",
+             "mov.f32 c0, 0f00000000; mov.f32 c1, c0; mov.f32 c2, c0; mov.f32 c3, c0;"]
+    for j in range(8):
+        pick, p, q = 2 + j, f"${10 + j}", f"${18 + j}"
+        if exact:       # tf32 has 10 bits of the 23: what they leave goes through a second time
+            lines += [f"and.b32 b0, {p}, 0xffffe000; and.b32 b1, {q}, 0xffffe000;", mma.format(pick, "b0", "b1"),
+                      f"sub.f32 r0, {p}, b0; sub.f32 r1, {q}, b1; mov.b32 b0, r0; mov.b32 b1, r1;"]
+            p, q = "b0", "b1"
+        lines.append(mma.format(pick, p, q))
+    return constexpr("\n".join([*lines, "add.f32 $0, c0, c1; add.f32 $1, c2, c3; }"]))
+
+
+MMA, MMA_EXACT = _mma(False), _mma(True)
+MMA_OPERANDS = constexpr("=r,=r," + ",".join(["r"] * 24))
+
+
+@gluon.jit
+def _over_channels(p, q, row, EXACT: constexpr):
+    """
+    p, q: 8 tensors (S, BD) each -> their sums over the LANES channels of each warp, spread over it: the lane of (s, d) has
+    that of tensor 2 s + d // 4 in segment d % 4.
+    """
+    rows = ()
+    for j in gl.static_range(8):
+        rows = rows + (gl.where(row == j, 1.0, 0.0),)
+    return gl.inline_asm_elementwise(
+        MMA_EXACT if EXACT else MMA, MMA_OPERANDS,
+        [rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], rows[7],
+         p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7]],
+        (gl.float32, gl.float32), True, 1)
+
+
+@gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
+
+
+@gluon.jit
 def _sigmoid(x):
-    return 1 / (1 + tl.exp2(-x * LOG2E))
+    return _reciprocal(1 + gl.exp2(-x * LOG2E))
 
 
-@triton.jit
+@gluon.jit
 def _softplus(x):
-    """log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = 2 atanh(e / (2 + e)): exact for small e."""
-    e = tl.exp2(-tl.abs(x) * LOG2E)
-    s = e / (2 + e)
-    v = s * s                                                                   # at most 1/9
-    p = 1 / 9 + v * (1 / 11 + v * (1 / 13 + v * (1 / 15)))
-    return tl.maximum(x, 0) + 2 * s * (1 + v * (1 / 3 + v * (1 / 5 + v * (1 / 7 + v * p))))
+    """log(1 + exp(x)) = max(x, 0) + log1p(e), e = exp(-|x|), log1p(e) = 2 atanh(s), s = e / (2 + e): exact for small e too."""
+    e = gl.exp2(-gl.abs(x) * LOG2E)
+    s = e * _reciprocal(2 + e)
+    v = s * s
+    return gl.maximum(x, 0) + 2 * s * (1 + v * (0.3333332 + v * (0.20003835 + v * (0.14116978 + v * 0.13433774))))
 
 
-@triton.jit
-def _finished(raw, SOFTPLUS: tl.constexpr):
-    return _softplus(raw) if SOFTPLUS else raw
+@gluon.jit
+def _fetch(x, buffer, t0, block, L, D, x_l: constexpr, T: constexpr):
+    """A tile of x (L, D), from step t0 on, is copied into shared memory while the program goes on."""
+    t = t0 + gl.arange(0, T, gl.SliceLayout(1, WIDE))[:, None]
+    d = block * BD + gl.arange(0, BD, gl.SliceLayout(0, WIDE))[None, :]
+    async_load(buffer, x + t.to(gl.int64) * x_l + d, mask=(t >= 0) & (t < L) & (d < D))
 
 
-@triton.jit
-def _wide(u, delta, B, C, z, gout):
-    return u.to(tl.float32), delta.to(tl.float32), B.to(tl.float32), C.to(tl.float32), z.to(tl.float32), gout.to(tl.float32)
+@gluon.jit
+def _fetch_all(inputs, strides, buffers, which, t0, block, L, D, T: constexpr):
+    for j in gl.static_range(len(inputs)):
+        _fetch(inputs[j], buffers[j].index(which), t0, block, L, D, strides[j], T)
 
 
-@triton.jit
-def _step(u, delta, B, C, z, gout, in_d, in_n, HAS_C: tl.constexpr, HAS_Z: tl.constexpr, HAS_G: tl.constexpr):
-    """Loads of one step. They come a step ahead: a load has to be under way long before it is needed."""
-    u_t, delta_t = tl.load(u, mask=in_d, other=0), tl.load(delta, mask=in_d, other=0)
-    B_t = tl.load(B, mask=in_n, other=0)
-    C_t = tl.load(C, mask=in_n, other=0) if HAS_C else B_t
-    z_t = tl.load(z, mask=in_d, other=0) if HAS_Z else u_t
-    g_t = tl.load(gout, mask=in_d, other=0) if HAS_G else u_t
-    return u_t, delta_t, B_t, C_t, z_t, g_t
+@gluon.jit
+def _fetch_BC(BC, buffers, which, t0, n0, N, Lp, T: constexpr):
+    """The same for B and C of a tile, for NB numbers of the states from n0 on."""
+    row = gl.arange(0, 2 * NB, gl.SliceLayout(1, WIDE32))[:, None]
+    t = t0 + gl.arange(0, T, gl.SliceLayout(0, WIDE32))[None, :]
+    n = n0 + row % NB
+    rows = reinterpret(buffers, gl.float32, [2, 2 * NB, T], PLAIN).index(which)
+    async_load(rows, BC + (row // NB * N + n) * Lp + t, mask=(n < N) & (t >= 0) & (t < Lp))
 
 
-@triton.jit
-def _place(A, bias, D, N, HAS_BIAS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    """What this program works on: its block of channels, chunk and sequence; the channels d and numbers n, where they and
-    the states (BD, BN) lie inside, and where in (D, N) a state is; A as powers of 2, and delta_bias, of these channels."""
-    block, chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    d, n = block * BD + tl.arange(0, BD), tl.arange(0, BN)
-    in_d, in_n = d < D, n < N
-    in_h = in_d[:, None] & in_n[None, :]
-    of_h = d[:, None] * N + n[None, :]
-    A2 = tl.load(A + of_h, mask=in_h, other=0) * LOG2E
-    bias_d = tl.load(bias + d, mask=in_d, other=0) if HAS_BIAS else 0.0
-    return block, chunk, b, d, n, in_d, in_n, in_h, of_h, A2, bias_d
+@gluon.jit
+def _fetch_states(x, buffers, which, n0, block, N, D):
+    """NB rows of x (N, D), from n0 on, into a block of its own."""
+    n = n0 + gl.arange(0, NB, gl.SliceLayout(1, WIDE32))[:, None]
+    d = block * BD + gl.arange(0, BD, gl.SliceLayout(0, WIDE32))[None, :]
+    async_load(reinterpret(buffers, gl.float32, [4, NB, BD], PLAIN).index(which), x + n * D + d, mask=(n < N) & (d < D))
 
 
-@triton.jit
-def _ends(u, delta, A, B, bias, ends, sums, D, N, steps, chunks, u_b, u_l, delta_b, delta_l, B_b, B_l,
-          HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    _block, chunk, b, d, n, in_d, in_n, in_h, _of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
-    u += b * u_b + chunk * steps * u_l + d
-    delta += b * delta_b + chunk * steps * delta_l + d
-    B += b * B_b + chunk * steps * B_l + n
-    h = tl.zeros((BD, BN), tl.float32)
-    total = tl.zeros((BD,), tl.float32)
-    u_n, delta_n, B_n, _C, _z, _g = _step(u, delta, B, B, u, u, in_d, in_n, False, False, False)
-    for t in range(1, steps + 1):
-        u_t, delta_t, B_t, _C, _z, _g = _wide(u_n, delta_n, B_n, _C, _z, _g)
-        u += u_l
-        delta += delta_l
-        B += B_l
-        more_d, more_n = tl.where(t < steps, in_d, False), tl.where(t < steps, in_n, False)
-        u_n, delta_n, B_n, _C, _z, _g = _step(u, delta, B, B, u, u, more_d, more_n, False, False, False)
-        delta_t = tl.where(in_d, _finished(delta_t + bias_d, SOFTPLUS), 0)
-        h = tl.exp2(delta_t[:, None] * A2) * h + (delta_t * u_t)[:, None] * B_t[None, :]
-        total += delta_t
-    at = (b * chunks + chunk) * D + d
-    tl.store(ends + at[:, None] * N + n[None, :], h, mask=in_h)
-    tl.store(sums + at, total, mask=in_d)
+@gluon.jit
+def _state(buffers, i):
+    """A row of them: (1, BD)."""
+    return buffers.index(i).load(gl.SliceLayout(0, LAYOUT))[None, :]
 
 
-@triton.jit
-def _carry(first, A, ends, sums, last, D, N, chunks, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
-           REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """ends (B, chunks, D, N) becomes what enters each chunk; last is what leaves the last one."""
-    b = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)                          # in (D, N)
-    mask = i < D * N
-    A2 = tl.load(A + i, mask=mask, other=0) * LOG2E
-    h = tl.load(first + b * D * N + i, mask=mask, other=0) if HAS_FIRST else tl.zeros((BLOCK,), tl.float32)
-    at = b * chunks + (chunks - 1 if REVERSE else 0)
-    to_next = -1 if REVERSE else 1
-    ends += at * D * N + i
-    sums += at * D + i // N
-    next_end, next_sum = tl.load(ends, mask=mask, other=0), tl.load(sums, mask=mask, other=0)
-    for k in range(1, chunks + 1):
-        end, total = next_end, next_sum
-        sums += to_next * D
-        next_end = tl.load(ends + to_next * D * N, mask=tl.where(k < chunks, mask, False), other=0)
-        next_sum = tl.load(sums, mask=tl.where(k < chunks, mask, False), other=0)
-        tl.store(ends, h, mask=mask)
-        h = tl.exp2(total * A2) * h + end
-        ends += to_next * D * N
-    if HAS_LAST:
-        tl.store(last + b * D * N + i, h, mask=mask)
+@gluon.jit
+def _each_step(x, X: constexpr, K: constexpr):
+    """(S, X, K) -> K tensors (S, X)."""
+    parts = (x,)
+    for level in gl.static_range(4 if K == 16 else 3):
+        halves = ()
+        for i in gl.static_range(2 ** level):
+            half = gl.reshape(parts[i], [S, X, 2, K // 2 ** (level + 1)])
+            first, second = gl.split(gl.permute(half, (0, 1, 3, 2)))
+            halves = halves + (first, second)
+        parts = halves
+    steps = ()
+    for k in gl.static_range(K):
+        steps = steps + (gl.convert_layout(gl.reshape(parts[k], [S, X]), LAYOUT),)
+    return steps
 
 
-@triton.jit
-def _outputs(u, delta, A, B, C, Dw, z, bias, first, entering, y, kept, last, L, D, N, steps, chunks,
-             u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, STEPS: tl.constexpr, HAS_D: tl.constexpr,
-             HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FIRST: tl.constexpr, KEEP: tl.constexpr,
-             SOFTPLUS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    _block, chunk, b, d, n, in_d, in_n, in_h, of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
-    D_d = tl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
-    start = chunk * steps
-    u += b * u_b + start * u_l + d
-    delta += b * delta_b + start * delta_l + d
-    B += b * B_b + start * B_l + n
-    C += b * C_b + start * C_l + n
-    y += (b * L + start) * D + d
+@gluon.jit
+def _tile(buffer, K: constexpr):
+    """A tile (T, BD) in shared memory -> K tensors (S, BD)."""
+    rows: constexpr = gl.BlockedLayout([K, 1], [S, LANES], [1, WARPS], [1, 0])
+    x = gl.reshape(buffer.load(rows).to(gl.float32), [S, K, BD])
+    return _each_step(gl.permute(x, (0, 2, 1)), BD, K)
+
+
+@gluon.jit
+def _row(buffers, i, K: constexpr):
+    """B or C of a tile for one number of the states -> K tensors (S, 1)."""
+    steps: constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1, K], [S, LANES, 1], [1, WARPS, 1], [2, 1, 0]))
+    return _each_step(gl.reshape(buffers.index(i).load(steps), [S, 1, K]), 1, K)
+
+
+@gluon.jit
+def _store_tile(x, steps, t0, block, L, D, K: constexpr):
+    """K tensors (S, BD) -> a tile of x (L, D)."""
+    T: constexpr = S * K
+    for level in gl.static_range(4 if K == 16 else 3):
+        pairs = ()
+        for i in gl.static_range(K // 2 ** (level + 1)):
+            # first and second half side by side: undoes _each_step
+            pair = gl.join(steps[2 * i], steps[2 * i + 1])
+            if level > 0:
+                pair = gl.permute(pair, (0, 1, 3, 2))
+            pairs = pairs + (gl.reshape(pair, [S, BD, 2 ** (level + 1)]),)
+        steps = pairs
+    tile = gl.reshape(gl.permute(steps[0], (0, 2, 1)), [T, BD]).to(x.dtype.element_ty)
+    t = t0 + gl.arange(0, T, gl.SliceLayout(1, WIDE))[:, None]
+    d = block * BD + gl.arange(0, BD, gl.SliceLayout(0, WIDE))[None, :]
+    gl.store(x + t.to(gl.int64) * D + d, gl.convert_layout(tile, WIDE), mask=(t < L) & (d < D))
+
+
+@gluon.jit
+def _through(decay, adds, entering, s, REVERSE: constexpr):
+    """What enters each of the segments of a tile, and what leaves the last one: a scan over the segments in log2(S) rounds."""
+    back: constexpr = 1 if REVERSE else -1
+    first: constexpr = S - 1 if REVERSE else 0
+    at = s + gl.full([S, BD], 0, gl.int32, LAYOUT)
+    one, two = gl.minimum(gl.maximum(at + back, 0), S - 1), gl.minimum(gl.maximum(at + 2 * back, 0), S - 1)
+    adds = gl.where(at == first, decay * entering + adds, adds)
+    adds = gl.where(at == first, adds, decay * gather(adds, one, 0) + adds)
+    decay = decay * gather(decay, one, 0)
+    adds = gl.where((at == first) | (at == first - back), adds, decay * gather(adds, two, 0) + adds)
+    return gl.where(at == first, entering, gather(adds, one, 0)), gather(adds, at * 0 + (S - 1 - first), 0)
+
+
+@gluon.jit
+def _place(L, D, tiles, chunk, bias, HAS_BIAS: constexpr, T: constexpr):
+    """The channels and the sequence of this program, where its chunk begins and how many tiles it has; segments s (S, 1),
+    channels d (1, BD), which of them there are, and their delta_bias."""
+    block, b = gl.program_id(0), gl.program_id(2).to(gl.int64)
+    s = gl.arange(0, S, gl.SliceLayout(1, LAYOUT))[:, None]
+    d = (block * BD + gl.arange(0, BD, gl.SliceLayout(0, LAYOUT)))[None, :]
+    start = chunk * tiles * T
+    bias_d = gl.load(bias + d, mask=d < D, other=0) if HAS_BIAS else 0.0
+    return block, b, start, gl.minimum(tiles, (L - start + T - 1) // T), s, d, d < D, bias_d
+
+
+@gluon.jit
+def _buffers(u, delta, z, HAS_Z: constexpr, K: constexpr):
+    """Shared memory for two tiles of u, delta and z, in which the segments are in different banks, two blocks of B and C, and
+    one of A, h and the adjoint."""
+    tile: constexpr = gl.SwizzledSharedLayout(8, K, S, [1, 0])
+    us = gl.allocate_shared_memory(u.dtype.element_ty, [2, S * K, BD], tile)
+    deltas = gl.allocate_shared_memory(delta.dtype.element_ty, [2, S * K, BD], tile)
+    zs = gl.allocate_shared_memory(z.dtype.element_ty, [2, S * K, BD], tile) if HAS_Z else us
+    BCs = gl.allocate_shared_memory(gl.float32, [4 * NB, S, K], PLAIN)
+    return us, deltas, zs, BCs, gl.allocate_shared_memory(gl.float32, [4 * NB, BD], LINE)
+
+
+@gluon.jit
+def _fetch_next(BC, BCs, which, t0, t_next, n0, N, Lp, T: constexpr):
+    """B and C for the next numbers of the states in this tile, or for the first in the next tile; then wait for all but that."""
+    _fetch_BC(BC, BCs, which, gl.where(N > n0 + NB, t0, t_next), gl.where(N > n0 + NB, n0 + NB, 0), N, Lp, T)
+    async_copy.commit_group()
+    async_copy.wait_group(1)
+    barrier()
+
+
+@gluon.jit
+def _delta(raw, bias_d, left, s, SOFTPLUS: constexpr, K: constexpr):
+    """delta of each step of a tile, finished, and 0 after the end of the sequence; and its sum over each segment."""
+    delta_k, total = (), gl.zeros([S, BD], gl.float32, LAYOUT)
+    for k in gl.static_range(K):
+        delta_t = gl.where(s * K + k < left, _softplus(raw[k] + bias_d) if SOFTPLUS else raw[k] + bias_d, 0)
+        delta_k, total = delta_k + (delta_t,), total + delta_t
+    return delta_k, total
+
+
+@gluon.jit
+def _gated(x_k, z_k, K: constexpr):
+    result = ()
+    for k in gl.static_range(K):
+        result = result + (x_k[k] * z_k[k] * _sigmoid(z_k[k]),)
+    return result
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def _ends(x, delta, A, BC, z, bias, ends, sums, L, D: constexpr, N, whole, tiles, chunks, slots, apart, x_b, x_l: constexpr,
+          delta_b, delta_l: constexpr, z_b, z_l: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
+          REVERSE: constexpr):
+    """
+    From a zero state, what each chunk adds to the state; in reverse, to the adjoint. x is u, or gout.
+    ends (B, slots, N, D): where it goes.  sums (B, chunks, D): of delta.
+    """
+    K: constexpr = 16
+    T: constexpr = S * K
+    Lp = whole * TILE
+    chunk = gl.program_id(1) + (1 if REVERSE else 0)        # the last chunk adds to no other, in reverse the first
+    block, b, start, tiles, s, d, in_d, bias_d = _place(L, D, tiles, chunk, bias, HAS_BIAS, T)
+    ends += (b * slots + (chunk - 1 if REVERSE else (chunk + 1) * apart)) * N * D
+    inputs, strides = (x + b * (x_b * 8), delta + b * (delta_b * 8)), (x_l, delta_l)
+    BC += b * 2 * N * Lp
+    xs, deltas, zs, BCs, hs = _buffers(x, delta, z, HAS_Z, K)
+    buffers = (xs, deltas)
     if HAS_Z:
-        z += b * z_b + start * z_l + d
-    if chunks > 1:
-        h = tl.load(entering + (b * chunks + chunk) * D * N + of_h, mask=in_h, other=0)
-    elif HAS_FIRST:
-        h = tl.load(first + b * D * N + of_h, mask=in_h, other=0)
-    else:
-        h = tl.zeros((BD, BN), tl.float32)
-    kept += (b * ((L + STEPS - 1) // STEPS + 1) + start // STEPS) * D * N + of_h
-    stop = tl.minimum(start + steps, L)
-    u_n, delta_n, B_n, C_n, z_n, _g = _step(u, delta, B, C, z, u, in_d, in_n, True, HAS_Z, False)
-    for begin in range(start, stop, STEPS):
-        if KEEP:
-            tl.store(kept, h, mask=in_h)
-            kept += D * N
-        for t in range(begin + 1, tl.minimum(begin + STEPS, stop) + 1):
-            u_t, delta_t, B_t, C_t, z_t, _g = _wide(u_n, delta_n, B_n, C_n, z_n, _g)
-            u += u_l
-            delta += delta_l
-            B += B_l
-            C += C_l
-            if HAS_Z:
-                z += z_l
-            more_d, more_n = tl.where(t < stop, in_d, False), tl.where(t < stop, in_n, False)
-            u_n, delta_n, B_n, C_n, z_n, _g = _step(u, delta, B, C, z, u, more_d, more_n, True, HAS_Z, False)
-            delta_t = _finished(delta_t + bias_d, SOFTPLUS)
-            h = tl.exp2(delta_t[:, None] * A2) * h + (delta_t * u_t)[:, None] * B_t[None, :]
-            y_t = tl.sum(h * C_t[None, :], 1)
-            if HAS_D:
-                y_t += D_d * u_t
-            if HAS_Z:
-                y_t *= z_t * _sigmoid(z_t)
-            tl.store(y, y_t, mask=in_d)
-            y += D
-    if stop == L:
-        tl.store(last + b * D * N + of_h, h, mask=in_h)
-        if KEEP:
-            tl.store(kept, h, mask=in_h)
+        inputs, strides, buffers = inputs + (z + b * (z_b * 8),), strides + (z_l,), buffers + (zs,)
+    step: constexpr = -T if REVERSE else T
+    t0 = start + ((tiles - 1) * T if REVERSE else 0)
+    _fetch_all(inputs, strides, buffers, 0, t0, block, L, D, T)
+    _fetch_BC(BC, BCs, 0, t0, 0, N, Lp, T)
+    async_copy.commit_group()
+    all_delta, which = gl.zeros([S, BD], gl.float32, LAYOUT), 0
+    for i in range(tiles):
+        async_copy.wait_group(0)
+        barrier()
+        _fetch_states(A, hs, 0, 0, block, N, D)
+        _fetch_states(ends, hs, 1, 0, block, N, D)
+        async_copy.commit_group()
+        _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 + step, block, L, D, T)
+        delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, s, SOFTPLUS, K)
+        x_k = _tile(xs.index(i % 2), K)
+        if HAS_Z:
+            x_k = _gated(x_k, _tile(zs.index(i % 2), K), K)
+        for n0 in range(0, N, NB):
+            if n0 > 0:
+                async_copy.wait_group(0)
+                barrier()
+                _fetch_states(A, hs, 0, n0, block, N, D)
+                _fetch_states(ends, hs, 1, n0, block, N, D)
+                async_copy.commit_group()
+            _fetch_next(BC, BCs, 1 - which, t0, t0 + step, n0, N, Lp, T)
+            for n in range(n0, gl.minimum(n0 + NB, N)):
+                A_n, entering = _state(hs, n - n0), gl.where(s * 0 < i, _state(hs, n - n0 + NB), 0)
+                V_k = _row(BCs, which * 2 * NB + n - n0 + (NB if REVERSE else 0), K)
+                h = gl.zeros([S, BD], gl.float32, LAYOUT)
+                if REVERSE:
+                    for k in gl.static_range(K - 1, -1, -1):
+                        h = gl.exp2(delta_k[k] * A_n) * (h + x_k[k] * V_k[k])
+                else:
+                    for k in gl.static_range(K):
+                        h = gl.exp2(delta_k[k] * A_n) * h + delta_k[k] * x_k[k] * V_k[k]
+                _, leaving = _through(gl.exp2(total * A_n), h, entering, s, REVERSE)
+                gl.store(ends + n * D + d + s * 0, leaving, mask=in_d & (s == 0))
+            which = 1 - which
+        all_delta += total
+        t0 += step
+    gl.store(sums + (b * chunks + chunk) * D + d + s * 0, gl.sum(all_delta, 0)[None, :] + s * 0, mask=in_d & (s == 0))
 
 
-@triton.jit
-def _rising(u, delta, A, B, C, Dw, z, bias, gout, kept, gu, gdelta, gz, gC, ends, sums, gA, gD, L, D, N, chunks,
-            u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, g_b, g_l, STEPS: tl.constexpr, HAS_D: tl.constexpr,
-            HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    block, chunk, b, d, n, in_d, in_n, in_h, of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
-    D_d = tl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
-    start = chunk * STEPS
-    row = b * L + start
-    u += b * u_b + start * u_l + d
-    delta += b * delta_b + start * delta_l + d
-    B += b * B_b + start * B_l + n
-    C += b * C_b + start * C_l + n
-    gout += b * g_b + start * g_l + d
-    gu += row * D + d
-    gdelta += row * D + d
+@gluon.jit(do_not_specialize=SIZES)
+def _carry(states, A, sums, D, N, chunks, slots, apart, REVERSE: constexpr):
+    """What chunks add becomes what enters each: entering' = exp(A sum(delta)) entering + what this chunk adds."""
+    i = gl.program_id(0) * 128 + gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))      # in (N, D)
+    b = gl.program_id(1).to(gl.int64)
+    inside = i < N * D
+    A_i = gl.load(A + i, mask=inside, other=0)
+    states += b * slots * N * D + i
+    sums += b * chunks * D + i % D
+    if REVERSE:
+        states += (chunks - 1) * N * D
+        sums += (chunks - 1) * D
+    h = gl.load(states, mask=inside, other=0)
+    for _ in range(1, chunks):
+        h *= gl.exp2(gl.load(sums, mask=inside, other=0) * A_i)
+        states += (-1 if REVERSE else apart) * N * D
+        sums += -D if REVERSE else D
+        h += gl.load(states, mask=inside, other=0)
+        gl.store(states, h, mask=inside)
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def _outputs(u, delta, A, BC, Dw, z, bias, y, states, L, D: constexpr, N, whole, tiles, chunks, slots, u_b, u_l: constexpr, delta_b,
+             delta_l: constexpr, z_b, z_l: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
+             SOFTPLUS: constexpr, KEEP: constexpr):
+    """
+    y, and to states (B, slots, N, D), in which those that enter the chunks are there already: what leaves the last chunk in
+    the last slot, and with KEEP, for the backward pass, the state before every half of a tile.
+    """
+    K: constexpr = 16
+    T: constexpr = S * K
+    Lp = whole * TILE
+    chunk, per_chunk = gl.program_id(1), tiles
+    block, b, t0, tiles, s, d, in_d, bias_d = _place(L, D, tiles, chunk, bias, HAS_BIAS, T)
+    D_d = gl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
+    inputs, strides = (u + b * (u_b * 8), delta + b * (delta_b * 8)), (u_l, delta_l)
+    y += b * L * D
+    BC += b * 2 * N * Lp
+    states += (b * slots + chunk * (2 * per_chunk if KEEP else 1)) * N * D
+    us, deltas, zs, BCs, hs = _buffers(u, delta, z, HAS_Z, K)
+    buffers = (us, deltas)
     if HAS_Z:
-        z += b * z_b + start * z_l + d
-        gz += row * D + d
-    gC += (block * tl.num_programs(2).to(tl.int64) * L + row) * N + n
-    h = tl.load(kept + (b * (chunks + 1) + chunk) * D * N + of_h, mask=in_h, other=0)
-    decay = tl.full((BD, BN), 1.0, tl.float32)          # from the start of the chunk until now
-    adds = tl.zeros((BD, BN), tl.float32)               # to the adjoint
-    gA_h = tl.zeros((BD, BN), tl.float32)
-    total = tl.zeros((BD, 1), tl.float32)
-    gD_d = tl.zeros((BD,), tl.float32)
-    steps = tl.minimum(STEPS, L - start)
-    u_n, delta_n, B_n, C_n, z_n, g_n = _step(u, delta, B, C, z, gout, in_d, in_n, True, HAS_Z, True)
-    for t in range(1, steps + 1):
-        u_t, delta_t, B_t, C_t, z_t, gout_t = _wide(u_n, delta_n, B_n, C_n, z_n, g_n)
-        u += u_l
-        delta += delta_l
-        B += B_l
-        C += C_l
-        gout += g_l
+        inputs, strides, buffers = inputs + (z + b * (z_b * 8),), strides + (z_l,), buffers + (zs,)
+    _fetch_all(inputs, strides, buffers, 0, t0, block, L, D, T)
+    _fetch_BC(BC, BCs, 0, t0, 0, N, Lp, T)
+    async_copy.commit_group()
+    writes = tiles - gl.minimum(chunks - 1 - chunk, 1)      # the state after a chunk is there already, but after the last
+    which = 0
+    for i in range(tiles):
+        async_copy.wait_group(0)
+        barrier()
+        _fetch_states(A, hs, 0, 0, block, N, D)
+        _fetch_states(states, hs, 1, 0, block, N, D)
+        async_copy.commit_group()
+        _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 + T, block, L, D, T)
+        delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, s, SOFTPLUS, K)
+        u_k, x_k, y_k = _tile(us.index(i % 2), K), (), ()
+        for k in gl.static_range(K):
+            x_k, y_k = x_k + (delta_k[k] * u_k[k],), y_k + (D_d * u_k[k],)
+        to_next = 2 * N * D if KEEP else gl.where(i + 1 == tiles, N * D, 0)
+        at = gl.where(s == 0, to_next, N * D) + d
+        kept = in_d & (((s == 0) & (s + i < writes)) | (s == 2 if KEEP else s < 0))
+        for n0 in range(0, N, NB):
+            if n0 > 0:
+                async_copy.wait_group(0)
+                barrier()
+                _fetch_states(A, hs, 0, n0, block, N, D)
+                _fetch_states(states, hs, 1, n0, block, N, D)
+                async_copy.commit_group()
+            _fetch_next(BC, BCs, 1 - which, t0, t0 + T, n0, N, Lp, T)
+            for n in range(n0, gl.minimum(n0 + NB, N)):
+                A_n, entering = _state(hs, n - n0), _state(hs, n - n0 + NB)
+                B_k, C_k = _row(BCs, which * 2 * NB + n - n0, K), _row(BCs, which * 2 * NB + n - n0 + NB, K)
+                a_k, b_k = (), ()
+                h = gl.zeros([S, BD], gl.float32, LAYOUT)
+                for k in gl.static_range(K):
+                    a_k, b_k = a_k + (gl.exp2(delta_k[k] * A_n),), b_k + (x_k[k] * B_k[k],)
+                    h = a_k[k] * h + b_k[k]
+                h, leaving = _through(gl.exp2(total * A_n), h, entering, s, False)
+                gl.store(states + n * D + at, gl.where(s == 0, leaving, h), mask=kept)
+                ys = ()
+                for k in gl.static_range(K):
+                    h = a_k[k] * h + b_k[k]
+                    ys = ys + (y_k[k] + C_k[k] * h,)
+                y_k = ys
+            which = 1 - which
         if HAS_Z:
-            z += z_l
-        more_d, more_n = tl.where(t < steps, in_d, False), tl.where(t < steps, in_n, False)
-        u_n, delta_n, B_n, C_n, z_n, g_n = _step(u, delta, B, C, z, gout, more_d, more_n, True, HAS_Z, True)
-        delta_t = _finished(delta_t + bias_d, SOFTPLUS)
-        gy_t = gout_t
+            y_k = _gated(y_k, _tile(zs.index(i % 2), K), K)
+        _store_tile(y, y_k, t0, block, L, D, K)
+        t0 += T
+        states += to_next
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, gz, parts, gA, gD, gbias, L, D: constexpr, N, whole,
+               tiles, chunks, slots, u_b, u_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr, g_b, g_l: constexpr,
+               HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr, EXACT: constexpr):
+    """
+    All gradients. adjoint (B, chunks, N, D): what enters each chunk from behind; in the end, what leaves it.
+    parts (blocks of channels, B, 2, N, Lp): gB and gC.  gA (B, chunks, N, S, D), gD and gbias (B, chunks, S, D): in parts too.
+    """
+    K: constexpr = 8
+    T: constexpr = S * K
+    Lp = whole * TILE
+    chunk, per_chunk = gl.program_id(1), tiles
+    block, b, start, tiles, s, d, in_d, bias_d = _place(L, D, tiles, chunk, bias, HAS_BIAS, T)
+    D_d = gl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
+    at = b * chunks + chunk
+    inputs, strides = (u + b * (u_b * 8), delta + b * (delta_b * 8), gout + b * (g_b * 8)), (u_l, delta_l, g_l)
+    gu += b * L * D
+    gdelta += b * L * D
+    gz += b * L * D
+    BC += b * 2 * N * Lp
+    states += (b * slots + chunk * per_chunk + tiles - 1) * N * D
+    adjoint += at * N * D
+    gA += (at * N * S + s) * D + d
+    row = s * 2 + gl.arange(0, BD, gl.SliceLayout(0, LAYOUT))[None, :] % LANES // 4     # of the 8 x 4 lanes of a warp
+    # where the sums of _over_channels go: (S, LANES, 2)
+    OF_SUMS: constexpr = gl.SliceLayout(1, TO_SUM)
+    sum_s = gl.arange(0, S, gl.SliceLayout(1, gl.SliceLayout(2, OF_SUMS)))[:, None, None]
+    sum_d = gl.arange(0, LANES, gl.SliceLayout(0, gl.SliceLayout(2, OF_SUMS)))[None, :, None]
+    B_or_C = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, OF_SUMS)))[None, None, :]
+    parts += (block * gl.num_programs(2).to(gl.int64) + b) * 2 * N * Lp + B_or_C * N * Lp + sum_d % 4 * K + sum_s * 2 + sum_d // 4
+    us, deltas, zs, BCs, hs = _buffers(u, delta, z, HAS_Z, K)
+    gouts = gl.allocate_shared_memory(gout.dtype.element_ty, [2, T, BD], gl.SwizzledSharedLayout(8, K, S, [1, 0]))
+    buffers = (us, deltas, gouts)
+    if HAS_Z:
+        inputs, strides, buffers = inputs + (z + b * (z_b * 8),), strides + (z_l,), buffers + (zs,)
+    t0 = start + (tiles - 1) * T
+    _fetch_all(inputs, strides, buffers, 0, t0, block, L, D, T)
+    _fetch_BC(BC, BCs, 0, t0, 0, N, Lp, T)
+    async_copy.commit_group()
+    zero, which = gl.zeros([S, BD], gl.float32, LAYOUT), 0
+    gD_d, gbias_d = zero, zero
+    for i in range(tiles):
+        async_copy.wait_group(0)
+        barrier()
+        _fetch_states(A, hs, 0, 0, block, N, D)
+        _fetch_states(states, hs, 1, 0, block, N, D)
+        _fetch_states(adjoint, hs, 2, 0, block, N, D)
+        async_copy.commit_group()
+        _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 - T, block, L, D, T)
+        delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, s, SOFTPLUS, K)
+        u_k, gy_k = _tile(us.index(i % 2), K), _tile(gouts.index(i % 2), K)
         if HAS_Z:
-            open_t = _sigmoid(z_t)
-            gy_t = gout_t * z_t * open_t
-        total += delta_t[:, None]
-        a = tl.exp2(delta_t[:, None] * A2)
-        h = a * h + (delta_t * u_t)[:, None] * B_t[None, :]
-        read = h * C_t[None, :]
-        q_t = tl.sum(read * A2, 1)
-        decay *= a
-        adds += decay * (gy_t[:, None] * C_t[None, :])
-        gA_h += total * gy_t[:, None] * read
-        tl.store(gC, tl.sum(gy_t[:, None] * h, 0), mask=in_n)
-        gD_d += gy_t * u_t
+            gy_k = _gated(gy_k, _tile(zs.index(i % 2), K), K)
+        x_k, gx_k, gd_k, y_k = (), (), (), ()
+        for k in gl.static_range(K):
+            gD_d += gy_k[k] * u_k[k]
+            x_k, gx_k, gd_k, y_k = x_k + (delta_k[k] * u_k[k],), gx_k + (zero,), gd_k + (zero,), y_k + (D_d * u_k[k],)
+        for n0 in range(0, N, NB):
+            if n0 > 0:
+                async_copy.wait_group(0)
+                barrier()
+                _fetch_states(A, hs, 0, n0, block, N, D)
+                _fetch_states(states, hs, 1, n0, block, N, D)
+                _fetch_states(adjoint, hs, 2, n0, block, N, D)
+                async_copy.commit_group()
+            _fetch_next(BC, BCs, 1 - which, t0, t0 - T, n0, N, Lp, T)
+            for n in range(n0, gl.minimum(n0 + NB, N)):
+                A_n, h0, q0 = _state(hs, n - n0), _state(hs, n - n0 + NB), _state(hs, n - n0 + 2 * NB)
+                B_k, C_k = _row(BCs, which * 2 * NB + n - n0, K), _row(BCs, which * 2 * NB + n - n0 + NB, K)
+                a_k, b_k = (), ()
+                for k in gl.static_range(K):
+                    a_k, b_k = a_k + (gl.exp2(delta_k[k] * A_n),), b_k + (x_k[k] * B_k[k],)
+                h, q = zero, zero       # q: a_t g_t, what the adjoint hands to the step before
+                for k in gl.static_range(K):
+                    h = a_k[k] * h + b_k[k]
+                    q = a_k[K - 1 - k] * (gy_k[K - 1 - k] * C_k[K - 1 - k] + q)
+                gA_n = gl.load(gA + n * S * D, mask=in_d & (s * 0 < i), other=0)
+                decay = gl.exp2(total * A_n)
+                h, _ = _through(decay, h, h0, s, False)
+                q, leaving = _through(decay, q, q0, s, True)
+                gl.store(adjoint + n * D + d + s * 0, leaving, mask=in_d & (s == 0))
+                h_k, gC_k, ys = (h,), (), ()                    # h_k[k] is the state before step k
+                for k in gl.static_range(K):
+                    h = a_k[k] * h + b_k[k]
+                    h_k, gC_k, ys = h_k + (h,), gC_k + (gy_k[k] * h,), ys + (y_k[k] + C_k[k] * h,)
+                y_k, gB_k, gxs, gds = ys, (), (), ()
+                for k in gl.static_range(K - 1, -1, -1):
+                    g = gy_k[k] * C_k[k] + q
+                    q = a_k[k] * g
+                    w = q * h_k[k]                              # the gradient of delta_t A
+                    gA_n += delta_k[k] * w
+                    gB_k, gxs, gds = (x_k[k] * g,) + gB_k, (gx_k[k] + B_k[k] * g,) + gxs, (gd_k[k] + A_n * w,) + gds
+                gx_k, gd_k = gxs, gds
+                gl.store(gA + n * S * D, gA_n, mask=in_d)
+                gB_n, gC_n = _over_channels(gB_k, gC_k, row, EXACT)
+                sums = gl.reshape(gl.join(gB_n, gC_n), [S, WARPS, LANES, 2])
+                gl.store(parts + n * Lp + t0, gl.sum(gl.convert_layout(sums, TO_SUM), 1))
+            which = 1 - which
+        u_k, raw_k, gdeltas, gus = _tile(us.index(i % 2), K), _tile(deltas.index(i % 2), K), (), ()
+        for k in gl.static_range(K):
+            gdelta_t = gd_k[k] / LOG2E + gx_k[k] * u_k[k]
+            if SOFTPLUS:
+                gdelta_t *= _sigmoid(raw_k[k] + bias_d)
+            gbias_d += gl.where(s * K + k < L - t0, gdelta_t, 0)
+            gdeltas, gus = gdeltas + (gdelta_t,), gus + (gx_k[k] * delta_k[k] + D_d * gy_k[k],)
+        _store_tile(gdelta, gdeltas, t0, block, L, D, K)
+        _store_tile(gu, gus, t0, block, L, D, K)
         if HAS_Z:
-            y_t = tl.sum(read, 1) + D_d * u_t
-            tl.store(gz, gout_t * y_t * open_t * (1 + z_t * (1 - open_t)), mask=in_d)
-            gz += D
-        high = q_t.to(gu.dtype.element_ty)
-        tl.store(gu, high, mask=in_d)
-        tl.store(gdelta, q_t - high.to(tl.float32), mask=in_d)
-        gu += D
-        gdelta += D
-        gC += N
-    at = (b * chunks + chunk) * D + d
-    tl.store(ends + at[:, None] * N + n[None, :], adds, mask=in_h)
-    tl.store(gA + at[:, None] * N + n[None, :], gA_h, mask=in_h)
-    tl.store(sums + at[:, None], total, mask=in_d[:, None])
+            z_k, gout_k, gzs = _tile(zs.index(i % 2), K), _tile(gouts.index(i % 2), K), ()
+            for k in gl.static_range(K):
+                open_t = _sigmoid(z_k[k])
+                gzs = gzs + (gout_k[k] * y_k[k] * open_t * (1 + z_k[k] * (1 - open_t)),)
+            _store_tile(gz, gzs, t0, block, L, D, K)
+        t0 -= T
+        states -= N * D
     if HAS_D:
-        tl.store(gD + at, gD_d, mask=in_d)
-
-
-@triton.jit
-def _falling(u, delta, A, B, C, Dw, z, bias, gout, kept, entering, sums, gu, gdelta, gB, gA, gbias, L, D, N, chunks,
-             u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, g_b, g_l, STEPS: tl.constexpr, HAS_D: tl.constexpr,
-             HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    block, chunk, b, d, n, in_d, in_n, in_h, of_h, A2, bias_d = _place(A, bias, D, N, HAS_BIAS, BD, BN)
-    D_d = tl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
-    start = chunk * STEPS
-    end = tl.minimum(start + STEPS, L) - 1
-    row = b * L + end
-    u += b * u_b + end * u_l + d
-    delta += b * delta_b + end * delta_l + d
-    B += b * B_b + end * B_l + n
-    C += b * C_b + end * C_l + n
-    gout += b * g_b + end * g_l + d
-    gu += row * D + d
-    gdelta += row * D + d
-    if HAS_Z:
-        z += b * z_b + end * z_l + d
-    gB += (block * tl.num_programs(2).to(tl.int64) * L + row) * N + n
-    at = (b * chunks + chunk) * D + d
-    g = tl.load(entering + at[:, None] * N + n[None, :], mask=in_h, other=0)
-    w = g * tl.load(kept + (b * (chunks + 1) + chunk + 1) * D * N + of_h, mask=in_h, other=0)
-    total = tl.load(sums + at[:, None], mask=in_d[:, None], other=0)
-    gA_h = tl.load(gA + at[:, None] * N + n[None, :], mask=in_h, other=0) + total * w
-    gdecay = tl.sum(A2 * w, 1)
-    gbias_d = tl.zeros((BD,), tl.float32)
-    steps = end + 1 - start
-    u_n, delta_n, B_n, C_n, z_n, g_n = _step(u, delta, B, C, z, gout, in_d, in_n, True, HAS_Z, True)
-    high_n, low_n = tl.load(gu, mask=in_d, other=0), tl.load(gdelta, mask=in_d, other=0)
-    for t in range(1, steps + 1):
-        u_t, raw_t, B_t, C_t, z_t, gy_t = _wide(u_n, delta_n, B_n, C_n, z_n, g_n)
-        raw_t += bias_d
-        q_t = high_n.to(tl.float32) + low_n.to(tl.float32)
-        u -= u_l
-        delta -= delta_l
-        B -= B_l
-        C -= C_l
-        gout -= g_l
-        if HAS_Z:
-            z -= z_l
-        more_d, more_n = tl.where(t < steps, in_d, False), tl.where(t < steps, in_n, False)
-        u_n, delta_n, B_n, C_n, z_n, g_n = _step(u, delta, B, C, z, gout, more_d, more_n, True, HAS_Z, True)
-        high_n, low_n = tl.load(gu - D, mask=more_d, other=0), tl.load(gdelta - D, mask=more_d, other=0)
-        delta_t = _finished(raw_t, SOFTPLUS)
-        if HAS_Z:
-            gy_t *= z_t * _sigmoid(z_t)
-        x_t = delta_t * u_t
-        g += gy_t[:, None] * C_t[None, :]
-        wrote = g * B_t[None, :]
-        gx_t = tl.sum(wrote, 1)
-        r_t = tl.sum(wrote * A2, 1)
-        gA_h -= total * x_t[:, None] * wrote
-        tl.store(gB, tl.sum(x_t[:, None] * g, 0), mask=in_n)
-        gdecay += gy_t * q_t - x_t * r_t
-        gdelta_t = gdecay / LOG2E + gx_t * u_t
-        if SOFTPLUS:
-            gdelta_t *= _sigmoid(raw_t)
-        gbias_d += gdelta_t
-        tl.store(gu, gx_t * delta_t + D_d * gy_t, mask=in_d)
-        tl.store(gdelta, gdelta_t, mask=in_d)
-        g *= tl.exp2(delta_t[:, None] * A2)
-        total -= delta_t[:, None]
-        gu -= D
-        gdelta -= D
-        gB -= N
-    tl.store(gA + at[:, None] * N + n[None, :], gA_h, mask=in_h)
+        gl.store(gD + (at * S + s) * D + d, gD_d, mask=in_d)
     if HAS_BIAS:
-        tl.store(gbias + at, gbias_d, mask=in_d)
+        gl.store(gbias + (at * S + s) * D + d, gbias_d, mask=in_d)
 
 
-def _blocks(d_state):
-    """Channels and numbers of a state in a program, which is one warp: 16 numbers in each thread."""
-    BN = max(4, triton.next_power_of_2(d_state))
-    return max(1, min(64, 512 // BN)), BN
+def _strides(x):
+    """Of batch, in units of 8, and of time."""
+    return x.stride(0) // 8, x.stride(1)
 
 
-def _strides(*tensors):
-    """Of batch and time. Within a step the numbers have to lie side by side."""
-    return [stride for t in tensors for stride in ((0, 0) if t is None else t.stride()[:2])]
-
-
-def _side_by_side(*tensors):
-    return [t if t is None or t.stride(2) == 1 else t.contiguous() for t in tensors]
+def _aligned(*tensors):
+    """They are read 16 bytes at once: numbers of a step lie side by side, and begin at a multiple of 16 bytes."""
+    return [t if t is None or t.stride(2) == 1 and t.stride(0) % 8 == t.stride(1) % 8 == t.data_ptr() % 16 == 0
+            else t.clone(memory_format=torch.contiguous_format) for t in tensors]
 
 
 def _whole(*tensors):
     return [t if t is None else t.contiguous() for t in tensors]
 
 
+def _cuts(batch, L, d_inner):
+    """Tiles of a sequence, tiles of a chunk, chunks, and programs side by side."""
+    tiles, blocks = -(-L // TILE.value), -(-d_inner // BD.value)
+    per_chunk = max(SHORTEST, -(-tiles // max(1, FILL // (batch * blocks * WARPS.value))))
+    return tiles, per_chunk, -(-tiles // per_chunk), blocks
+
+
 INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
-FORWARD = f"({INPUTS}, Tensor? state, bool softplus, bool keep) -> (Tensor, Tensor, Tensor)"
-BACKWARD = f"(Tensor gy, Tensor? glast, Tensor kept, {INPUTS}, bool softplus) -> ({', '.join(['Tensor'] * 9)})"
+FORWARD = f"({INPUTS}, Tensor? state, bool softplus, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+BACKWARD = f"(Tensor gy, Tensor? glast, Tensor states, Tensor BC, {INPUTS}, bool softplus) -> ({', '.join(['Tensor'] * 9)})"
 
 
 @custom_op("selective_scan::forward", mutates_args=(), schema=FORWARD)
 def _forward(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     (batch, L, d_inner), N = u.shape, A.shape[1]
-    BD, BN = _blocks(N)
-    u, delta, B, C, z = _side_by_side(u, delta, B, C, z)
-    A, D, delta_bias, state = _whole(A, D, delta_bias, state)
-    y, last, kept = _forward_fake(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep)
-    blocks = triton.cdiv(d_inner, BD)
-    chunks = max(1, min(triton.cdiv(L, STEPS), triton.cdiv(PROGRAMS, blocks * batch)))
-    steps = triton.cdiv(triton.cdiv(L, chunks), STEPS) * STEPS
-    chunks = triton.cdiv(L, steps)
-    entering = A.new_empty(batch, chunks, d_inner, N) if chunks > 1 else A
-    options = {"HAS_BIAS": delta_bias is not None, "SOFTPLUS": softplus, "BD": BD, "BN": BN, "num_warps": 1}
+    tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner)
+    u, delta, z = _aligned(u, delta, z)
+    D, delta_bias = _whole(D, delta_bias)
+    A2 = torch.mul(A.t(), LOG2E.value, out=A.new_empty(N, d_inner))                 # exp(delta A) = 2^(delta A2)
+    BC = A.new_zeros(batch, 2 * N, tiles * TILE.value)
+    BC[:, :N, :L], BC[:, N:, :L] = B.transpose(1, 2), C.transpose(1, 2)
+    slots, apart = (2 * tiles + 1, 2 * per_chunk) if keep else (chunks + 1, 1)
+    y, states = u.new_empty(u.shape), A.new_empty(batch, slots, N, d_inner)
+    states[:, 0] = 0 if state is None else state.transpose(1, 2)
+    (u_b, u_l), (delta_b, delta_l), (z_b, z_l) = map(_strides, (u, delta, u if z is None else z))
+    common = {"L": L, "D": d_inner, "N": N, "whole": tiles, "tiles": per_chunk, "chunks": chunks, "slots": slots,
+              "delta_b": delta_b, "delta_l": delta_l, "z_b": z_b, "z_l": z_l, "HAS_BIAS": delta_bias is not None,
+              "SOFTPLUS": softplus, "num_warps": WARPS.value}
     with torch.cuda.device_of(u):
-        if chunks > 1:      # the last chunk adds to no other
+        if chunks > 1:
             sums = A.new_empty(batch, chunks, d_inner)
-            _ends[blocks, chunks - 1, batch](u, delta, A, B, delta_bias, entering, sums, d_inner, N, steps, chunks,
-                                             *_strides(u, delta, B), **options)
-            _carry[triton.cdiv(d_inner * N, CARRY), batch](
-                state, A, entering, sums, None, d_inner, N, chunks,
-                HAS_FIRST=state is not None, HAS_LAST=False, REVERSE=False, BLOCK=CARRY)
-        _outputs[blocks, chunks, batch](
-            u, delta, A, B, C, D, z, delta_bias, state, entering, y, kept, last, L, d_inner, N, steps, chunks,
-            *_strides(u, delta, B, C, z), STEPS=STEPS, HAS_D=D is not None, HAS_Z=z is not None,
-            HAS_FIRST=state is not None, KEEP=keep, **options)
-    return y, last, kept
+            _ends[blocks, chunks - 1, batch](u, delta, A2, BC, u, delta_bias, states, sums, apart=apart, x_b=u_b, x_l=u_l, HAS_Z=False,
+                                             REVERSE=False, **common)
+            _carry[-(-d_inner * N // 128), batch](states, A2, sums, d_inner, N, chunks, slots, apart, REVERSE=False)
+        _outputs[blocks, chunks, batch](u, delta, A2, BC, D, u if z is None else z, delta_bias, y, states, u_b=u_b, u_l=u_l,
+                                        HAS_D=D is not None, HAS_Z=z is not None, KEEP=keep, maxnreg=128, **common)
+    last = states[:, -1].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return (y, last, states, BC) if keep else (y, last, A.new_empty(0), A.new_empty(0))
 
 
 @_forward.register_fake
 def _forward_fake(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
-    (batch, L, d_inner), N = u.shape, A.shape[1]
-    chunks = (L + STEPS - 1) // STEPS + 1
-    return u.new_empty(u.shape), A.new_empty(batch, d_inner, N), A.new_empty(batch, chunks if keep else 0, d_inner, N)
+    (batch, _, d_inner), N, tiles = u.shape, A.shape[1], (u.shape[1] + TILE.value - 1) // TILE.value
+    states, BC = ((batch, 2 * tiles + 1, N, d_inner), (batch, 2 * N, tiles * TILE.value)) if keep else ((0,), (0,))
+    return u.new_empty(u.shape), A.new_empty(batch, d_inner, N), A.new_empty(states), A.new_empty(BC)
 
 
 @custom_op("selective_scan::backward", mutates_args=(), schema=BACKWARD)
-def _backward(gy, glast, kept, u, delta, A, B, C, D, z, delta_bias, softplus):
+def _backward(gy, glast, states, BC, u, delta, A, B, C, D, z, delta_bias, softplus):
     (batch, L, d_inner), N = u.shape, A.shape[1]
-    BD, BN = _blocks(N)
-    blocks, chunks = triton.cdiv(d_inner, BD), triton.cdiv(L, STEPS)
-    gy, u, delta, B, C, z = _side_by_side(gy, u, delta, B, C, z)
-    A, D, delta_bias, glast = _whole(A, D, delta_bias, glast)
-    gu, gdelta, _gA, gB, gC, gD, gz, gbias, gstate = _backward_fake(gy, glast, kept, u, delta, A, B, C, D, z, delta_bias,
+    tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner)
+    gy, u, delta, z = _aligned(gy, u, delta, z)
+    D, delta_bias = _whole(D, delta_bias)
+    A2 = torch.mul(A.t(), LOG2E.value, out=A.new_empty(N, d_inner))
+    gu, gdelta, _gA, gB, gC, gD, gz, gbias, gstate = _backward_fake(gy, glast, states, BC, u, delta, A, B, C, D, z, delta_bias,
                                                                     softplus)
-    entering, gA_parts = A.new_empty(batch, chunks, d_inner, N), A.new_empty(batch, chunks, d_inner, N)
-    sums, gD_parts, gbias_parts = A.new_empty(3, batch, chunks, d_inner)
-    parts = A.new_empty(blocks, batch, L, N)
-    strides = _strides(u, delta, B, C, z, gy)
-    options = {"STEPS": STEPS, "HAS_D": D is not None, "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None,
-               "SOFTPLUS": softplus, "BD": BD, "BN": BN, "num_warps": 1}
+    adjoint = A.new_empty(batch, chunks, N, d_inner)
+    adjoint[:, -1] = 0 if glast is None else glast.transpose(1, 2)
+    parts, gA_parts = A.new_empty(blocks, batch, 2, N, BC.shape[2]), A.new_empty(batch, chunks, N, S.value, d_inner)
+    sums, gD_parts, gbias_parts = A.new_empty(3, batch, chunks, S.value, d_inner)
+    (u_b, u_l), (delta_b, delta_l), (z_b, z_l), (g_b, g_l) = map(_strides, (u, delta, u if z is None else z, gy))
+    common = {"L": L, "D": d_inner, "N": N, "whole": tiles, "chunks": chunks, "delta_b": delta_b, "delta_l": delta_l, "z_b": z_b,
+              "z_l": z_l, "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None, "SOFTPLUS": softplus,
+              "num_warps": WARPS.value}
     with torch.cuda.device_of(u):
-        _rising[blocks, chunks, batch](u, delta, A, B, C, D, z, delta_bias, gy, kept, gu, gdelta, gz, parts, entering, sums,
-                                       gA_parts, gD_parts, L, d_inner, N, chunks, *strides, **options)
-        gC.copy_(parts.sum(0))
-        _carry[triton.cdiv(d_inner * N, CARRY), batch](
-            glast, A, entering, sums, gstate, d_inner, N, chunks,
-            HAS_FIRST=glast is not None, HAS_LAST=True, REVERSE=True, BLOCK=CARRY)
-        _falling[blocks, chunks, batch](u, delta, A, B, C, D, z, delta_bias, gy, kept, entering, sums, gu, gdelta, parts,
-                                        gA_parts, gbias_parts, L, d_inner, N, chunks, *strides, **options)
-        gB.copy_(parts.sum(0))
+        if chunks > 1:
+            _ends[blocks, chunks - 1, batch](gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, sums, tiles=per_chunk,
+                                             slots=chunks, apart=1, x_b=g_b, x_l=g_l, REVERSE=True, **common)
+            _carry[-(-d_inner * N // 128), batch](adjoint, A2, sums, d_inner, N, chunks, chunks, 1, REVERSE=True)
+        _gradients[blocks, chunks, batch](
+            u, delta, A2, BC, D, u if z is None else z, delta_bias, gy, states, adjoint, gu, gdelta, gz, parts, gA_parts, gD_parts,
+            gbias_parts, tiles=2 * per_chunk, slots=states.shape[1], u_b=u_b, u_l=u_l, g_b=g_b, g_l=g_l, HAS_D=D is not None,
+            EXACT=u.dtype != torch.bfloat16, maxnreg=168, **common)
+    gBC = parts.sum(0)[..., :L].transpose(2, 3)
+    gB.copy_(gBC[:, 0])
+    gC.copy_(gBC[:, 1])
     if D is not None:
-        gD = gD_parts.sum((0, 1))
+        gD = gD_parts.sum((0, 1, 2))
     if delta_bias is not None:
-        gbias = gbias_parts.sum((0, 1))
-    return gu, gdelta, gA_parts.sum((0, 1)), gB, gC, gD, gz, gbias, gstate
+        gbias = gbias_parts.sum((0, 1, 2))
+    gstate.copy_(adjoint[:, 0].transpose(1, 2))
+    return gu, gdelta, gA_parts.sum((0, 1, 3)).t().contiguous(), gB, gC, gD, gz, gbias, gstate
 
 
 @_backward.register_fake
-def _backward_fake(gy, glast, kept, u, delta, A, B, C, D, z, delta_bias, softplus):
+def _backward_fake(gy, glast, states, BC, u, delta, A, B, C, D, z, delta_bias, softplus):
     like = lambda t: u.new_empty(0) if t is None else t.new_empty(t.shape)
     return (*map(like, (u, delta, A, B, C, D, z, delta_bias)), A.new_empty(len(u), *A.shape))
 
@@ -438,14 +655,14 @@ def _backward_fake(gy, glast, kept, u, delta, A, B, C, D, z, delta_bias, softplu
 def _setup(ctx, inputs, output):
     *tensors, ctx.softplus, _keep = inputs
     ctx.has_state = tensors[-1] is not None
-    ctx.save_for_backward(output[2], *tensors[:-1])
+    ctx.save_for_backward(*output[2:], *tensors[:-1])
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, gy, glast, _gkept):
-    kept, u, *inputs = ctx.saved_tensors
+def _autograd(ctx, gy, glast, _gstates, _gBC):
+    states, BC, u, *inputs = ctx.saved_tensors
     gy = torch.zeros_like(u) if gy is None else gy
-    *grads, gstate = torch.ops.selective_scan.backward(gy, glast, kept, u, *inputs, ctx.softplus)
+    *grads, gstate = torch.ops.selective_scan.backward(gy, glast, states, BC, u, *inputs, ctx.softplus)
     grads = [None if t is None else grad for t, grad in zip((u, *inputs), grads)]
     return *grads, gstate if ctx.has_state else None, None, None
 
@@ -459,7 +676,12 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
     float16 on a GPU, d_state at most 256; computes in float32. Differentiable once; the gradients are the same bits each time.
     """
     A, D, delta_bias, state = (t if t is None else t.float() for t in (A, D, delta_bias, state))
+    d_inner = u.shape[2]
+    if more := -d_inner % 8:        # the kernels copy 8 channels at once
+        pad = lambda t, *last: t if t is None else F.pad(t, (*last, 0, more))
+        u, delta, z, D, delta_bias = pad(u), pad(delta), pad(z), pad(D), pad(delta_bias)
+        A, state = pad(A, 0, 0), pad(state, 0, 0)
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (u, delta, A, B, C, D, z, delta_bias, state))
-    y, last_state, _ = torch.ops.selective_scan.forward(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, keep)
-    return y, last_state
+    y, last_state, *_ = torch.ops.selective_scan.forward(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, keep)
+    return y[..., :d_inner], last_state[:, :d_inner]

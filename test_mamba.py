@@ -2385,8 +2385,7 @@ def all_of_scan(inputs, method, softplus, kind):
 
 def check_triton(inputs, softplus=True, device="cuda"):
     """Against float64, no result is further off than twice a float32 scan whose results are rounded to u's type, or 1e-5.
-    The gradients of delta_bias and A are sums that may cancel, so their error is measured against what they are sums of:
-    delta's gradients, and for A those times the sum of delta in a chunk of the backward pass."""
+    The gradient of delta_bias is a sum that may cancel, so its error is measured against what it is a sum of."""
     kind = inputs["u"].dtype
     inputs = {k: v.abs() if not softplus and k in ("delta", "delta_bias") else v for k, v in inputs.items()}
     inputs = {k: v.to(device) for k, v in inputs.items()}
@@ -2394,7 +2393,6 @@ def check_triton(inputs, softplus=True, device="cuda"):
     plain = all_of_scan({k: v.float() for k, v in inputs.items()}, "sequential", softplus, kind)
     ours, again = (all_of_scan(inputs, "triton", softplus, kind) for _ in range(2))
     scales = {"delta_bias": exact["delta"].abs().sum((0, 1)).norm().item()}
-    scales["A"] = exact["delta"].norm().item() * 64 * (F.softplus(inputs["delta"].float()) if softplus else inputs["delta"]).mean().item()
     for name, expected in exact.items():
         scale = scales.get(name, 0)
         error, allowed = (relative(t, expected, scale) for t in (ours[name], plain[name].to(kind)))
@@ -2410,9 +2408,51 @@ def test_triton_that_cannot_run_is_an_error():
 
 
 INTERPRETED = """
+import numpy as np
+import sys, types
+import triton, triton.language as tl
+import triton.experimental.gluon as gluon, triton.experimental.gluon.language.nvidia.ampere as ampere
+from triton.runtime.interpreter import TensorHandle, _get_np_dtype
+
+# Gluon's functions are those of triton.language with a layout more, so Triton's interpreter can run them; shared memory is
+# an array, a copy is made at once, and what is PTX in scan_triton.py is written out here
+gl = types.ModuleType("gl")
+gl.__getattr__ = lambda name: getattr(tl, name)     # at the time of the call: the interpreter replaces them
+gl.BlockedLayout = gl.SliceLayout = gl.SwizzledSharedLayout = lambda *args: None
+gl.arange = lambda start, end, layout: tl.arange(start, end)
+gl.full = lambda shape, value, dtype, layout: tl.full([int(n) for n in shape], value, dtype)
+gl.zeros = lambda shape, dtype, layout: tl.zeros([int(n) for n in shape], dtype)
+gl.convert_layout = lambda x, layout: x
+gl.barrier = lambda: None
+
+class Shared:
+    def __init__(self, data, dtype): self.data, self.dtype = data, dtype
+    def index(self, i): return Shared(self.data[int(i.handle.data.item() if hasattr(i, "handle") else i)], self.dtype)
+    def store(self, x): self.data[...] = x.handle.data
+    def load(self, layout): return tl.tensor(TensorHandle(self.data.copy(), self.dtype), tl.block_type(self.dtype, list(self.data.shape)))
+    @staticmethod
+    def reinterpret(shared, dtype, shape, layout): return Shared(shared.data.reshape([int(n) for n in shape]), dtype)
+
+gl.shared_memory_descriptor = Shared
+gl.allocate_shared_memory = lambda dtype, shape, layout: Shared(np.full([int(n) for n in shape], 77, _get_np_dtype(dtype)), dtype)
+ampere.async_copy = types.SimpleNamespace(
+    async_load=lambda shared, pointer, mask: shared.store(tl.load(pointer, mask, other=0)), commit_group=lambda: None, wait_group=lambda n: None)
+gluon.jit, gluon.language = triton.jit, gl
+
 import mamba, scan_triton, test_mamba
+
+def over_channels(p, q, row, EXACT):
+    def summed(x):
+        sums = np.stack([t.handle.data for t in x]).reshape(8, 4, -1, 8).sum(-1)             # (step, segment, warp)
+        s, d = np.arange(4)[:, None], np.arange(32)[None]
+        return tl.tensor(TensorHandle(sums[2 * s + d % 8 // 4, d % 4, d // 8], tl.float32), x[0].type)
+    return summed(p), summed(q)
+
+scan_triton._over_channels, scan_triton._reciprocal = over_channels, lambda x: 1 / x
+scan_triton.gather, scan_triton.tl = lambda *args: tl.gather(*args), tl
 mamba.scan_method = lambda method, u, d_state: method       # it would refuse a CPU
-for scan_triton.PROGRAMS, *shape in ((1, 1, 1, 1, 1), (1, 2, 66, 5, 3), (6, 1, 66, 10, 64), (6, 1, 130, 33, 16)):
+scan_triton.SHORTEST = 1
+for scan_triton.FILL, *shape in ((1, 1, 1, 1, 1), (1, 2, 66, 5, 3), (100, 1, 66, 10, 17), (100, 1, 200, 33, 4)):
     test_mamba.check_triton(test_mamba.scan_inputs(*shape), device="cpu")
 test_mamba.check_triton(test_mamba.scan_inputs(1, 65, 3, 4, ("z",)), softplus=False, device="cpu")
 """
