@@ -554,7 +554,8 @@ def _enter(x, norm, weight, scale, bias, taps, conv_bias, window, x_proj, x_scal
     in_d = d < D
     in_y = (r < rows)[:, None] & in_d[None, :]
     in_u = tl.where(to_gate == 0, in_y, False)
-    w = tl.load(x_proj + p[:, None] * D + d[None, :], mask=tl.where(to_gate == 0, (p < P)[:, None] & in_d[None, :], False), other=0)
+    in_w = tl.where(to_gate == 0, (p < P)[:, None] & in_d[None, :], False)
+    w = tl.load(x_proj + p[:, None] * D + d[None, :], mask=in_w, other=0)
     old = tl.zeros((BM, BN), tl.float32)            # of the convolution: what comes from the tokens before
     if conv_bias is not None:
         old += tl.load(conv_bias + d, mask=in_d, other=0).to(tl.float32)[None, :]
@@ -603,13 +604,15 @@ def _advance(parts, dt_proj, dt_bias, A_log, Dw, u, gate, h, y, rows, D: tl.cons
     bias_d, D_d = tl.load(dt_bias + d, mask=in_d, other=0), tl.load(Dw + d, mask=in_d, other=0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    i = tl.arange(0, BB)
-    of_parts, in_parts = parts + (i * rows + b)[:, None] * P, (i < BLOCKS)[:, None]
-    dt = tl.load(of_parts + q[None, :], mask=in_parts & (q < R)[None, :], other=0)
-    B = tl.load(of_parts + R + n[None, :], mask=in_parts & (n < N)[None, :], other=0)
-    C = tl.load(of_parts + R + N + n[None, :], mask=in_parts & (n < N)[None, :], other=0)
     u_d = tl.load(u + b * D + d, mask=in_d, other=0).to(tl.float32)
     gate_d = tl.load(gate + b * D + d, mask=in_d, other=0)
+    dt, B, C = tl.zeros((BB, BR), tl.float32), tl.zeros((BB, BN), tl.float32), tl.zeros((BB, BN), tl.float32)
+    for start in tl.static_range(0, BLOCKS, BB):
+        i = start + tl.arange(0, BB)
+        of_parts, in_parts = parts + (i * rows + b)[:, None] * P, (i < BLOCKS)[:, None]
+        dt += tl.load(of_parts + q[None, :], mask=in_parts & (q < R)[None, :], other=0)
+        B += tl.load(of_parts + R + n[None, :], mask=in_parts & (n < N)[None, :], other=0)
+        C += tl.load(of_parts + R + N + n[None, :], mask=in_parts & (n < N)[None, :], other=0)
     dt, B, C = tl.sum(dt, 0), tl.sum(B, 0), tl.sum(C, 0)
     delta = _softplus(tl.sum(w.to(tl.float32) * dt[None, :], 1) + bias_d)
     h_d = tl.exp2(delta[:, None] * A_2) * h_d + (delta * u_d)[:, None] * B[None, :]
@@ -633,7 +636,8 @@ def decode(backbone, head, vocab_size, state, token):
     layers = backbone["layers"]
     R = layers[0].mixer.dt_rank
     P = R + 2 * N
-    BD = min(256, max(16, triton.next_power_of_2(rows * D // 128)))             # channels of a program of advance
+    BN, BR, BP = triton.next_power_of_2(N), triton.next_power_of_2(R), max(16, triton.next_power_of_2(P))
+    BD = min(256, max(16, triton.next_power_of_2(rows * D // 128)), 4096 // BN, 16384 // BR)    # of advance
     enter, project, to_logits = (_tiles(x, *sizes) for sizes in ((d_model, 32, 32), (D, 8, 16), (d_model, 32, 128)))
     blocks = triton.cdiv(D, enter["BN"])
     pdl = PDL and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
@@ -645,11 +649,11 @@ def decode(backbone, head, vocab_size, state, token):
             block, conv, dt_proj = layer.mixer, layer.mixer.conv1d, layer.mixer.dt_proj
             _enter[2 * blocks, triton.cdiv(rows, enter["BM"])](
                 x, layer.norm.weight, *_weights(block.in_proj), conv.weight, conv.bias, window, *_weights(block.x_proj)[:2],
-                u, gate, parts, rows, eps, d_model, D, P, window.shape[1], BP=max(16, triton.next_power_of_2(P)), **enter, **options)
+                u, gate, parts, rows, eps, d_model, D, P, BEFORE=window.shape[1], BP=BP, **enter, **options)
             _advance[triton.cdiv(D, BD), rows](
                 parts, dt_proj.weight, dt_proj.bias, block.A_log, block.D, u, gate, h, y, rows, D, N, R, P, blocks,
-                BB=triton.next_power_of_2(blocks), BD=BD, BN=triton.next_power_of_2(N), BR=triton.next_power_of_2(R),
-                num_warps=max(4, BD // 16), **options)
+                BB=min(triton.next_power_of_2(blocks), 4096 // BR), BD=BD, BN=BN, BR=BR,
+                num_warps=max(4, BD * max(BN, BR // 4) // 256), **options)
             before, x = x, torch.empty_like(x)
             _project[triton.cdiv(d_model, project["BN"]), triton.cdiv(rows, project["BM"])](
                 y, None, *_weights(block.out_proj), before, x, rows, eps, D, d_model, **project, **options)
