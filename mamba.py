@@ -22,6 +22,7 @@ Glossary, with the paper's names:
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -35,6 +36,7 @@ import struct
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -784,9 +786,10 @@ class Mamba(nn.Module):
         A row that has made a stop token repeats it until all rows have; then the stream ends, on a GPU up to ASK tokens
         later, because asking makes it wait.
         With a state (from init_state), the prompts continue what it has read; it is updated in place, and when the stream
-        ends it has not yet read the last token. seen, (B, vocab_size) bool, are more tokens for repetition_penalty to know;
+        ends, or is closed, it has not yet read the last token. seen, (B, vocab_size) bool, are more tokens for repetition_penalty to know;
         it is updated in place, with the prompts' tokens and the new ones.
-        compile: the step of a token by torch.compile; the first stream for a number of prompts then waits some ten seconds.
+        compile: on a CPU, the step of a token by torch.compile; the first stream for a number of prompts then waits some ten
+        seconds. On CUDA the step is a CUDA graph; the first stream for a number of prompts waits for its kernels.
         """
         device, training, vocab_size = self.lm_head.weight.device, self.training, self.config.vocab_size
         settings = (temperature, top_k, top_p, min_p, repetition_penalty)
@@ -809,59 +812,83 @@ class Mamba(nn.Module):
             self.eval()
         try:
             self._prefill(prompts, state)
-            last, step = torch.stack([p[-1] for p in prompts]), self._decoder(state, compile)
-            for left in reversed(range(max_new_tokens)):
-                token = next_token(step(last if token is None else token), token, stop, seen, generator, settings)
-                yield token
-                asks = stop is not None and (device.type == "cpu" or left % ASK == 0)
-                if left == 0 or (asks and stopped(token, stop).all()):
-                    return
+            last = torch.stack([p[-1] for p in prompts])
+            with self._decoder(state, compile) as step:
+                for left in reversed(range(max_new_tokens)):
+                    token = next_token(step(last if token is None else token), token, stop, seen, generator, settings)
+                    yield token
+                    asks = stop is not None and (device.type == "cpu" or left % ASK == 0)
+                    if left == 0 or (asks and stopped(token, stop).all()):
+                        return
         finally:
             if training:
                 self.train()
 
+    @contextlib.contextmanager
     def _decoder(self, state, compile=False):
         """
-        step(token) -> logits, (B,) -> (B, vocab_size): the model for the next token of each text; it updates state in place.
-        compile: by torch.compile, unless one line has said that it does not work here. On CUDA the step is a CUDA graph.
+        with self._decoder(state) as step: step(token) -> logits, (B,) -> (B, vocab_size): the model for the next token of each
+        text. It updates state in place; on CUDA, where it is a CUDA graph with a state of its own, at the end of the with.
+        compile: by torch.compile, on a CPU, unless one line has said that it does not work here.
         """
-        rows, device = len(state[0][1]), state[0][1].device
-        if compile and rows not in self.compiles:
-            token = torch.zeros(rows, dtype=torch.long, device=device)
-            self.compiles[rows] = compiles_here(lambda: self._step(self.init_state(rows), True)(token))
-        step = self._step(state, compile and self.compiles[rows])
-        return _captured(step, state) if device.type == "cuda" else step
+        (rows, *_), device = state[0][1].shape, state[0][1].device
+        if device.type != "cuda":
+            compile = compile and device.type == "cpu"
+            if compile and rows not in self.compiles:
+                token = torch.zeros(rows, dtype=torch.long, device=device)
+                self.compiles[rows] = compiles_here(lambda: self._step(self.init_state(rows), True)(token))
+            yield self._step(state, compile and self.compiles[rows])
+            return
+        fused = self._fuses(state)
+        reads = [rows, *((t.data_ptr(), t.dtype) for t in (*self.parameters(), *self.buffers()))]
+        graph = GRAPHS.pop(self, None)      # while this stream has it, another one makes its own
+        if not fused or graph is None or graph.reads != reads:
+            graph = None                    # its memory may be needed
+            graph = Graph(self._step, self.init_state(rows), reads, fused)
+        pairs = [pair for layer in zip(graph.state, state) for pair in zip(*layer)]
+        for own, given in pairs:
+            own.copy_(given)
+        try:
+            yield graph
+        finally:
+            for own, given in pairs:
+                given.copy_(own)
+            if fused:       # the other step has constants made from the weights, which may change until the next stream
+                GRAPHS[self] = graph
 
-    def _step(self, state, compile):
-        rows, on_cpu = len(state[0][1]), state[0][1].device.type == "cpu"
-        ready = functools.partial(_ready, rows=rows, compile=compile)
+    def _fuses(self, state):
+        """Whether the step of a token runs by the kernels of scan_triton.py."""
+        return (scan_method(self.config.scan, state[0][1], self.config.d_state) == "triton"
+                and _scan_triton.decodes(self.config) and all(p.is_contiguous() for p in self.parameters()))
+
+    def _step(self, state, compile=False, fused=False):
         embedding, vocab_size = self.backbone["embedding"], self.config.vocab_size
+        if fused:
+            return torch.inference_mode()(
+                functools.partial(_scan_triton.decode, self.backbone, self.lm_head, vocab_size, state))
+        ready = functools.partial(_ready, rows=len(state[0][1]), compile=compile)
         layers = [layer.decoder(s, ready) for layer, s in zip(self.backbone["layers"], state)]
         norm, linear = ready(self.backbone["norm_f"]), ready(self.lm_head)
-
-        def head(x):
-            return linear(norm(x))[:, :vocab_size]                              # without the padding rows
-        compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
-        if compile and not on_cpu:      # one compilation for all layers; a CPU would lose time between them
-            layers, head = [compiled(layer) for layer in layers], compiled(head)
 
         def step(token):
             x = embedding(token)                                                # (B, d_model)
             for layer in layers:
                 x = layer(x)
-            return head(x)
+            return linear(norm(x))[:, :vocab_size]                              # without the padding rows
         if compile:
-            return compiled(step) if on_cpu else step
+            return torch.compile(step, dynamic=False, fullgraph=True)
         return torch.inference_mode()(step)     # calls cost less than without gradients alone
 
+    @torch.inference_mode()
     def _prefill(self, prompts, state):
         """Read the prompts but their last tokens into the state with the scan, those of one length together."""
         for length in {len(p) - 1 for p in prompts} - {0}:
             rows = [i for i, p in enumerate(prompts) if len(p) - 1 == length]
-            rows_state = [(conv[rows], h[rows]) for conv, h in state]
+            some = len(rows) < len(prompts)
+            rows_state = [(conv[rows], h[rows]) for conv, h in state] if some else state
             for part in torch.stack([prompts[i][:-1] for i in rows]).split(PREFILL, dim=1):
                 self(part, state=rows_state, num_last_tokens=1)
-            for (conv, h), (rows_conv, rows_h) in zip(state, rows_state):
+            for (conv, h), (rows_conv, rows_h) in zip(state, rows_state if some else ()):
                 conv[rows], h[rows] = rows_conv, rows_h
 
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None,
@@ -873,7 +900,7 @@ class Mamba(nn.Module):
         together have this probability.  min_p: only among those at least min_p times as likely as the likeliest.
         repetition_penalty: above 1 makes the tokens of the prompt and of the answer so far less likely: their logits are
         divided by it where positive, multiplied where negative (CTRL, arXiv 1909.05858).
-        compile: the step of a token by torch.compile; see stream.
+        compile: on a CPU, the step of a token by torch.compile; see stream.
         stop: ids that end a row. In the list each row ends with its stop token; in the tensor, which is then as long as
         the longest row, a shorter row repeats its stop token to the end.
         generator: a torch.Generator, to get the same text again; one on the CPU makes a GPU wait for its numbers.
@@ -911,7 +938,7 @@ def _ready(module, rows, compile):
             length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide.dtype)
             return (x * wide * torch.addcmul(d_eps, length, length).rsqrt_()).to(x.dtype)
         return module if compile else function
-    if compile and rows <= (8 if int8 and on_cpu else 1):   # becomes one loop over the weights
+    if compile and rows <= (8 if int8 else 1):              # becomes one loop over the weights
         def function(x):
             wide = _at_least_float32(x)
             y = (x[:, None].to(wide) * weight.to(wide)).sum(-1)
@@ -929,26 +956,29 @@ def _ready(module, rows, compile):
     return function
 
 
-def _captured(step, state):
-    """A step on CUDA as a CUDA graph: its launches are recorded once, and replayed for each token by a single call."""
-    tensors = [tensor for layer in state for tensor in layer]
-    before, token = [t.clone() for t in tensors], torch.zeros(len(tensors[0]), dtype=torch.long, device=tensors[0].device)
-    with torch.cuda.device_of(token):
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):     # what the first call alone has to do cannot be recorded
-            step(token)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            logits = step(token)
-    for tensor, was in zip(tensors, before):
-        tensor.copy_(was)
+GRAPHS = weakref.WeakKeyDictionary()    # for a model, the Graph of its last stream
 
-    def replay(new, kept=step):     # the graph reads what step has computed once, so that has to stay
-        token.copy_(new)
-        graph.replay()
-        return logits
-    return replay
+
+class Graph:
+    """The step of a token on CUDA as a CUDA graph: its launches are recorded once, and replayed for each token by one call."""
+
+    def __init__(self, make_step, state, reads, fused):
+        # reads: the rows, and the weights that it reads where they are. It also reads what step has computed once
+        self.state, self.reads, self.step = state, reads, make_step(state, fused=fused)
+        self.token = torch.zeros(reads[0], dtype=torch.long, device=state[0][1].device)
+        with torch.cuda.device_of(self.token):
+            self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):     # what the first call alone has to do cannot be recorded
+                self.step(self.token)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph):
+                self.logits = self.step(self.token)
+
+    def __call__(self, token):
+        self.token.copy_(token)
+        self.graph.replay()
+        return self.logits
 
 
 def compiles_here(attempt, say=lambda line: print(line, file=sys.stderr)):
@@ -1001,23 +1031,24 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_
         logits = torch.where(seen, penalized, logits)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature     # at most 0: no temperature makes it overflow
+    logits, temperature = logits.float(), min(temperature, 1e30)        # times the noise below it must not overflow
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
-    probs = logits.softmax(-1)
-    if top_p is not None:
-        ordered, order = probs.sort(descending=True)
-        enough = ordered.cumsum(-1) - ordered >= top_p                          # those before it reach top_p already
-        probs = probs.masked_fill(enough.scatter(-1, order, enough), 0)
-    if min_p is not None:
-        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
-    # argmax of p / Exponential(1) is a draw from p: no multinomial, which returns impossible indices on MPS, and no
-    # wait for the GPU. The noise comes from the generator's own device.
-    noise = torch.empty(probs.shape, device=generator.device if generator else probs.device)
-    noise = noise.exponential_(generator=generator).clamp_(min=1e-20)
-    return (probs / noise.to(probs.device)).argmax(-1)
+    if top_p is not None or min_p is not None:
+        probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)    # at most 0: it never overflows
+        if top_p is not None:
+            ordered, order = probs.sort(descending=True)
+            enough = ordered.cumsum(-1) - ordered >= top_p                      # those before it reach top_p already
+            probs = probs.masked_fill(enough.scatter(-1, order, enough), 0)
+        if min_p is not None:
+            probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
+        logits = logits.masked_fill(probs == 0, -math.inf)
+    # argmax of p / Exponential(1) is a draw from p, here as its logarithm times the temperature: no softmax, no
+    # multinomial, which returns impossible indices on MPS, and no wait for the GPU. The noise comes from the generator's device
+    noise = torch.empty(logits.shape, device=generator.device if generator else logits.device)
+    noise = noise.exponential_(generator=generator).clamp_(min=1e-20).log_()
+    return torch.sub(logits, noise.to(logits.device), alpha=temperature).argmax(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

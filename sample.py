@@ -77,7 +77,7 @@ class Config:
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16; by default bfloat16 on CUDA, else float32")
     scan: str = flag("auto", "method of the selective scan: auto, triton (fused kernels, on CUDA), chunked or sequential")
-    compile: bool = flag(False, "torch.compile the model: 10 to 25 s at first, then 1.2 to 2 times as fast on a CPU, 3 times on CUDA")
+    compile: bool = flag(False, "on a CPU, torch.compile the model: 10 to 25 s at first, then 1.2 to 2 times as fast")
     quantize: str = flag("", "int8: weights of 8 bits, a quarter of float32's memory; on a CPU several times faster")
 
 

@@ -29,6 +29,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch.library import custom_op
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -574,8 +576,7 @@ FORWARD = f"({INPUTS}, Tensor? state, bool softplus, bool keep) -> (Tensor, Tens
 BACKWARD = f"(Tensor gy, Tensor? glast, Tensor states, Tensor BC, {INPUTS}, bool softplus) -> ({', '.join(['Tensor'] * 9)})"
 
 
-@custom_op("selective_scan::forward", mutates_args=(), schema=FORWARD)
-def _forward(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
+def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     (batch, L, d_inner), N = u.shape, A.shape[1]
     tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner)
     u, delta, z = _aligned(u, delta, z)
@@ -600,6 +601,9 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
                                         HAS_D=D is not None, HAS_Z=z is not None, KEEP=keep, maxnreg=128, **common)
     last = states[:, -1].transpose(1, 2).clone(memory_format=torch.contiguous_format)
     return (y, last, states, BC) if keep else (y, last, A.new_empty(0), A.new_empty(0))
+
+
+_forward = custom_op("selective_scan::forward", _run, mutates_args=(), schema=FORWARD)
 
 
 @_forward.register_fake
@@ -683,5 +687,234 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
         A, state = pad(A, 0, 0), pad(state, 0, 0)
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (u, delta, A, B, C, D, z, delta_bias, state))
-    y, last_state, *_ = torch.ops.selective_scan.forward(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, keep)
+    # where nobody asks for an operator, it only costs time
+    scan = torch.ops.selective_scan.forward if keep or torch.compiler.is_compiling() else _run
+    y, last_state, *_ = scan(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, keep)
     return y[..., :d_inner], last_state[:, :d_inner]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step of a token, for generation
+#
+# With few texts a step takes as long as reading the weights once, and the start of every kernel. There are three a layer:
+#     enter      norm, in_proj, convolution; and each block of channels times its columns of x_proj: parts of that sum
+#     advance    the sum of the parts, which is dt, B and C, for each block of channels; dt_proj, the state, the gate
+#     project    out_proj, added to the residual stream; and once, at the end, the last norm and the head
+# Nothing that is derived from the weights outlives a step, so nothing can become outdated. Where PDL (programmatic dependent
+# launch) is set, a kernel starts while the one before it still runs. It fetches its weights and states, which no other
+# kernel of the step writes, and only then waits for it. Sums are in float32 and in a fixed order.
+
+
+@triton.jit
+def _silu(x):
+    return x / (1 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def _wait(residual, r, n, in_y, N, PDL: tl.constexpr):
+    """Until what the kernels before have written is there; then the first thing of it that is needed, and takes long."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    return 0.0 if residual is None else tl.load(residual + r[:, None] * N + n[None, :], mask=in_y, other=0).to(tl.float32)
+
+
+@triton.jit
+def _product(x, norm, weight, scale, bias, residual, rows, r, n, EPS: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+    """residual + scale weight norm(x) + bias for the rows r and outputs n: (BM, BN).  x: (rows, K).  weight: (N, K)."""
+    in_r, in_n = r < rows, n < N
+    in_y = in_r[:, None] & in_n[None, :]
+    if BM == 1:         # chunks of BK come first, so that a warp has whole outputs: the sum over its threads is what costs
+        y = tl.zeros((BN, BK), tl.float32)
+        squares = tl.zeros((TILE // BK, BK), tl.float32)
+        for start in tl.static_range(0, K, TILE):
+            k = start + tl.arange(0, TILE // BK)[:, None] * BK + tl.arange(0, BK)[None, :]
+            w = tl.load(weight + n[:, None, None] * K + k[None, :, :], mask=in_n[:, None, None] & (k < K)[None, :, :], other=0)
+            if norm is not None:
+                norm_k = tl.load(norm + k, mask=k < K, other=0).to(tl.float32)
+            if start == 0:
+                first = _wait(residual, r, n, in_y, N, PDL)
+            x_k = tl.load(x + k, mask=k < K, other=0).to(tl.float32)
+            if norm is not None:
+                squares += x_k * x_k
+                x_k *= norm_k
+            y += tl.sum(w.to(tl.float32) * x_k[None, :, :], 1)
+        y = tl.sum(y, 1)[None, :]
+        if norm is not None:
+            y *= tl.rsqrt(tl.sum(squares) / K + EPS)
+    else:
+        first = _wait(residual, r, n, in_y, N, PDL)
+        y = tl.zeros((BM, BN), tl.float32)
+        squares = tl.zeros((BM,), tl.float32)
+        for start in range(0, K, BK):
+            k = start + tl.arange(0, BK)
+            w = tl.load(weight + n[:, None] * K + k[None, :], mask=in_n[:, None] & (k < K)[None, :], other=0)
+            x_k = tl.load(x + r[:, None] * K + k[None, :], mask=in_r[:, None] & (k < K)[None, :], other=0)
+            if norm is not None:        # / 64: what is not yet divided by its length could overflow in float16
+                wide = x_k.to(tl.float32)
+                squares += tl.sum(wide * wide, 1)
+                x_k = (wide * (tl.load(norm + k, mask=k < K, other=0).to(tl.float32) / 64)[None, :]).to(x_k.dtype)
+            y = tl.dot(x_k, w.to(x_k.dtype).trans(), y, input_precision="ieee")
+        if norm is not None:
+            y *= 64 * tl.rsqrt(squares / K + EPS)[:, None]
+    if scale is not None:
+        y *= tl.load(scale + n, mask=in_n, other=0).to(tl.float32)[None, :]
+    if bias is not None:
+        y += tl.load(bias + n, mask=in_n, other=0).to(tl.float32)[None, :]
+    return y + first
+
+
+@triton.jit
+def _project(x, norm, weight, scale, bias, residual, y, rows, EPS: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
+    result = _product(x, norm, weight, scale, bias, residual, rows, r, n, EPS, K, N, BM, BN, BK, TILE, PDL)
+    tl.store(y + r[:, None] * N + n[None, :], result, mask=(r < rows)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _enter(x, norm, weight, scale, bias, taps, conv_bias, window, x_proj, x_scale, u, gate, parts, rows, EPS: tl.constexpr,
+           K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BEFORE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+           BP: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+    """x -> u, the input of the scan, and gate (rows, D); parts (blocks, rows, P): what each block of u adds to dt, B and C."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    BLOCKS: tl.constexpr = tl.cdiv(D, BN)           # the programs after these have the outputs that become the gate
+    block, to_gate = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    d, r, p = block * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM), tl.arange(0, BP)
+    in_d = d < D
+    in_y = (r < rows)[:, None] & in_d[None, :]
+    in_u = tl.where(to_gate == 0, in_y, False)
+    in_w = tl.where(to_gate == 0, (p < P)[:, None] & in_d[None, :], False)
+    w = tl.load(x_proj + p[:, None] * D + d[None, :], mask=in_w, other=0)
+    old = tl.zeros((BM, BN), tl.float32)            # of the convolution: what comes from the tokens before
+    if conv_bias is not None:
+        old += tl.load(conv_bias + d, mask=in_d, other=0).to(tl.float32)[None, :]
+    at = window + r[:, None] * (BEFORE * D) + d[None, :]
+    for k in tl.static_range(BEFORE):
+        x_k = tl.load(at + k * D, mask=in_u, other=0)
+        old += x_k.to(tl.float32) * tl.load(taps + d * (BEFORE + 1) + k, mask=in_d, other=0).to(tl.float32)[None, :]
+    tap = tl.load(taps + d * (BEFORE + 1) + BEFORE, mask=in_d, other=0).to(tl.float32)[None, :]
+    n = tl.where(in_d, d + to_gate * D, 2 * D)
+    y = _product(x, norm, weight, scale, bias, None, rows, r, n, EPS, K, 2 * D, BM, BN, BK, TILE, PDL)
+    of_y = r[:, None] * D + d[None, :]
+    if to_gate == 1:
+        tl.store(gate + of_y, _silu(y), mask=in_y)
+    else:
+        for k in tl.static_range(BEFORE):
+            x_k = tl.load(at + (k + 1) * D, mask=in_y, other=0) if k + 1 < BEFORE else y.to(window.dtype.element_ty)
+            tl.debug_barrier()      # all threads have read what is overwritten now
+            tl.store(at + k * D, x_k, mask=in_y)
+        new = old + y * tap
+        new = _silu(new).to(u.dtype.element_ty)
+        tl.store(u + of_y, new, mask=in_y)
+        if BM == 1:
+            part = tl.sum(w.to(tl.float32) * new.to(tl.float32), 1)[None, :]
+        else:
+            part = tl.dot(new, w.to(new.dtype).trans(), input_precision="ieee")
+        if x_scale is not None:
+            part *= tl.load(x_scale + p, mask=p < P, other=0).to(tl.float32)[None, :]
+        tl.store(parts + (block * rows + r)[:, None] * P + p[None, :], part, mask=(r < rows)[:, None] & (p < P)[None, :])
+
+
+@triton.jit
+def _advance(parts, dt_proj, dt_bias, A_log, Dw, u, gate, h, y, rows, D: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+             P: tl.constexpr, BLOCKS: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+             PDL: tl.constexpr):
+    """One step of the scan for a block of channels of one text: h (rows, D, N) in place, y (rows, D)."""
+    b, d, n, q = tl.program_id(1).to(tl.int64), tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, BR)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    in_d = d < D
+    in_h = in_d[:, None] & (n < N)[None, :]
+    of_h = d[:, None] * N + n[None, :]
+    h += b * D * N + of_h
+    h_d = tl.load(h, mask=in_h, other=0)
+    A_2 = -tl.exp2(tl.load(A_log + of_h, mask=in_h, other=0) * LOG2E) * LOG2E
+    w = tl.load(dt_proj + d[:, None] * R + q[None, :], mask=in_d[:, None] & (q < R)[None, :], other=0)
+    bias_d, D_d = tl.load(dt_bias + d, mask=in_d, other=0), tl.load(Dw + d, mask=in_d, other=0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    u_d = tl.load(u + b * D + d, mask=in_d, other=0).to(tl.float32)
+    gate_d = tl.load(gate + b * D + d, mask=in_d, other=0)
+    dt, B, C = tl.zeros((BB, BR), tl.float32), tl.zeros((BB, BN), tl.float32), tl.zeros((BB, BN), tl.float32)
+    for start in tl.static_range(0, BLOCKS, BB):
+        i = start + tl.arange(0, BB)
+        of_parts, in_parts = parts + (i * rows + b)[:, None] * P, (i < BLOCKS)[:, None]
+        dt += tl.load(of_parts + q[None, :], mask=in_parts & (q < R)[None, :], other=0)
+        B += tl.load(of_parts + R + n[None, :], mask=in_parts & (n < N)[None, :], other=0)
+        C += tl.load(of_parts + R + N + n[None, :], mask=in_parts & (n < N)[None, :], other=0)
+    dt, B, C = tl.sum(dt, 0), tl.sum(B, 0), tl.sum(C, 0)
+    raw = tl.sum(w.to(tl.float32) * dt[None, :], 1) + bias_d
+    e = tl.exp2(-tl.abs(raw) * LOG2E)
+    f = e / (2 + e)
+    v = f * f                       # softplus, as in _softplus
+    delta = tl.maximum(raw, 0) + 2 * f * (1 + v * (0.3333332 + v * (0.20003835 + v * (0.14116978 + v * 0.13433774))))
+    h_d = tl.exp2(delta[:, None] * A_2) * h_d + (delta * u_d)[:, None] * B[None, :]
+    tl.debug_barrier()              # all threads have read h
+    tl.store(h, h_d, mask=in_h)
+    tl.store(y + b * D + d, (tl.sum(h_d * C[None, :], 1) + D_d * u_d) * gate_d, mask=in_d)
+
+
+def decodes(config):
+    """Whether decode can run a model of this shape."""
+    return config.d_intermediate == 0 and config.dt_rank + 2 * config.d_state <= 512
+
+
+def decode(backbone, head, vocab_size, state, token):
+    """
+    The Mamba of mamba.py for the next token of each text: token (B,) -> logits (B, vocab_size), float32. state, from
+    Mamba.init_state, is updated in place. Weights: contiguous, in float32, bfloat16, float16 or as Int8Linear has them.
+    """
+    x = backbone["embedding"](token)                                            # (B, d_model)
+    (rows, d_model), (D, N), eps = x.shape, state[0][1].shape[1:], backbone["norm_f"].eps
+    layers = backbone["layers"]
+    R = layers[0].mixer.dt_rank
+    P = R + 2 * N
+    BN, BR, BP = triton.next_power_of_2(N), triton.next_power_of_2(R), max(16, triton.next_power_of_2(P))
+    BD = min(256, max(16, triton.next_power_of_2(rows * D // 128)), 4096 // BN, 16384 // BR)    # of advance
+    enter, project, to_logits = (_tiles(x, *sizes) for sizes in (
+        (d_model, 32, 64, 64, 8), (D, 8, 16, 128, 4), (d_model, 32, 128, 64, 4)))
+    blocks = triton.cdiv(D, enter["BN"])
+    # with many rows a kernel that waits takes room from the one that works
+    pdl = PDL and rows == 1 and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    options = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
+    with torch.cuda.device_of(x):
+        u, y, logits = x.new_empty(rows, D), x.new_empty(rows, D), x.new_empty(rows, vocab_size, dtype=torch.float32)
+        gate, parts = logits.new_empty(rows, D), logits.new_empty(blocks, rows, P)
+        for layer, (window, h) in zip(layers, state):
+            block, conv, dt_proj = layer.mixer, layer.mixer.conv1d, layer.mixer.dt_proj
+            _enter[2 * blocks, triton.cdiv(rows, enter["BM"])](
+                x, layer.norm.weight, *_weights(block.in_proj), conv.weight, conv.bias, window, *_weights(block.x_proj)[:2],
+                u, gate, parts, rows, eps, d_model, D, P, BEFORE=window.shape[1], BP=BP, **enter, **options)
+            _advance[triton.cdiv(D, BD), rows](
+                parts, dt_proj.weight, dt_proj.bias, block.A_log, block.D, u, gate, h, y, rows, D, N, R, P, blocks,
+                BB=min(triton.next_power_of_2(blocks), 4096 // BR), BD=BD, BN=BN, BR=BR,
+                num_warps=max(4, BD * max(BN, BR // 4) // 512), **options)
+            before, x = x, torch.empty_like(x)
+            _project[triton.cdiv(d_model, project["BN"]), triton.cdiv(rows, project["BM"])](
+                y, None, *_weights(block.out_proj), before, x, rows, eps, D, d_model, **project, **options)
+        _project[triton.cdiv(vocab_size, to_logits["BN"]), triton.cdiv(rows, to_logits["BM"])](
+            x, backbone["norm_f"].weight, *_weights(head), None, logits, rows, eps, d_model, vocab_size, **to_logits, **options)
+    return logits
+
+
+PDL = torch.version.hip is None
+
+
+def _weights(linear):
+    return linear.weight, getattr(linear, "scale", None), linear.bias
+
+
+def _tiles(x, K, one, more, BK, warps):
+    """How a program of _product works: BM rows and BN outputs, `one` or `more` of them by the number of rows of x."""
+    rows = len(x)
+    if rows == 1:
+        tile = min(triton.next_power_of_2(K), 2 ** 15 // one)
+        return {"BM": 1, "BN": one, "TILE": tile, "BK": min(256, tile), "num_warps": 8}
+    BM = min(64, max(16, triton.next_power_of_2(rows)))
+    if x.dtype == torch.float32:        # no matrix units
+        return {"BM": min(BM, 32), "BN": 32, "TILE": 0, "BK": 32, "num_warps": 4, "num_stages": 3}
+    return {"BM": BM, "BN": more, "TILE": 0, "BK": BK, "num_warps": warps, "num_stages": 4}

@@ -6,9 +6,11 @@ run as real processes with real signals; downloads come from a small server here
 """
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import functools
+import gc
 import hashlib
 import html.parser
 import http.server
@@ -17,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -1950,12 +1953,12 @@ def test_stop_tokens():
     got = again(prompts, stop=stop)
     assert [row.tolist() for row in got] == [row[:end] for row, end in zip(free, ends)] and min(ends) < max(ends)
     assert again(prompts, stop=())[3].tolist() == free[3]
-    calls = []
-    decoder, counted = model._decoder, lambda step: lambda token: calls.append(1) or step(token)
-    model._decoder = lambda *given: counted(decoder(*given))
+    calls, make_step = [], model._step
+    counted = lambda step: lambda token: calls.append(1) or step(token)
+    model._step = lambda *given: counted(make_step(*given))
     stops = [*stop, free[3][15]]
     new = torch.stack(list(model.stream(prompts, 40, stop=stops, generator=torch.Generator().manual_seed(0))), 1).tolist()
-    del model._decoder
+    del model._step
     assert len(calls) == len(new[0]) and len(new[0]) < 40   # no step after the last row has stopped
     assert all(row[-1] in stops and len({*row[row.index(row[-1]):]}) == 1 for row in new)
 
@@ -2491,7 +2494,7 @@ def test_triton_extreme_decay(size):
     exact = all_of_scan({k: v.double() for k, v in inputs.items()}, "sequential", False, torch.float32)
     scale = exact["u"].norm() * max(size, 1.0)
     for name, expected in exact.items():
-        assert (results[name] - expected).norm() < 1e-5 * max(expected.norm(), scale if name in ("A", "delta") else 0), name
+        assert (results[name] - expected).norm() <= 1e-5 * max(expected.norm(), scale if name in ("A", "delta") else 0), name
 
 
 @on_gpu
@@ -2696,8 +2699,7 @@ def test_decoder_equals_one_call(changes, dtype, batch):
     if dtype == torch.int8:
         mamba.quantize_int8(model)
     states = model.init_state(batch), model.init_state(batch)
-    step, got = model._decoder(states[1]), []
-    with torch.no_grad():
+    with torch.no_grad(), model._decoder(states[1]) as step:
         whole = model(idx, state=states[0])[0]
         got = [step(token) for token in idx.unbind(1)]
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.int8: 3e-2}[dtype]
@@ -2706,28 +2708,125 @@ def test_decoder_equals_one_call(changes, dtype, batch):
         assert one.dtype == expected.dtype and (one.numel() == 0 or relative(one, expected) < tolerance)
 
 
-@on_gpu
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("quantize", [False, True])
+def awkward(changes, dtype=torch.float32, device=None):
+    """A small model none of whose sizes is a power of two, with weights that are nowhere 0 or 1; int8: quantized."""
+    torch.manual_seed(0)
+    model = small(**{"d_model": 40, "vocab_size": 71, **changes}).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    model = model.to(device, torch.float32 if dtype == torch.int8 else dtype)
+    return mamba.quantize_int8(model) if dtype == torch.int8 else model
+
+
+SHAPES = ({}, {"d_state": 5, "dt_rank": 7, "conv_bias": False, "bias": True, "d_conv": 1},
+          {"d_model": 33, "d_conv": 3, "tie_embeddings": False})
+
+
 @torch.no_grad()
-def test_generation_by_a_cuda_graph(compile, quantize):
-    """The same texts as without a graph, and the state is where it was when the graph has been captured."""
-    model, prompts = small().eval().double().cuda(), [tokens(n, seed=n).cuda() for n in (5, 1, 1500)]
-    model = mamba.quantize_int8(model) if quantize else model
-    for some in (prompts[:1], prompts):
+def check_fused_step(changes, dtype, rows, device, length=20):
+    """Tokens read by the kernels give the logits and states of one call in float32 of the same weights."""
+    model = awkward(changes, dtype, device)
+    exact = awkward(changes) if dtype == torch.int8 else awkward(changes, dtype).float()
+    states, idx = (model.init_state(rows), exact.init_state(rows)), tokens(rows, length)
+    whole = exact(idx, state=states[1])[0]
+    step = model._step(states[0], fused=True)
+    got = torch.stack([step(token).clone() for token in idx.to(device).unbind(1)], 1)
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.int8: 3e-2}[dtype]
+    assert got.shape == whole.shape and got.dtype == torch.float32 and relative(got.cpu(), whole) < tolerance
+    for one, expected in zip(*map(tree_leaves, states)):
+        assert one.numel() == 0 or relative(one.cpu(), expected) < tolerance
+
+
+FUSED = """
+import torch, test_mamba
+for rows, dtype, shape in ((1, torch.float32, 0), (1, torch.bfloat16, 1), (1, torch.int8, 2), (3, torch.float16, 1), (3, torch.int8, 0),
+                           (17, torch.float32, 2)):     # it cannot do tl.dot of bfloat16
+    test_mamba.check_fused_step({"n_layer": 1, **test_mamba.SHAPES[shape]}, dtype, rows, "cpu", length=4)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA runs the kernels themselves")
+def test_fused_step_in_the_interpreter_of_triton():
+    pytest.importorskip("triton")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FUSED], check=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"})
+
+
+@on_gpu
+@pytest.mark.parametrize("rows, dtype, shape", [
+    (1, torch.float32, 0), (1, torch.bfloat16, 1), (1, torch.int8, 2), (2, torch.int8, 0), (3, torch.float32, 1),
+    (17, torch.float16, 0), (17, torch.bfloat16, 2), (40, torch.float32, 2), (100, torch.bfloat16, 1)])
+def test_fused_step_equals_one_call(rows, dtype, shape):
+    check_fused_step(SHAPES[shape], dtype, rows, "cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", ["fused", "int8", "float64", "with an MLP"])
+@torch.no_grad()
+def test_generation_by_a_cuda_graph(kind):
+    """The texts that forward gives, and the state is the caller's at the end of the stream, also where it is closed."""
+    model = awkward({"d_intermediate": 24} if kind == "with an MLP" else {}, torch.int8 if kind == "int8" else torch.float32, "cuda")
+    model = model.double() if kind == "float64" else model
+    prompts = [tokens(n, seed=n).cuda() for n in (5, 1, 1500)]
+    for some in (prompts[:1], prompts, prompts[:1]):
         states = model.init_state(len(some)), model.init_state(len(some))
-        step, plain = model._decoder(states[0], compile), model._step(states[1], False)
-        assert not any(t.any() for t in tree_leaves(states[0]))
-        for token in tokens(6, len(some)).cuda():
-            assert relative(step(token), plain(token)) < 1e-6
+        plain, new = model._step(states[1]), tokens(6, len(some)).cuda()
+        with model._decoder(states[0]) as step:
+            for token in new:
+                assert relative(step(token), plain(token)) < (2e-2 if kind == "int8" else 1e-5)
         for one, other in zip(*map(tree_leaves, states)):
-            assert relative(one, other) < 1e-6
-        texts = model.generate(some, 20, temperature=0, compile=compile)
+            assert relative(one, other) < (2e-2 if kind == "int8" else 1e-5)
+        texts = model.generate(some, 20, temperature=0)
         for prompt, text in zip(some, texts):
-            for _ in range(20):
-                likeliest = model(prompt[None])[0][0, -1].argmax()
-                prompt = torch.cat([prompt, likeliest[None]])
-            assert torch.equal(text, prompt)
+            logits = model(text[None, :-1])[0][0, len(prompt) - 1:]
+            likeliest, chosen = logits.amax(-1), logits.gather(-1, text[len(prompt):, None])[:, 0]
+            assert torch.equal(text[:len(prompt)], prompt) and (likeliest - chosen).max() < (0.05 if kind == "int8" else 1e-4)
+    assert (model in mamba.GRAPHS) == (kind in ("fused", "int8"))
+    state, whole = model.init_state(3), model.init_state(3)
+    stream = model.stream(prompts, 9, state=state, temperature=0)
+    read = [next(stream) for _ in range(4)]
+    stream.close()
+    list(model.stream(prompts, 4, state=whole, temperature=0))
+    assert all(torch.equal(*pair) for pair in zip(*map(tree_leaves, (state, whole)))) and len(read) == 4
+
+
+@on_gpu
+def test_a_cuda_graph_that_is_kept():
+    """It is used again, by one stream at a time, sees new weights, and belongs to nobody but the model."""
+    model, prompts = awkward({}, device="cuda"), [tokens(n, seed=n).cuda() for n in (5, 9)]
+
+    def fresh(model, **more):
+        return copy.deepcopy(model).generate(prompts, 12, **{"temperature": 0, **more})
+
+    def same(texts, expected):
+        return all(torch.equal(*pair) for pair in zip(texts, expected, strict=True))
+    seed = lambda: torch.Generator("cuda").manual_seed(3)
+    expected = fresh(model)
+    assert same(model.generate(prompts, 12, temperature=0), expected)
+    graph = mamba.GRAPHS[model]
+    assert same(model.generate(prompts, 12, generator=seed()), fresh(model, generator=seed())) and mamba.GRAPHS[model] is graph
+    streams = [model.stream(prompts, 12, temperature=0) for _ in range(2)]
+    for pair in zip(*streams, strict=True):
+        assert torch.equal(*pair)
+    assert same(model.generate(prompts, 12, temperature=0), expected)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(tokens(2, 30).cuda(), tokens(2, 30).cuda())[1].backward()
+    optimizer.step()
+    changed, graph = fresh(model), mamba.GRAPHS[model]
+    assert same(model.generate(prompts, 12, temperature=0), changed) and mamba.GRAPHS[model] is graph
+    assert not same(changed, expected)
+    with torch.no_grad():
+        model.backbone["layers"][0].mixer.A_log = torch.nn.Parameter(model.backbone["layers"][0].mixer.A_log * 3)
+    assert same(model.generate(prompts, 12, temperature=0), fresh(model)) and mamba.GRAPHS[model] is not graph
+    model.bfloat16()
+    assert same(model.generate(prompts, 12, temperature=0), fresh(model))
+    assert not any("raph" in key for key in (*model.state_dict(), *vars(model)))
+    pickle.loads(pickle.dumps(model))
+    kept = len(mamba.GRAPHS)
+    del model, optimizer
+    gc.collect()
+    assert len(mamba.GRAPHS) < kept
 
 
 def test_generated_tokens_and_states_can_be_trained_on():
@@ -2754,8 +2853,7 @@ def test_compiled_step(capsys):
     states = model.init_state(1), model.init_state(1)
     for quantize in (False, True):
         model = mamba.quantize_int8(model) if quantize else model
-        plain, compiled = (model._decoder(state, compile) for state, compile in zip(states, (False, True)))
-        with torch.no_grad():
+        with torch.no_grad(), model._decoder(states[0]) as plain, model._decoder(states[1], True) as compiled:
             for token in tokens(6, 1):
                 assert relative(compiled(token), plain(token)) < (2e-2 if quantize else 1e-5)
         for one, other in zip(*map(tree_leaves, states)):
