@@ -690,7 +690,7 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
     # where nobody asks for an operator, it only costs time
     scan = torch.ops.selective_scan.forward if keep or torch.compiler.is_compiling() else _run
     y, last_state, *_ = scan(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, keep)
-    return y[..., :d_inner], last_state[:, :d_inner]
+    return (y[..., :d_inner], last_state[:, :d_inner]) if more else (y, last_state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2548,7 +2548,8 @@ def test_model_with_triton_equals_chunked(compiled):
         loss = run(idx, idx.roll(-1, 1))[1]
         loss.backward()
         results[scan] = torch.cat([loss.detach().reshape(1), *(p.grad.flatten() for p in model.parameters())])
-    assert relative(results["triton"], results["chunked"]) < 1e-5
+    error = relative(results["triton"], results["chunked"])
+    assert error < 1e-5, error
 
 
 def test_loss_in_parts_equals_the_loss_at_once(monkeypatch):
@@ -2804,7 +2805,8 @@ def test_a_cuda_graph_that_is_kept():
     expected = fresh(model)
     assert same(model.generate(prompts, 12, temperature=0), expected)
     graph = mamba.GRAPHS[model]
-    assert same(model.generate(prompts, 12, generator=seed()), fresh(model, generator=seed())) and mamba.GRAPHS[model] is graph
+    drawn = fresh(model, temperature=1, generator=seed())
+    assert same(model.generate(prompts, 12, generator=seed()), drawn) and mamba.GRAPHS[model] is graph
     streams = [model.stream(prompts, 12, temperature=0) for _ in range(2)]
     for pair in zip(*streams, strict=True):
         assert torch.equal(*pair)
