@@ -344,14 +344,17 @@ def scan_tables(bench, shape):
 
 
 def cost_per_token(bench, shape):
-    """Does a token cost the same at every length? One sequence and few channels, so that the longest takes seconds."""
-    d_inner, d_state = min(shape[2], 256), shape[3]
+    """Does a token cost the same at every length?"""
+    batch, _, d_inner, d_state = shape
     lengths = [256 * 4 ** i for i in range(10) if 256 * 4 ** i <= bench.cfg.longest]
+    gb = {length: 8 * 4 * batch * length * d_inner / 1e9 for length in lengths}     # inputs, y and gradients: 8 of (B, L, D)
+    remarks = [f"L={n}: left out, needs {gb[n]:.0f} GB (--memory_gb)" for n in lengths if gb[n] > bench.cfg.memory_gb]
+    lengths = [n for n in lengths if gb[n] <= bench.cfg.memory_gb]
     for backward, direction in ((False, "forward"), (True, "forward + backward")):
-        variants = {f"chunked, L={length}": functools.partial(
-            scan_call, SCANS["chunked"][0], *scan_inputs((1, length, d_inner, d_state), bench), backward) for length in lengths}
-        table(bench, f"cost per token, {direction}: B=1 D={d_inner} N={d_state}, {bench.dtype}", variants,
-              dict(zip(variants, lengths)))
+        variants = {f"chunked, L={n}": functools.partial(
+            scan_call, SCANS["chunked"][0], *scan_inputs((batch, n, d_inner, d_state), bench), backward) for n in lengths}
+        table(bench, f"cost per token, {direction}: B={batch} D={d_inner} N={d_state}, {bench.dtype}", variants,
+              dict(zip(variants, (batch * n for n in lengths))), remarks=remarks)
 
 
 def plot(bench, sweep):
