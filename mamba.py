@@ -153,11 +153,11 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 
 def scan_method(method, u, d_state):
     """The method that selective_scan uses for a sequence on the device and of the type of u: what "auto" stands for."""
-    able = (_scan_triton is not None and u.device.type == "cuda" and torch.version.hip is None and u.dtype != torch.float64
-            and d_state <= 256)
+    able = (_scan_triton is not None and u.device.type == "cuda" and _scan_triton.runs_on(u.device)
+            and u.dtype != torch.float64 and d_state <= 256)
     if method == "triton" and not able:
-        raise ValueError("scan 'triton' needs CUDA, Triton 3.6 (it comes with torch 2.11), scan_triton.py beside mamba.py, a "
-                         "d_state of at most 256 and no float64; 'auto' takes the best there is")
+        raise ValueError("scan 'triton' needs CUDA on Ampere or later, Triton 3.6 (it comes with torch 2.11), scan_triton.py "
+                         "beside mamba.py, a d_state of at most 256 and no float64; 'auto' takes the best there is")
     return method if method != "auto" else "triton" if able else "chunked"
 
 

@@ -71,6 +71,8 @@ def run(main, Config):
             message, status = None, 141
     except KeyboardInterrupt:
         message, status = tells and "interrupted", 130
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # from here on Ctrl-C ends Python at once, without a traceback
     if message:
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

@@ -674,6 +674,12 @@ def _autograd(ctx, gy, glast, _gstates, _gBC):
 _forward.register_autograd(_autograd, setup_context=_setup)
 
 
+@torch.compiler.assume_constant_result
+def runs_on(device):
+    """Whether the kernels can run on this CUDA device: Ampere brought the asynchronous copies and the mma that they use."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state):
     """
     The same function as selective_scan_sequential in mamba.py, arguments as there. u, delta, B, C, z: float32, bfloat16 or
