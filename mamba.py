@@ -790,8 +790,8 @@ class Mamba(nn.Module):
         A row that has made a stop token repeats it until all rows have; then the stream ends, on a GPU up to ASK tokens
         later, because asking makes it wait.
         With a state (from init_state), the prompts continue what it has read; it is updated in place, and when the stream
-        ends, or is closed, it has not yet read the last token. seen, (B, vocab_size) bool, are more tokens for repetition_penalty to know;
-        it is updated in place, with the prompts' tokens and the new ones.
+        ends, or is closed, it has not yet read the last token. seen, (B, vocab_size) bool, are more tokens for
+        repetition_penalty to know; it is updated in place, with the prompts' tokens and the new ones.
         compile: on a CPU, the step of a token by torch.compile; the first stream for a number of prompts then waits some ten
         seconds. On CUDA the step is a CUDA graph; the first stream for a number of prompts waits for its kernels.
         """

@@ -14,13 +14,13 @@ numbers of the state one after the other:
 
 Nothing crosses threads but that one number of a segment. The state that enters a tile is kept in memory, for the next tile
 and, with the one in its middle, for the backward pass. That computes h again from it, and in the same way, from the end of
-the sequence on, the adjoint g_k = C_k gy_k + a_{k+1} g_{k+1}; all gradients follow from h and g of the same thread. Those of B and C
-are sums over channels: over the 8 of a warp the tensor cores add them up (_over_channels), over the warps of a program shared
-memory does, over programs PyTorch. No atomics: the same input gives the same bits.
+the sequence on, the adjoint g_k = C_k gy_k + a_{k+1} g_{k+1}; all gradients follow from h and g of the same thread. Those of
+B and C are sums over channels: over the 8 of a warp the tensor cores add them up (_over_channels), over the warps of a program
+they meet in shared memory, over programs PyTorch adds them up. No atomics: the same input gives the same bits.
 
 What a program reads comes into shared memory a tile ahead of time (_fetch...). Four warps share a program, for whole lines of
-memory. If batch and channels are too few to fill the chip, the sequence is cut into chunks, and first it is found what each of them
-adds (_ends) and what enters it (_carry); the exponentials are then computed twice.
+memory. If batch and channels are too few to fill the chip, the sequence is cut into chunks, and first it is found what each of
+them adds (_ends) and what enters it (_carry); the exponentials are then computed twice.
 
 What bounds it, on an H100: instructions, about 12 for each of the (B, L, D, N) numbers forward and 36 backward, of which 1.3
 and 1.5 are exponentials and others that only every eighth cycle begins. It issues one in 60 to 65 % of its cycles.
@@ -37,19 +37,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import constexpr, gather
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-S, LANES = constexpr(4), constexpr(8)   # a warp: segments of a tile, and channels
-WARPS, BD = constexpr(4), constexpr(32)  # a program: warps, and channels
-NB = constexpr(16)  # numbers of the states for which it has B, C and the states themselves in shared memory
-TILE = constexpr(64)    # steps of a tile: 16 in each thread; in the backward pass 8, two halves of a tile, for want of registers
-SHORTEST = 4        # tiles of a chunk
-FILL = 1536         # warps that keep the chip busy: a sequence is cut into chunks until there are so many
+S, LANES = constexpr(4), constexpr(8)       # a warp: segments of a tile, and channels
+WARPS, BD = constexpr(4), constexpr(32)     # a program: warps, and channels
+NB = constexpr(16)      # numbers of the states for which it has B, C and the states themselves in shared memory
+TILE = constexpr(64)    # steps of a tile, 16 in each thread; backward 8, two halves of a tile, for want of registers
+SHORTEST = 4            # tiles of a chunk, at least
+FILL = 1536             # warps that keep the chip busy: a sequence is cut into chunks until there are so many
 
 # numbers that vary from call to call, for which no kernel is compiled anew
 SIZES = ("L", "N", "whole", "tiles", "chunks", "slots", "apart", "u_b", "x_b", "delta_b", "z_b", "g_b")
 LOG2E = constexpr(1.4426950408889634)
-# who has what: a thread one channel of one segment; (tiles, B and C, states) in 16 bytes, as memory likes it
-LAYOUT = constexpr(gl.BlockedLayout([1, 1], [4, 8], [1, 4], [1, 0]))                    # (S, BD)
-WIDE, WIDE32 = constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])), constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
+# which thread has what: one channel of one segment; 8 or 4 numbers side by side, as memory likes it; sums of all warps
+LAYOUT = constexpr(gl.BlockedLayout([1, 1], [4, 8], [1, 4], [1, 0]))        # (S, BD)
+WIDE = constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))          # tiles (T, BD)
+WIDE32 = constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))        # B and C (2 NB, T), states (NB, BD)
 TO_SUM = constexpr(gl.BlockedLayout([1, 4, 1, 1], [4, 1, 8, 1], [1, 1, 1, 4], [3, 2, 1, 0]))
 PLAIN, LINE = constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0])), constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
@@ -247,7 +248,7 @@ def _buffers(u, delta, z, HAS_Z: constexpr, K: constexpr):
 
 @gluon.jit
 def _fetch_next(BC, BCs, which, t0, t_next, n0, N, Lp, T: constexpr):
-    """B and C for the next numbers of the states in this tile, or for the first in the next tile; then wait for all but that."""
+    """B and C for the next numbers of the states in this tile, or the first in the next; then wait for all but that."""
     _fetch_BC(BC, BCs, which, gl.where(N > n0 + NB, t0, t_next), gl.where(N > n0 + NB, n0 + NB, 0), N, Lp, T)
     async_copy.commit_group()
     async_copy.wait_group(1)
@@ -357,8 +358,8 @@ def _carry(states, A, sums, D, N, chunks, slots, apart, REVERSE: constexpr):
 
 
 @gluon.jit(do_not_specialize=SIZES)
-def _outputs(u, delta, A, BC, Dw, z, bias, y, states, L, D: constexpr, N, whole, tiles, chunks, slots, u_b, u_l: constexpr, delta_b,
-             delta_l: constexpr, z_b, z_l: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
+def _outputs(u, delta, A, BC, Dw, z, bias, y, states, L, D: constexpr, N, whole, tiles, chunks, slots, u_b, u_l: constexpr,
+             delta_b, delta_l: constexpr, z_b, z_l: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
              SOFTPLUS: constexpr, KEEP: constexpr):
     """
     y, and to states (B, slots, N, D), in which those that enter the chunks are there already: what leaves the last chunk in
@@ -429,12 +430,13 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, L, D: constexpr, N, whole,
 
 
 @gluon.jit(do_not_specialize=SIZES)
-def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, gz, parts, gA, gD, gbias, L, D: constexpr, N, whole,
-               tiles, chunks, slots, u_b, u_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr, g_b, g_l: constexpr,
-               HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr, EXACT: constexpr):
+def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, gz, parts, gA, gD, gbias, L, D: constexpr, N,
+               whole, tiles, chunks, slots, u_b, u_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr,
+               g_b, g_l: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
+               EXACT: constexpr):
     """
     All gradients. adjoint (B, chunks, N, D): what enters each chunk from behind; in the end, what leaves it.
-    parts (blocks of channels, B, 2, N, Lp): gB and gC.  gA (B, chunks, N, S, D), gD and gbias (B, chunks, S, D): in parts too.
+    parts (blocks of channels, B, 2, N, Lp): gB, gC.  gA (B, chunks, N, S, D), gD, gbias (B, chunks, S, D): in parts too.
     """
     K: constexpr = 8
     T: constexpr = S * K
@@ -457,7 +459,8 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     sum_s = gl.arange(0, S, gl.SliceLayout(1, gl.SliceLayout(2, OF_SUMS)))[:, None, None]
     sum_d = gl.arange(0, LANES, gl.SliceLayout(0, gl.SliceLayout(2, OF_SUMS)))[None, :, None]
     B_or_C = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, OF_SUMS)))[None, None, :]
-    parts += (block * gl.num_programs(2).to(gl.int64) + b) * 2 * N * Lp + B_or_C * N * Lp + sum_d % 4 * K + sum_s * 2 + sum_d // 4
+    parts += (block * gl.num_programs(2).to(gl.int64) + b) * 2 * N * Lp
+    parts += B_or_C * N * Lp + sum_d % 4 * K + sum_s * 2 + sum_d // 4
     us, deltas, zs, BCs, hs = _buffers(u, delta, z, HAS_Z, K)
     gouts = gl.allocate_shared_memory(gout.dtype.element_ty, [2, T, BD], gl.SwizzledSharedLayout(8, K, S, [1, 0]))
     buffers = (us, deltas, gouts)
@@ -594,8 +597,8 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     with torch.cuda.device_of(u):
         if chunks > 1:
             sums = A.new_empty(batch, chunks, d_inner)
-            _ends[blocks, chunks - 1, batch](u, delta, A2, BC, u, delta_bias, states, sums, apart=apart, x_b=u_b, x_l=u_l, HAS_Z=False,
-                                             REVERSE=False, **common)
+            _ends[blocks, chunks - 1, batch](u, delta, A2, BC, u, delta_bias, states, sums, apart=apart, x_b=u_b, x_l=u_l,
+                                             HAS_Z=False, REVERSE=False, **common)
             _carry[-(-d_inner * N // 128), batch](states, A2, sums, d_inner, N, chunks, slots, apart, REVERSE=False)
         _outputs[blocks, chunks, batch](u, delta, A2, BC, D, u if z is None else z, delta_bias, y, states, u_b=u_b, u_l=u_l,
                                         HAS_D=D is not None, HAS_Z=z is not None, KEEP=keep, maxnreg=128, **common)
@@ -624,21 +627,22 @@ def _backward(gy, glast, states, BC, u, delta, A, B, C, D, z, delta_bias, softpl
                                                                     softplus)
     adjoint = A.new_empty(batch, chunks, N, d_inner)
     adjoint[:, -1] = 0 if glast is None else glast.transpose(1, 2)
-    parts, gA_parts = A.new_empty(blocks, batch, 2, N, BC.shape[2]), A.new_empty(batch, chunks, N, S.value, d_inner)
+    parts = A.new_empty(blocks, batch, 2, N, BC.shape[2])
+    gA_parts = A.new_empty(batch, chunks, N, S.value, d_inner)
     sums, gD_parts, gbias_parts = A.new_empty(3, batch, chunks, S.value, d_inner)
     (u_b, u_l), (delta_b, delta_l), (z_b, z_l), (g_b, g_l) = map(_strides, (u, delta, u if z is None else z, gy))
-    common = {"L": L, "D": d_inner, "N": N, "whole": tiles, "chunks": chunks, "delta_b": delta_b, "delta_l": delta_l, "z_b": z_b,
-              "z_l": z_l, "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None, "SOFTPLUS": softplus,
+    common = {"L": L, "D": d_inner, "N": N, "whole": tiles, "chunks": chunks, "delta_b": delta_b, "delta_l": delta_l,
+              "z_b": z_b, "z_l": z_l, "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None, "SOFTPLUS": softplus,
               "num_warps": WARPS.value}
     with torch.cuda.device_of(u):
         if chunks > 1:
-            _ends[blocks, chunks - 1, batch](gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, sums, tiles=per_chunk,
-                                             slots=chunks, apart=1, x_b=g_b, x_l=g_l, REVERSE=True, **common)
+            _ends[blocks, chunks - 1, batch](gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, sums,
+                                             tiles=per_chunk, slots=chunks, apart=1, x_b=g_b, x_l=g_l, REVERSE=True, **common)
             _carry[-(-d_inner * N // 128), batch](adjoint, A2, sums, d_inner, N, chunks, chunks, 1, REVERSE=True)
         _gradients[blocks, chunks, batch](
-            u, delta, A2, BC, D, u if z is None else z, delta_bias, gy, states, adjoint, gu, gdelta, gz, parts, gA_parts, gD_parts,
-            gbias_parts, tiles=2 * per_chunk, slots=states.shape[1], u_b=u_b, u_l=u_l, g_b=g_b, g_l=g_l, HAS_D=D is not None,
-            EXACT=u.dtype != torch.bfloat16, maxnreg=168, **common)
+            u, delta, A2, BC, D, u if z is None else z, delta_bias, gy, states, adjoint, gu, gdelta, gz, parts, gA_parts,
+            gD_parts, gbias_parts, tiles=2 * per_chunk, slots=states.shape[1], u_b=u_b, u_l=u_l, g_b=g_b, g_l=g_l,
+            HAS_D=D is not None, EXACT=u.dtype != torch.bfloat16, maxnreg=168, **common)
     gBC = parts.sum(0)[..., :L].transpose(2, 3)
     gB.copy_(gBC[:, 0])
     gC.copy_(gBC[:, 1])
