@@ -23,7 +23,7 @@ memory. If batch and channels are too few to fill the chip, the sequence is cut 
 them adds (_ends) and what enters it (_carry); the exponentials are then computed twice.
 
 What bounds it, on an H100: instructions, about 12 for each of the (B, L, D, N) numbers forward and 36 backward, of which 1.3
-and 1.5 are exponentials and others that only every eighth cycle begins. It issues one in 60 to 65 % of its cycles.
+and 1.6 are exponentials and the like, which begin in every eighth cycle. It issues one in 55 to 60 % of the cycles.
 """
 from __future__ import annotations
 
