@@ -1,7 +1,7 @@
 """
 The selective scan as fused GPU kernels: the same function as selective_scan in mamba.py, which uses it on CUDA where this
-file lies beside it. Optional: without this file or without Triton everything works, slower. Written in Gluon, the part of
-Triton in which one says which thread holds what.
+file lies beside it; and, in the second half, the step of a token for generation. Optional: without this file or without Triton
+everything works, slower. The scan is written in Gluon, the part of Triton in which one says which thread holds what.
 
 How the work is divided. A warp takes 8 channels of one sequence. It walks along the sequence in tiles of 4 segments of K
 steps: a thread has one channel and the K steps of one segment, all its inputs and sums in registers, and goes over the N
@@ -144,11 +144,14 @@ def _fetch_BC(BC, buffers, which, t0, n0, N, Lp, T: constexpr):
 
 
 @gluon.jit
-def _fetch_states(x, buffers, which, n0, block, N, D):
-    """NB rows of x (N, D), from n0 on, into a block of its own."""
+def _fetch_states(inputs, buffers, n0, block, N, D):
+    """NB rows of each input (N, D), from n0 on, into a block of their own, as a group of copies that can be waited for."""
     n = n0 + gl.arange(0, NB, gl.SliceLayout(1, WIDE32))[:, None]
     d = block * BD + gl.arange(0, BD, gl.SliceLayout(0, WIDE32))[None, :]
-    async_load(reinterpret(buffers, gl.float32, [4, NB, BD], PLAIN).index(which), x + n * D + d, mask=(n < N) & (d < D))
+    blocks = reinterpret(buffers, gl.float32, [4, NB, BD], PLAIN)
+    for j in gl.static_range(len(inputs)):
+        async_load(blocks.index(j), inputs[j] + n * D + d, mask=(n < N) & (d < D))
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -302,9 +305,7 @@ def _ends(x, delta, A, BC, z, bias, ends, sums, L, D: constexpr, N, whole, tiles
     for i in range(tiles):
         async_copy.wait_group(0)
         barrier()
-        _fetch_states(A, hs, 0, 0, block, N, D)
-        _fetch_states(ends, hs, 1, 0, block, N, D)
-        async_copy.commit_group()
+        _fetch_states((A, ends), hs, 0, block, N, D)
         _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 + step, block, L, D, T)
         delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, s, SOFTPLUS, K)
         x_k = _tile(xs.index(i % 2), K)
@@ -314,9 +315,7 @@ def _ends(x, delta, A, BC, z, bias, ends, sums, L, D: constexpr, N, whole, tiles
             if n0 > 0:
                 async_copy.wait_group(0)
                 barrier()
-                _fetch_states(A, hs, 0, n0, block, N, D)
-                _fetch_states(ends, hs, 1, n0, block, N, D)
-                async_copy.commit_group()
+                _fetch_states((A, ends), hs, n0, block, N, D)
             _fetch_next(BC, BCs, 1 - which, t0, t0 + step, n0, N, Lp, T)
             for n in range(n0, gl.minimum(n0 + NB, N)):
                 A_n, entering = _state(hs, n - n0), gl.where(s * 0 < i, _state(hs, n - n0 + NB), 0)
@@ -387,9 +386,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, L, D: constexpr, N, whole,
     for i in range(tiles):
         async_copy.wait_group(0)
         barrier()
-        _fetch_states(A, hs, 0, 0, block, N, D)
-        _fetch_states(states, hs, 1, 0, block, N, D)
-        async_copy.commit_group()
+        _fetch_states((A, states), hs, 0, block, N, D)
         _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 + T, block, L, D, T)
         delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, s, SOFTPLUS, K)
         u_k, x_k, y_k = _tile(us.index(i % 2), K), (), ()
@@ -402,9 +399,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, L, D: constexpr, N, whole,
             if n0 > 0:
                 async_copy.wait_group(0)
                 barrier()
-                _fetch_states(A, hs, 0, n0, block, N, D)
-                _fetch_states(states, hs, 1, n0, block, N, D)
-                async_copy.commit_group()
+                _fetch_states((A, states), hs, n0, block, N, D)
             _fetch_next(BC, BCs, 1 - which, t0, t0 + T, n0, N, Lp, T)
             for n in range(n0, gl.minimum(n0 + NB, N)):
                 A_n, entering = _state(hs, n - n0), _state(hs, n - n0 + NB)
@@ -475,10 +470,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     for i in range(tiles):
         async_copy.wait_group(0)
         barrier()
-        _fetch_states(A, hs, 0, 0, block, N, D)
-        _fetch_states(states, hs, 1, 0, block, N, D)
-        _fetch_states(adjoint, hs, 2, 0, block, N, D)
-        async_copy.commit_group()
+        _fetch_states((A, states, adjoint), hs, 0, block, N, D)
         _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 - T, block, L, D, T)
         delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, s, SOFTPLUS, K)
         u_k, gy_k = _tile(us.index(i % 2), K), _tile(gouts.index(i % 2), K)
@@ -492,10 +484,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
             if n0 > 0:
                 async_copy.wait_group(0)
                 barrier()
-                _fetch_states(A, hs, 0, n0, block, N, D)
-                _fetch_states(states, hs, 1, n0, block, N, D)
-                _fetch_states(adjoint, hs, 2, n0, block, N, D)
-                async_copy.commit_group()
+                _fetch_states((A, states, adjoint), hs, n0, block, N, D)
             _fetch_next(BC, BCs, 1 - which, t0, t0 - T, n0, N, Lp, T)
             for n in range(n0, gl.minimum(n0 + NB, N)):
                 A_n, h0, q0 = _state(hs, n - n0), _state(hs, n - n0 + NB), _state(hs, n - n0 + 2 * NB)
@@ -629,13 +618,14 @@ def _backward(gy, glast, states, BC, u, delta, A, B, C, D, z, delta_bias, softpl
     adjoint[:, -1] = 0 if glast is None else glast.transpose(1, 2)
     parts = A.new_empty(blocks, batch, 2, N, BC.shape[2])
     gA_parts = A.new_empty(batch, chunks, N, S.value, d_inner)
-    sums, gD_parts, gbias_parts = A.new_empty(3, batch, chunks, S.value, d_inner)
+    gD_parts, gbias_parts = A.new_empty(2, batch, chunks, S.value, d_inner)
     (u_b, u_l), (delta_b, delta_l), (z_b, z_l), (g_b, g_l) = map(_strides, (u, delta, u if z is None else z, gy))
     common = {"L": L, "D": d_inner, "N": N, "whole": tiles, "chunks": chunks, "delta_b": delta_b, "delta_l": delta_l,
               "z_b": z_b, "z_l": z_l, "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None, "SOFTPLUS": softplus,
               "num_warps": WARPS.value}
     with torch.cuda.device_of(u):
         if chunks > 1:
+            sums = A.new_empty(batch, chunks, d_inner)
             _ends[blocks, chunks - 1, batch](gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, sums,
                                              tiles=per_chunk, slots=chunks, apart=1, x_b=g_b, x_l=g_l, REVERSE=True, **common)
             _carry[-(-d_inner * N // 128), batch](adjoint, A2, sums, d_inner, N, chunks, chunks, 1, REVERSE=True)

@@ -2463,7 +2463,7 @@ test_mamba.check_triton(test_mamba.scan_inputs(1, 65, 3, 4, ("z",)), softplus=Fa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA runs the kernels themselves")
 def test_triton_equals_float64_in_its_interpreter():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.7")     # the interpreter of 3.6 fails with NumPy 2.4
     subprocess.run([sys.executable, "-W", "ignore", "-c", INTERPRETED], check=True, cwd=ROOT,
                    env={**os.environ, "TRITON_INTERPRET": "1"})
 
@@ -2749,7 +2749,7 @@ for rows, dtype, shape in ((1, torch.float32, 0), (1, torch.bfloat16, 1), (1, to
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA runs the kernels themselves")
 def test_fused_step_in_the_interpreter_of_triton():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     subprocess.run([sys.executable, "-W", "ignore", "-c", FUSED], check=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"})
 
 
@@ -2769,14 +2769,15 @@ def test_generation_by_a_cuda_graph(kind):
     model = awkward({"d_intermediate": 24} if kind == "with an MLP" else {}, torch.int8 if kind == "int8" else torch.float32, "cuda")
     model = model.double() if kind == "float64" else model
     prompts = [tokens(n, seed=n).cuda() for n in (5, 1, 1500)]
+    tolerance = {"int8": 2e-2, "float64": 1e-6}.get(kind, 1e-5)
     for some in (prompts[:1], prompts, prompts[:1]):
         states = model.init_state(len(some)), model.init_state(len(some))
         plain, new = model._step(states[1]), tokens(6, len(some)).cuda()
         with model._decoder(states[0]) as step:
             for token in new:
-                assert relative(step(token), plain(token)) < (2e-2 if kind == "int8" else 1e-5)
+                assert relative(step(token), plain(token)) < tolerance
         for one, other in zip(*map(tree_leaves, states)):
-            assert relative(one, other) < (2e-2 if kind == "int8" else 1e-5)
+            assert relative(one, other) < tolerance
         texts = model.generate(some, 20, temperature=0)
         for prompt, text in zip(some, texts):
             logits = model(text[None, :-1])[0][0, len(prompt) - 1:]
