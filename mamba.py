@@ -485,8 +485,7 @@ class MambaBlock(nn.Module):
             return self.decoder(*state)(x[:, 0])[:, None]
         conv_state, h = (None, None) if state is None else (t.clone() for t in state)
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, L, D) each
-        x, conv_state = causal_conv(x, self.conv1d.weight, self.conv1d.bias, conv_state)
-        x = F.silu(x)
+        x, conv_state = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv_state, self.scan)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = linear(dt, self.dt_proj.weight)             # (B, L, D); its bias is added inside the scan, in float32
         A = -torch.exp(self.A_log)                                              # (D, N)
@@ -541,11 +540,28 @@ def causal_conv(x, weight, bias=None, state=None):
     x: (B, L, D).  weight: (D, 1, d_conv).  bias: (D,).  state: (B, d_conv - 1, D), the inputs before x, or None for zeros.
     Returns y (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d: that wants (B, D, L), and on MPS it is wrong for views.
     """
-    (batch, length, d_inner), before = x.shape, weight.shape[2] - 1
-    state = x.new_zeros(batch, before, d_inner) if state is None else state.to(x.dtype)
-    last = torch.cat([state, x[:, max(0, length - before):]], dim=1)
-    bias = weight.new_zeros(d_inner) if bias is None else bias
-    return CausalConv.apply(x, weight[:, 0].t().contiguous(), bias, state), last[:, last.shape[1] - before:]
+    state, last = _around(x, weight, state)
+    bias, taps = weight.new_zeros(len(weight)) if bias is None else bias, weight[:, 0].t()
+    if torch.compiler.is_compiling():   # it fuses this; of a Function that works in place torch 2.11 would lose gradients
+        shifted = (*CausalConv.shifted(x, taps, state), x)
+        return (bias + sum(x_k * tap for x_k, tap in zip(shifted, taps))).to(x.dtype), last
+    return CausalConv.apply(x, taps.contiguous(), bias, state), last
+
+
+def _around(x, weight, state):
+    """What comes before x in the convolution, (B, d_conv - 1, D), and what will come before the next x."""
+    before = weight.shape[2] - 1
+    state = x.new_zeros(len(x), before, x.shape[2]) if state is None else state.to(x.dtype)
+    last = torch.cat([state, x[:, max(0, x.shape[1] - before):]], dim=1)
+    return state, last[:, last.shape[1] - before:]
+
+
+def conv_silu(x, weight, bias=None, state=None, scan="auto"):
+    """silu of causal_conv, and the last d_conv - 1 inputs. Where the method `scan` would be triton, by one kernel."""
+    if scan_method(scan, x, 1) == "triton":
+        return _scan_triton.conv_silu_triton(x, weight, bias, state), _around(x, weight, state)[1]
+    y, last = causal_conv(x, weight, bias, state)
+    return F.silu(y), last
 
 
 class CausalConv(torch.autograd.Function):
@@ -587,8 +603,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        wide = x.to(_at_least_float32(x))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 class GatedMLP(nn.Module):

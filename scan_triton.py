@@ -357,12 +357,12 @@ def _carry(states, A, sums, D, N, chunks, slots, apart, REVERSE: constexpr):
 
 
 @gluon.jit(do_not_specialize=SIZES)
-def _outputs(u, delta, A, BC, Dw, z, bias, y, states, L, D: constexpr, N, whole, tiles, chunks, slots, u_b, u_l: constexpr,
-             delta_b, delta_l: constexpr, z_b, z_l: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
-             SOFTPLUS: constexpr, KEEP: constexpr):
+def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, whole, tiles, chunks, slots, u_b,
+             u_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr, HAS_D: constexpr, HAS_Z: constexpr,
+             HAS_BIAS: constexpr, SOFTPLUS: constexpr, KEEP: constexpr):
     """
-    y, and to states (B, slots, N, D), in which those that enter the chunks are there already: what leaves the last chunk in
-    the last slot, and with KEEP, for the backward pass, the state before every half of a tile.
+    y and last (B, N, D), from states (B, slots, N, D), in which those that enter the chunks are there already. With KEEP it
+    adds, for the backward pass, the state before every half of a tile.
     """
     K: constexpr = 16
     T: constexpr = S * K
@@ -374,6 +374,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, L, D: constexpr, N, whole,
     y += b * L * D
     BC += b * 2 * N * Lp
     states += (b * slots + chunk * (2 * per_chunk if KEEP else 1)) * N * D
+    last += b * N * D
     us, deltas, zs, BCs, hs = _buffers(u, delta, z, HAS_Z, K)
     buffers = (us, deltas)
     if HAS_Z:
@@ -392,8 +393,8 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, L, D: constexpr, N, whole,
         u_k, x_k, y_k = _tile(us.index(i % 2), K), (), ()
         for k in gl.static_range(K):
             x_k, y_k = x_k + (delta_k[k] * u_k[k],), y_k + (D_d * u_k[k],)
-        to_next = 2 * N * D if KEEP else gl.where(i + 1 == tiles, N * D, 0)
-        at = gl.where(s == 0, to_next, N * D) + d
+        to_next = gl.where(i + 1 == tiles, last, states + (2 * N * D if KEEP else 0))
+        to = gl.where(s == 0, to_next, states + N * D) + d
         kept = in_d & (((s == 0) & (s + i < writes)) | (s == 2 if KEEP else s < 0))
         for n0 in range(0, N, NB):
             if n0 > 0:
@@ -410,7 +411,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, L, D: constexpr, N, whole,
                     a_k, b_k = a_k + (gl.exp2(delta_k[k] * A_n),), b_k + (x_k[k] * B_k[k],)
                     h = a_k[k] * h + b_k[k]
                 h, leaving = _through(gl.exp2(total * A_n), h, entering, s, False)
-                gl.store(states + n * D + at, gl.where(s == 0, leaving, h), mask=kept)
+                gl.store(to + n * D, gl.where(s == 0, leaving, h), mask=kept)
                 ys = ()
                 for k in gl.static_range(K):
                     h = a_k[k] * h + b_k[k]
@@ -421,17 +422,17 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, L, D: constexpr, N, whole,
             y_k = _gated(y_k, _tile(zs.index(i % 2), K), K)
         _store_tile(y, y_k, t0, block, L, D, K)
         t0 += T
-        states += to_next
+        states = to_next
 
 
 @gluon.jit(do_not_specialize=SIZES)
-def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, gz, parts, gA, gD, gbias, L, D: constexpr, N,
-               whole, tiles, chunks, slots, u_b, u_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr,
+def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, gz, parts, sums, L, D: constexpr, N, whole,
+               tiles, chunks, slots, u_b, u_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr,
                g_b, g_l: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
                EXACT: constexpr):
     """
     All gradients. adjoint (B, chunks, N, D): what enters each chunk from behind; in the end, what leaves it.
-    parts (blocks of channels, B, 2, N, Lp): gB, gC.  gA (B, chunks, N, S, D), gD, gbias (B, chunks, S, D): in parts too.
+    parts (blocks of channels, B, 2, N, Lp): gB, gC.  sums (B, chunks, N + 2, S, D): gA, gD, gbias, in parts too.
     """
     K: constexpr = 8
     T: constexpr = S * K
@@ -447,7 +448,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     BC += b * 2 * N * Lp
     states += (b * slots + chunk * per_chunk + tiles - 1) * N * D
     adjoint += at * N * D
-    gA += (at * N * S + s) * D + d
+    sums += (at * (N + 2) * S + s) * D + d
     row = s * 2 + gl.arange(0, BD, gl.SliceLayout(0, LAYOUT))[None, :] % LANES // 4     # of the 8 x 4 lanes of a warp
     # where the sums of _over_channels go: (S, LANES, 2)
     OF_SUMS: constexpr = gl.SliceLayout(1, TO_SUM)
@@ -496,7 +497,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                 for k in gl.static_range(K):
                     h = a_k[k] * h + b_k[k]
                     q = a_k[K - 1 - k] * (gy_k[K - 1 - k] * C_k[K - 1 - k] + q)
-                gA_n = gl.load(gA + n * S * D, mask=in_d & (s * 0 < i), other=0)
+                gA_n = gl.load(sums + n * S * D, mask=in_d & (s * 0 < i), other=0)
                 decay = gl.exp2(total * A_n)
                 h, _ = _through(decay, h, h0, s, False)
                 q, leaving = _through(decay, q, q0, s, True)
@@ -513,10 +514,10 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                     gA_n += delta_k[k] * w
                     gB_k, gxs, gds = (x_k[k] * g,) + gB_k, (gx_k[k] + B_k[k] * g,) + gxs, (gd_k[k] + A_n * w,) + gds
                 gx_k, gd_k = gxs, gds
-                gl.store(gA + n * S * D, gA_n, mask=in_d)
+                gl.store(sums + n * S * D, gA_n, mask=in_d)
                 gB_n, gC_n = _over_channels(gB_k, gC_k, row, EXACT)
-                sums = gl.reshape(gl.join(gB_n, gC_n), [S, WARPS, LANES, 2])
-                gl.store(parts + n * Lp + t0, gl.sum(gl.convert_layout(sums, TO_SUM), 1))
+                gBC_n = gl.reshape(gl.join(gB_n, gC_n), [S, WARPS, LANES, 2])
+                gl.store(parts + n * Lp + t0, gl.sum(gl.convert_layout(gBC_n, TO_SUM), 1))
             which = 1 - which
         u_k, raw_k, gdeltas, gus = _tile(us.index(i % 2), K), _tile(deltas.index(i % 2), K), (), ()
         for k in gl.static_range(K):
@@ -535,10 +536,32 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
             _store_tile(gz, gzs, t0, block, L, D, K)
         t0 -= T
         states -= N * D
-    if HAS_D:
-        gl.store(gD + (at * S + s) * D + d, gD_d, mask=in_d)
-    if HAS_BIAS:
-        gl.store(gbias + (at * S + s) * D + d, gbias_d, mask=in_d)
+    gl.store(sums + N * S * D, gD_d, mask=in_d)
+    gl.store(sums + (N + 1) * S * D, gbias_d, mask=in_d)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _pack(A, B, C, state, A2, BC, states, L, D, N, Lp, slots, B_b, B_l, B_n, C_b, C_l, C_n, T: tl.constexpr, X: tl.constexpr):
+    """
+    Inputs as the other kernels want them: B and C (B, L, N) as BC (B, 2 N, Lp), float32, with 0 after the end; A (D, N) as
+    A2 (N, D), exp(delta A) = 2^(delta A2); state (B, D, N) or zeros into the first slot of states (B, slots, N, D).
+    """
+    i, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if i < Lp // T:
+        t = i * T + tl.arange(0, T)[None, :]
+        for n0 in range(0, N, 16):
+            n = n0 + tl.arange(0, 16)[:, None]
+            there, to = (n < N) & (t < L), BC + (b * 2 * N + n) * Lp + t
+            B_n_t = tl.load(B + b * B_b + t.to(tl.int64) * B_l + n * B_n, mask=there, other=0)
+            C_n_t = tl.load(C + b * C_b + t.to(tl.int64) * C_l + n * C_n, mask=there, other=0)
+            tl.store(to, B_n_t.to(tl.float32), mask=n < N)
+            tl.store(to + N * Lp, C_n_t.to(tl.float32), mask=n < N)
+    else:
+        x = (i - Lp // T) * X + tl.arange(0, X)                 # in (N, D)
+        there, across = x < N * D, x % D * N + x // D           # in (D, N)
+        h = tl.zeros((X,), tl.float32) if state is None else tl.load(state + b * N * D + across, mask=there, other=0)
+        tl.store(states + b * slots * N * D + x, h, mask=there)
+        tl.store(A2 + x, tl.load(A + across, mask=there, other=0) * LOG2E, mask=x < N * D * (1 - b))    # once
 
 
 def _strides(x):
@@ -564,108 +587,108 @@ def _cuts(batch, L, d_inner):
 
 
 INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
-FORWARD = f"({INPUTS}, Tensor? state, bool softplus, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
-BACKWARD = f"(Tensor gy, Tensor? glast, Tensor states, Tensor BC, {INPUTS}, bool softplus) -> ({', '.join(['Tensor'] * 9)})"
+FORWARD = f"({INPUTS}, Tensor? state, bool softplus, bool keep) -> ({', '.join(['Tensor'] * 5)})"
+BACKWARD = ("(Tensor gy, Tensor? glast, Tensor states, Tensor BC, Tensor A2, Tensor u, Tensor delta, Tensor? D, Tensor? z, "
+            f"Tensor? delta_bias, bool softplus) -> ({', '.join(['Tensor'] * 6)})")
 
 
 def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
+    """y, last (B, N, D) and, with keep, what the backward pass needs: states, BC and A2."""
     (batch, L, d_inner), N = u.shape, A.shape[1]
     tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner)
     u, delta, z = _aligned(u, delta, z)
-    D, delta_bias = _whole(D, delta_bias)
-    A2 = torch.mul(A.t(), LOG2E.value, out=A.new_empty(N, d_inner))                 # exp(delta A) = 2^(delta A2)
-    BC = A.new_zeros(batch, 2 * N, tiles * TILE.value)
-    BC[:, :N, :L], BC[:, N:, :L] = B.transpose(1, 2), C.transpose(1, 2)
-    slots, apart = (2 * tiles + 1, 2 * per_chunk) if keep else (chunks + 1, 1)
-    y, states = u.new_empty(u.shape), A.new_empty(batch, slots, N, d_inner)
-    states[:, 0] = 0 if state is None else state.transpose(1, 2)
+    A, D, delta_bias, state = _whole(A, D, delta_bias, state)
+    slots, apart = (2 * tiles, 2 * per_chunk) if keep else (chunks, 1)
+    y, states, last = u.new_empty(u.shape), A.new_empty(batch, slots, N, d_inner), A.new_empty(batch, N, d_inner)
+    BC, A2 = A.new_empty(batch, 2 * N, tiles * TILE.value), A.new_empty(N, d_inner)
     (u_b, u_l), (delta_b, delta_l), (z_b, z_l) = map(_strides, (u, delta, u if z is None else z))
     common = {"L": L, "D": d_inner, "N": N, "whole": tiles, "tiles": per_chunk, "chunks": chunks, "slots": slots,
               "delta_b": delta_b, "delta_l": delta_l, "z_b": z_b, "z_l": z_l, "HAS_BIAS": delta_bias is not None,
               "SOFTPLUS": softplus, "num_warps": WARPS.value}
     with torch.cuda.device_of(u):
+        _pack[tiles + -(-N * d_inner // 1024), batch](A, B, C, state, A2, BC, states, L, d_inner, N, BC.shape[2], slots,
+                                                      *B.stride(), *C.stride(), T=TILE.value, X=1024)
         if chunks > 1:
             sums = A.new_empty(batch, chunks, d_inner)
             _ends[blocks, chunks - 1, batch](u, delta, A2, BC, u, delta_bias, states, sums, apart=apart, x_b=u_b, x_l=u_l,
                                              HAS_Z=False, REVERSE=False, **common)
             _carry[-(-d_inner * N // 128), batch](states, A2, sums, d_inner, N, chunks, slots, apart, REVERSE=False)
-        _outputs[blocks, chunks, batch](u, delta, A2, BC, D, u if z is None else z, delta_bias, y, states, u_b=u_b, u_l=u_l,
-                                        HAS_D=D is not None, HAS_Z=z is not None, KEEP=keep, maxnreg=128, **common)
-    last = states[:, -1].transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    return (y, last, states, BC) if keep else (y, last, A.new_empty(0), A.new_empty(0))
+        _outputs[blocks, chunks, batch](
+            u, delta, A2, BC, D, u if z is None else z, delta_bias, y, states, last, u_b=u_b, u_l=u_l, HAS_D=D is not None,
+            HAS_Z=z is not None, KEEP=keep, maxnreg=128, **common)
+    return (y, last, states, BC, A2) if keep else (y, last, *(A.new_empty(0) for _ in range(3)))
 
 
-_forward = custom_op("selective_scan::forward", _run, mutates_args=(), schema=FORWARD)
-
-
-@_forward.register_fake
-def _forward_fake(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
-    (batch, _, d_inner), N, tiles = u.shape, A.shape[1], (u.shape[1] + TILE.value - 1) // TILE.value
-    states, BC = ((batch, 2 * tiles + 1, N, d_inner), (batch, 2 * N, tiles * TILE.value)) if keep else ((0,), (0,))
-    return u.new_empty(u.shape), A.new_empty(batch, d_inner, N), A.new_empty(states), A.new_empty(BC)
-
-
-@custom_op("selective_scan::backward", mutates_args=(), schema=BACKWARD)
-def _backward(gy, glast, states, BC, u, delta, A, B, C, D, z, delta_bias, softplus):
-    (batch, L, d_inner), N = u.shape, A.shape[1]
+def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
+    """gu, gdelta, gz; gB and gC as (B, 2, N, Lp); (N + 2, D): gA, gD, gbias; and (B, chunks, N, D), of which the first is gstate."""
+    (batch, L, d_inner), N = u.shape, len(A2)
     tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner)
     gy, u, delta, z = _aligned(gy, u, delta, z)
     D, delta_bias = _whole(D, delta_bias)
-    A2 = torch.mul(A.t(), LOG2E.value, out=A.new_empty(N, d_inner))
-    gu, gdelta, _gA, gB, gC, gD, gz, gbias, gstate = _backward_fake(gy, glast, states, BC, u, delta, A, B, C, D, z, delta_bias,
-                                                                    softplus)
-    adjoint = A.new_empty(batch, chunks, N, d_inner)
-    adjoint[:, -1] = 0 if glast is None else glast.transpose(1, 2)
-    parts = A.new_empty(blocks, batch, 2, N, BC.shape[2])
-    gA_parts = A.new_empty(batch, chunks, N, S.value, d_inner)
-    gD_parts, gbias_parts = A.new_empty(2, batch, chunks, S.value, d_inner)
+    gu, gdelta, gz = (u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (u, delta, z))
+    adjoint = A2.new_zeros(batch, chunks, N, d_inner)
+    if glast is not None:
+        adjoint[:, -1] = glast
+    parts, sums = A2.new_empty(blocks, batch, 2, N, BC.shape[2]), A2.new_empty(batch, chunks, N + 2, S.value, d_inner)
     (u_b, u_l), (delta_b, delta_l), (z_b, z_l), (g_b, g_l) = map(_strides, (u, delta, u if z is None else z, gy))
     common = {"L": L, "D": d_inner, "N": N, "whole": tiles, "chunks": chunks, "delta_b": delta_b, "delta_l": delta_l,
               "z_b": z_b, "z_l": z_l, "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None, "SOFTPLUS": softplus,
               "num_warps": WARPS.value}
     with torch.cuda.device_of(u):
         if chunks > 1:
-            sums = A.new_empty(batch, chunks, d_inner)
-            _ends[blocks, chunks - 1, batch](gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, sums,
+            all_delta = A2.new_empty(batch, chunks, d_inner)
+            _ends[blocks, chunks - 1, batch](gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, all_delta,
                                              tiles=per_chunk, slots=chunks, apart=1, x_b=g_b, x_l=g_l, REVERSE=True, **common)
-            _carry[-(-d_inner * N // 128), batch](adjoint, A2, sums, d_inner, N, chunks, chunks, 1, REVERSE=True)
+            _carry[-(-d_inner * N // 128), batch](adjoint, A2, all_delta, d_inner, N, chunks, chunks, 1, REVERSE=True)
         _gradients[blocks, chunks, batch](
-            u, delta, A2, BC, D, u if z is None else z, delta_bias, gy, states, adjoint, gu, gdelta, gz, parts, gA_parts,
-            gD_parts, gbias_parts, tiles=2 * per_chunk, slots=states.shape[1], u_b=u_b, u_l=u_l, g_b=g_b, g_l=g_l,
-            HAS_D=D is not None, EXACT=u.dtype != torch.bfloat16, maxnreg=168, **common)
-    gBC = parts.sum(0)[..., :L].transpose(2, 3)
-    gB.copy_(gBC[:, 0])
-    gC.copy_(gBC[:, 1])
-    if D is not None:
-        gD = gD_parts.sum((0, 1, 2))
-    if delta_bias is not None:
-        gbias = gbias_parts.sum((0, 1, 2))
-    gstate.copy_(adjoint[:, 0].transpose(1, 2))
-    return gu, gdelta, gA_parts.sum((0, 1, 3)).t().contiguous(), gB, gC, gD, gz, gbias, gstate
-
-
-@_backward.register_fake
-def _backward_fake(gy, glast, states, BC, u, delta, A, B, C, D, z, delta_bias, softplus):
-    like = lambda t: u.new_empty(0) if t is None else t.new_empty(t.shape)
-    return (*map(like, (u, delta, A, B, C, D, z, delta_bias)), A.new_empty(len(u), *A.shape))
+            u, delta, A2, BC, D, u if z is None else z, delta_bias, gy, states, adjoint, gu, gdelta, gz, parts, sums,
+            tiles=2 * per_chunk, slots=states.shape[1], u_b=u_b, u_l=u_l, g_b=g_b, g_l=g_l, HAS_D=D is not None,
+            EXACT=u.dtype != torch.bfloat16, maxnreg=168, **common)
+    return gu, gdelta, gz, parts.sum(0), sums.sum((0, 1, 3)), adjoint
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.softplus, _keep = inputs
-    ctx.has_state = tensors[-1] is not None
-    ctx.save_for_backward(*output[2:], *tensors[:-1])
+    u, delta, A, B, C, D, z, delta_bias, ctx.state, ctx.softplus, _keep = inputs
+    ctx.B_dtype, ctx.C_dtype, ctx.state = B.dtype, C.dtype, ctx.state is not None
+    ctx.save_for_backward(*output[2:], u, delta, D, z, delta_bias)
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, gy, glast, _gstates, _gBC):
-    states, BC, u, *inputs = ctx.saved_tensors
-    gy = torch.zeros_like(u) if gy is None else gy
-    *grads, gstate = torch.ops.selective_scan.backward(gy, glast, states, BC, u, *inputs, ctx.softplus)
-    grads = [None if t is None else grad for t, grad in zip((u, *inputs), grads)]
-    return *grads, gstate if ctx.has_state else None, None, None
+def _gradients_of(ctx, gy, glast, _gstates, _gBC, _gA2):
+    tensors = states, BC, A2, u, delta, D, z, delta_bias = ctx.saved_tensors
+    back = torch.ops.selective_scan.backward if torch.compiler.is_compiling() else _run_back
+    gu, gdelta, gz, gBC, sums, adjoint = back(torch.zeros_like(u) if gy is None else gy, glast, *tensors, ctx.softplus)
+    gB, gC = gBC[..., :u.shape[1]].transpose(2, 3).unbind(1)
+    *gA, gD, gbias = sums.split((len(A2), 1, 1))
+    return (gu, gdelta, gA[0].t(), gB.to(ctx.B_dtype), gC.to(ctx.C_dtype), None if D is None else gD[0],
+            None if z is None else gz, None if delta_bias is None else gbias[0],
+            adjoint[:, 0].transpose(1, 2) if ctx.state else None, None, None)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup)
+class _Scan(torch.autograd.Function):
+    """What the operator does, without what an operator costs: where no compiler has to see one."""
+    forward, setup_context = staticmethod(_run), staticmethod(_setup)
+    backward = staticmethod(torch.autograd.function.once_differentiable(_gradients_of))
+
+
+_forward = custom_op("selective_scan::forward", _run, mutates_args=(), schema=FORWARD)
+_backward = custom_op("selective_scan::backward", _run_back, mutates_args=(), schema=BACKWARD)
+_forward.register_autograd(_gradients_of, setup_context=_setup)
+
+
+@_forward.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
+    (batch, L, d_inner), N, tiles = u.shape, A.shape[1], (u.shape[1] + TILE.value - 1) // TILE.value
+    kept = ((batch, 2 * tiles, N, d_inner), (batch, 2 * N, tiles * TILE.value), (N, d_inner)) if keep else ((0,), (0,), (0,))
+    return u.new_empty(u.shape), A.new_empty(batch, N, d_inner), *map(A.new_empty, kept)
+
+
+@_backward.register_fake
+def _(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
+    (batch, L, d_inner), N = u.shape, len(A2)
+    gu, gdelta, gz = (u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (u, delta, z))
+    return (gu, gdelta, gz, A2.new_empty(batch, 2, N, BC.shape[2]), A2.new_empty(N + 2, d_inner),
+            A2.new_empty(batch, _cuts(batch, L, d_inner)[2], N, d_inner))
 
 
 @torch.compiler.assume_constant_result
@@ -687,10 +710,151 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
         A, state = pad(A, 0, 0), pad(state, 0, 0)
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (u, delta, A, B, C, D, z, delta_bias, state))
-    # where nobody asks for an operator, it only costs time
-    scan = torch.ops.selective_scan.forward if keep or torch.compiler.is_compiling() else _run
-    y, last_state, *_ = scan(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, keep)
+    scan = torch.ops.selective_scan.forward if torch.compiler.is_compiling() else _Scan.apply if keep else _run
+    y, last, *_ = scan(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, keep)
+    last_state = last.transpose(1, 2)
     return (y[..., :d_inner], last_state[:, :d_inner]) if more else (y, last_state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The convolution in front of the scan, and its silu. It is bound by memory, so everything is read once and written once, but
+# for W - 1 steps at each end of T: a thread has a few channels and goes from step to step with what it needs in registers.
+
+
+@triton.jit
+def _sigmoid_tl(x):
+    return 1 / (1 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def _inputs_of_conv(x, weight, bias, state, x_b, x_l, L, D, d, t0, b, COUNT: tl.constexpr, W: tl.constexpr):
+    """COUNT steps of x from t0 - (W - 1) on, those before the sequence from state or 0; the W taps; the bias."""
+    in_d, rows, taps = d < D, (), ()
+    x += b * x_b + (t0 - (W - 1)).to(tl.int64) * x_l + d
+    for i in tl.static_range(COUNT):
+        t = t0 - (W - 1) + i
+        row = tl.load(x + i * x_l, mask=d < tl.where((t >= 0) & (t < L), D, 0), other=0).to(tl.float32)
+        if state is not None and i < W - 1:
+            row += tl.load(state + (b * (W - 1) + i) * D + d, mask=d < tl.where(t < 0, D, 0), other=0).to(tl.float32)
+        rows = rows + (row,)
+    for k in tl.static_range(W):
+        taps = taps + (tl.load(weight + d * W + k, mask=in_d, other=0).to(tl.float32),)
+    return rows, taps, 0.0 if bias is None else tl.load(bias + d, mask=in_d, other=0).to(tl.float32)
+
+
+@triton.jit
+def _conv(x, weight, bias, state, y, L, D, x_b, x_l, W: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
+    """y (B, L, D) = silu(bias + sum_k weight_k x_{t - (W - 1) + k}), T steps of BD channels."""
+    t0, d, b = tl.program_id(0) * T, tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2).to(tl.int64)
+    rows, taps, bias_d = _inputs_of_conv(x, weight, bias, state, x_b, x_l, L, D, d, t0, b, T + W - 1, W)
+    for i in tl.static_range(T):
+        y_t = bias_d
+        for k in tl.static_range(W):
+            y_t += taps[k] * rows[i + k]
+        tl.store(y + (b * L + t0 + i) * D + d, y_t * _sigmoid_tl(y_t), mask=d < tl.where(t0 + i < L, D, 0))
+
+
+@triton.jit
+def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D, x_b, x_l, g_b, g_l, W: tl.constexpr, T: tl.constexpr,
+                    BD: tl.constexpr):
+    """gx (B, L, D); gstate (B, W - 1, D); sums (B, chunks, W + 1, D): gradients of weight and bias, in parts."""
+    t0, d, b = tl.program_id(0) * T, tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2).to(tl.int64)
+    rows, taps, bias_d = _inputs_of_conv(x, weight, bias, state, x_b, x_l, L, D, d, t0, b, T + 2 * (W - 1), W)
+    g, parts = (), ()
+    for k in tl.static_range(W + 1):
+        parts = parts + (tl.zeros((BD,), tl.float32),)
+    for i in tl.static_range(T + W - 1):
+        pre = bias_d
+        for k in tl.static_range(W):
+            pre += taps[k] * rows[i + k]
+        open = _sigmoid_tl(pre)
+        gy_t = tl.load(gy + b * g_b + (t0 + i).to(tl.int64) * g_l + d, mask=d < tl.where(t0 + i < L, D, 0), other=0).to(tl.float32)
+        g = g + (gy_t * open * (1 + pre * (1 - open)),)         # of what silu gets
+        if i < T:
+            more = ()
+            for k in tl.static_range(W):
+                more = more + (parts[k] + g[i] * rows[i + k],)
+            parts = more + (parts[W] + g[i],)
+        gx_t = tl.zeros((BD,), tl.float32)                      # W - 1 steps ago
+        for k in tl.static_range(W):
+            if i >= k:
+                gx_t += taps[k] * g[i - k]
+        t = t0 + i - (W - 1)
+        if i >= W - 1:
+            tl.store(gx + (b * L + t) * D + d, gx_t, mask=d < tl.where(t < L, D, 0))
+        elif gstate is not None:
+            tl.store(gstate + (b * (W - 1) + i) * D + d, gx_t, mask=d < tl.where(t0 == 0, D, 0))
+    for k in tl.static_range(W + 1):
+        tl.store(sums + ((b * tl.num_programs(0) + tl.program_id(0)) * (W + 1) + k) * D + d, parts[k], mask=d < D)
+
+
+def _of_conv(x, T):
+    return (-(-x.shape[1] // T), -(-x.shape[2] // 128), len(x)), {"T": T, "BD": 128, "num_warps": 2}
+
+
+def _run_conv(x, weight, bias, state):
+    (_, L, d_inner), W, y = x.shape, weight.shape[2], x.new_empty(x.shape)
+    grid, options = _of_conv(x, 16)
+    with torch.cuda.device_of(x):
+        _conv[grid](x, weight, bias, state, y, L, d_inner, *x.stride()[:2], W=W, **options)
+    return y
+
+
+def _run_conv_back(gy, x, weight, bias, state):
+    """gx; (W + 1, D): gradients of weight and bias; gstate."""
+    (_, L, d_inner), W, gx = x.shape, weight.shape[2], x.new_empty(x.shape)
+    grid, options = _of_conv(x, 16)
+    sums, gstate = weight.new_empty(len(x), grid[0], W + 1, d_inner, dtype=torch.float32), None if state is None else torch.empty_like(state)
+    with torch.cuda.device_of(x):
+        _conv_gradients[grid](x, weight, bias, state, gy, gx, gstate, sums, L, d_inner, *x.stride()[:2], *gy.stride()[:2], W=W,
+                              **options)
+    return gx, sums.sum((0, 1)), x.new_empty(0) if gstate is None else gstate
+
+
+def _setup_conv(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients_of_conv(ctx, gy):
+    x, weight, bias, state = ctx.saved_tensors
+    back = torch.ops.selective_scan.conv_backward if torch.compiler.is_compiling() else _run_conv_back
+    gx, sums, gstate = back(gy if gy.stride(2) == 1 else gy.contiguous(), x, weight, bias, state)
+    return (gx, sums[:-1].t()[:, None].to(weight.dtype), None if bias is None else sums[-1].to(bias.dtype),
+            None if state is None else gstate)
+
+
+class _Conv(torch.autograd.Function):
+    forward, setup_context = staticmethod(_run_conv), staticmethod(_setup_conv)
+    backward = staticmethod(torch.autograd.function.once_differentiable(_gradients_of_conv))
+
+
+OF_CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? state"
+_conv_forward = custom_op("selective_scan::conv", _run_conv, mutates_args=(), schema=f"({OF_CONV}) -> Tensor")
+_conv_backward = custom_op("selective_scan::conv_backward", _run_conv_back, mutates_args=(),
+                           schema=f"(Tensor gy, {OF_CONV}) -> (Tensor, Tensor, Tensor)")
+_conv_forward.register_autograd(_gradients_of_conv, setup_context=_setup_conv)
+
+
+@_conv_forward.register_fake
+def _(x, weight, bias, state):
+    return x.new_empty(x.shape)
+
+
+@_conv_backward.register_fake
+def _(gy, x, weight, bias, state):
+    sums = weight.new_empty(weight.shape[2] + 1, x.shape[2], dtype=torch.float32)
+    return x.new_empty(x.shape), sums, x.new_empty(0) if state is None else torch.empty_like(state)
+
+
+def conv_silu_triton(x, weight, bias, state):
+    """
+    silu(y), y as causal_conv in mamba.py returns it, arguments as there; bias and state may be None. Computes in float32.
+    Differentiable once; the gradients are the same bits each time.
+    """
+    x = x if x.stride(2) == 1 else x.contiguous()
+    weight, bias, state = _whole(weight, bias, state)
+    conv = torch.ops.selective_scan.conv if torch.compiler.is_compiling() else _Conv.apply
+    return conv(x, weight, bias, state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -821,41 +985,47 @@ def _enter(x, norm, weight, scale, bias, taps, conv_bias, window, x_proj, x_scal
 
 @triton.jit
 def _advance(parts, dt_proj, dt_bias, A_log, Dw, u, gate, h, y, rows, D: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-             P: tl.constexpr, BLOCKS: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
-             PDL: tl.constexpr):
-    """One step of the scan for a block of channels of one text: h (rows, D, N) in place, y (rows, D)."""
-    b, d, n, q = tl.program_id(1).to(tl.int64), tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, BR)
+             P: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+             BR: tl.constexpr, PDL: tl.constexpr):
+    """One step of the scan for a block of channels of BM texts: h (rows, D, N) in place, y (rows, D)."""
+    r, d, n, q = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, BR)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    in_d = d < D
-    in_h = in_d[:, None] & (n < N)[None, :]
-    of_h = d[:, None] * N + n[None, :]
-    h += b * D * N + of_h
-    h_d = tl.load(h, mask=in_h, other=0)
-    A_2 = -tl.exp2(tl.load(A_log + of_h, mask=in_h, other=0) * LOG2E) * LOG2E
-    w = tl.load(dt_proj + d[:, None] * R + q[None, :], mask=in_d[:, None] & (q < R)[None, :], other=0)
+    in_r, in_d, in_n, in_q = r < rows, d < D, n < N, q < R
+    in_y, of_y = in_r[:, None] & in_d[None, :], r[:, None] * D + d[None, :]
+    in_h = in_y[:, :, None] & in_n[None, None, :]
+    h += of_y.to(tl.int64)[:, :, None] * N + n[None, None, :]
+    h_d = tl.load(h, mask=in_h, other=0)                                                        # (BM, BD, BN)
+    A_log_d = tl.load(A_log + d[:, None] * N + n[None, :], mask=in_d[:, None] & in_n[None, :], other=0)
+    A_2 = -tl.exp2(A_log_d * LOG2E) * LOG2E
+    w = tl.load(dt_proj + d[:, None] * R + q[None, :], mask=in_d[:, None] & in_q[None, :], other=0)
     bias_d, D_d = tl.load(dt_bias + d, mask=in_d, other=0), tl.load(Dw + d, mask=in_d, other=0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    u_d = tl.load(u + b * D + d, mask=in_d, other=0).to(tl.float32)
-    gate_d = tl.load(gate + b * D + d, mask=in_d, other=0)
-    dt, B, C = tl.zeros((BB, BR), tl.float32), tl.zeros((BB, BN), tl.float32), tl.zeros((BB, BN), tl.float32)
+    u_d = tl.load(u + of_y, mask=in_y, other=0).to(tl.float32)
+    gate_d = tl.load(gate + of_y, mask=in_y, other=0)
+    # sums of the parts: BB of them at once for one text, as there are too few threads otherwise
+    dt, B, C = tl.zeros((BM * BB, BR), tl.float32), tl.zeros((BM * BB, BN), tl.float32), tl.zeros((BM * BB, BN), tl.float32)
     for start in tl.static_range(0, BLOCKS, BB):
-        i = start + tl.arange(0, BB)
-        of_parts, in_parts = parts + (i * rows + b)[:, None] * P, (i < BLOCKS)[:, None]
-        dt += tl.load(of_parts + q[None, :], mask=in_parts & (q < R)[None, :], other=0)
-        B += tl.load(of_parts + R + n[None, :], mask=in_parts & (n < N)[None, :], other=0)
-        C += tl.load(of_parts + R + N + n[None, :], mask=in_parts & (n < N)[None, :], other=0)
-    dt, B, C = tl.sum(dt, 0), tl.sum(B, 0), tl.sum(C, 0)
-    raw = tl.sum(w.to(tl.float32) * dt[None, :], 1) + bias_d
+        i = start + tl.arange(0, BM * BB) // BM
+        row = tl.program_id(1) * BM + tl.arange(0, BM * BB) % BM
+        of_parts, in_parts = parts + (i * rows + row)[:, None] * P, ((i < BLOCKS) & (row < rows))[:, None]
+        dt += tl.load(of_parts + q[None, :], mask=in_parts & in_q[None, :], other=0)
+        B += tl.load(of_parts + R + n[None, :], mask=in_parts & in_n[None, :], other=0)
+        C += tl.load(of_parts + R + N + n[None, :], mask=in_parts & in_n[None, :], other=0)
+    if BM == 1:
+        dt, B, C = tl.sum(dt, 0), tl.sum(B, 0)[None, :], tl.sum(C, 0)[None, :]
+        raw = tl.sum(w.to(tl.float32) * dt[None, :], 1)[None, :] + bias_d[None, :]
+    else:
+        raw = tl.dot(dt.to(w.dtype), w.trans(), input_precision="ieee") + bias_d[None, :]      # (BM, BD)
     e = tl.exp2(-tl.abs(raw) * LOG2E)
     f = e / (2 + e)
     v = f * f                       # softplus, as in _softplus
     delta = tl.maximum(raw, 0) + 2 * f * (1 + v * (0.3333332 + v * (0.20003835 + v * (0.14116978 + v * 0.13433774))))
-    h_d = tl.exp2(delta[:, None] * A_2) * h_d + (delta * u_d)[:, None] * B[None, :]
+    h_d = tl.exp2(delta[:, :, None] * A_2[None, :, :]) * h_d + (delta * u_d)[:, :, None] * B[:, None, :]
     tl.debug_barrier()              # all threads have read h
     tl.store(h, h_d, mask=in_h)
-    tl.store(y + b * D + d, (tl.sum(h_d * C[None, :], 1) + D_d * u_d) * gate_d, mask=in_d)
+    tl.store(y + of_y, (tl.sum(h_d * C[:, None, :], 2) + D_d[None, :] * u_d) * gate_d, mask=in_y)
 
 
 def decodes(config):
@@ -873,11 +1043,15 @@ def decode(backbone, head, vocab_size, state, token):
     layers = backbone["layers"]
     R = layers[0].mixer.dt_rank
     P = R + 2 * N
-    BN, BR, BP = triton.next_power_of_2(N), triton.next_power_of_2(R), max(16, triton.next_power_of_2(P))
-    BD = min(256, max(16, triton.next_power_of_2(rows * D // 128)), 4096 // BN, 16384 // BR)    # of advance
+    power = triton.next_power_of_2
+    BN, BR, BP = power(N), max(16, power(R)), max(16, power(P))
     enter, project, to_logits = (_tiles(x, *sizes) for sizes in (
         (d_model, 32, 64, 64, 8), (D, 8, 16, 128, 4), (d_model, 32, 128, 64, 4)))
     blocks = triton.cdiv(D, enter["BN"])
+    advance = {"BM": 1, "BD": min(256, max(16, power(D // 128)), 4096 // BN, 16384 // BR),
+               "BB": min(power(blocks), 4096 // BR), "num_warps": 4}
+    if rows > 1:
+        advance = {"BM": 16, "BD": max(16, min(64, 1024 // BN)), "BB": 1, "num_warps": 8}
     # with many rows a kernel that waits takes room from the one that works
     pdl = PDL and rows == 1 and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     options = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
@@ -889,10 +1063,9 @@ def decode(backbone, head, vocab_size, state, token):
             _enter[2 * blocks, triton.cdiv(rows, enter["BM"])](
                 x, layer.norm.weight, *_weights(block.in_proj), conv.weight, conv.bias, window, *_weights(block.x_proj)[:2],
                 u, gate, parts, rows, eps, d_model, D, P, BEFORE=window.shape[1], BP=BP, **enter, **options)
-            _advance[triton.cdiv(D, BD), rows](
-                parts, dt_proj.weight, dt_proj.bias, block.A_log, block.D, u, gate, h, y, rows, D, N, R, P, blocks,
-                BB=min(triton.next_power_of_2(blocks), 4096 // BR), BD=BD, BN=BN, BR=BR,
-                num_warps=max(4, BD * max(BN, BR // 4) // 512), **options)
+            _advance[triton.cdiv(D, advance["BD"]), triton.cdiv(rows, advance["BM"])](
+                parts, dt_proj.weight, dt_proj.bias, block.A_log, block.D, u, gate, h, y, rows, D, N, R, P, blocks, BN=BN, BR=BR,
+                **advance, **options)
             before, x = x, torch.empty_like(x)
             _project[triton.cdiv(d_model, project["BN"]), triton.cdiv(rows, project["BM"])](
                 y, None, *_weights(block.out_proj), before, x, rows, eps, D, d_model, **project, **options)

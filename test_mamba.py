@@ -2458,6 +2458,8 @@ scan_triton.SHORTEST = 1
 for scan_triton.FILL, *shape in ((1, 1, 1, 1, 1), (1, 2, 66, 5, 3), (100, 1, 66, 10, 17), (100, 1, 200, 33, 4)):
     test_mamba.check_triton(test_mamba.scan_inputs(*shape), device="cpu")
 test_mamba.check_triton(test_mamba.scan_inputs(1, 65, 3, 4, ("z",)), softplus=False, device="cpu")
+for shape in ((1, 1, 3, 4), (2, 35, 131, 4), (1, 17, 5, 1), (1, 33, 5, 2)):
+    test_mamba.check_conv(*shape, device="cpu")
 """
 
 
@@ -2474,6 +2476,33 @@ def test_triton_equals_float64_in_its_interpreter():
 def test_triton_equals_float64(length, dtype):
     for batch, d_inner, d_state in ((1, 1, 1), (2, 5, 3), (3, 33, 16), (2, 100, 16), (1, 40, 64), (1, 7, 256)):
         check_triton(scan_inputs(batch, length, d_inner, d_state, dtype=dtype))
+
+
+def check_conv(batch, length, d_inner, width, dtype=torch.float32, device="cuda"):
+    """The fused convolution and its silu against float64: of a view, with and without bias and state, gradients included."""
+    wide, gy = (torch.randn(batch, length, n, device=device).to(dtype) for n in (2 * d_inner, d_inner))
+    weight, bias = torch.randn(d_inner, 1, width, device=device), torch.randn(d_inner, device=device)
+    state, limit = torch.randn(batch, width - 1, d_inner, device=device).to(dtype), 2e-6 if dtype == torch.float32 else 1e-2
+    for options in ((), ("bias",), ("bias", "state")):
+        results = []
+        for kind in (None, torch.float64):
+            x, w, b, s = (t.detach().to(kind or t.dtype).requires_grad_() for t in (wide, weight, bias, state))
+            given = [t if name in options else None for name, t in (("bias", b), ("state", s))]
+            if kind is None:
+                y = mamba._scan_triton.conv_silu_triton(x[..., d_inner:], w, *given)
+            else:
+                y = F.silu(mamba.causal_conv(x[..., d_inner:], w, *given)[0])
+            grads = torch.autograd.grad(y, [x, w, *(t for t in given if t is not None and t.numel() > 0)], gy.to(y.dtype))
+            results.append([y, *grads])
+        for ours, exact in zip(*results):
+            assert (ours - exact).norm() <= limit * exact.norm(), (options, relative(ours, exact))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_conv_equals_float64(dtype):
+    for shape in ((1, 1, 3, 4), (2, 35, 131, 4), (1, 17, 5, 1), (3, 1031, 64, 2), (2, 200, 256, 7)):
+        check_conv(*shape, dtype=dtype)
 
 
 @on_gpu
