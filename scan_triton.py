@@ -27,10 +27,13 @@ and 1.6 are exponentials and the like, which begin in every eighth cycle. It iss
 """
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -654,9 +657,8 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients_of(ctx, gy, glast, _gstates, _gBC, _gA2):
+def _gradients_of(back, ctx, gy, glast, _gstates, _gBC, _gA2):
     tensors = states, BC, A2, u, delta, D, z, delta_bias = ctx.saved_tensors
-    back = torch.ops.selective_scan.backward if torch.compiler.is_compiling() else _run_back
     gu, gdelta, gz, gBC, sums, adjoint = back(torch.zeros_like(u) if gy is None else gy, glast, *tensors, ctx.softplus)
     gB, gC = gBC[..., :u.shape[1]].transpose(2, 3).unbind(1)
     *gA, gD, gbias = sums.split((len(A2), 1, 1))
@@ -668,12 +670,12 @@ def _gradients_of(ctx, gy, glast, _gstates, _gBC, _gA2):
 class _Scan(torch.autograd.Function):
     """What the operator does, without what an operator costs: where no compiler has to see one."""
     forward, setup_context = staticmethod(_run), staticmethod(_setup)
-    backward = staticmethod(torch.autograd.function.once_differentiable(_gradients_of))
+    backward = staticmethod(once_differentiable(partial(_gradients_of, _run_back)))
 
 
 _forward = custom_op("selective_scan::forward", _run, mutates_args=(), schema=FORWARD)
 _backward = custom_op("selective_scan::backward", _run_back, mutates_args=(), schema=BACKWARD)
-_forward.register_autograd(_gradients_of, setup_context=_setup)
+_forward.register_autograd(partial(_gradients_of, torch.ops.selective_scan.backward), setup_context=_setup)
 
 
 @_forward.register_fake
@@ -717,8 +719,8 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The convolution in front of the scan, and its silu. It is bound by memory, so everything is read once and written once, but
-# for W - 1 steps at each end of T: a thread has a few channels and goes from step to step with what it needs in registers.
+# The convolution in front of the scan, and its silu. It is bound by memory, so everything is read and written once, but for a
+# few steps before those of a program: a thread has one or two channels, and what it needs of the steps before in registers.
 
 
 @triton.jit
@@ -727,87 +729,111 @@ def _sigmoid_tl(x):
 
 
 @triton.jit
-def _inputs_of_conv(x, weight, bias, state, x_b, x_l, L, D, d, t0, b, COUNT: tl.constexpr, W: tl.constexpr):
-    """COUNT steps of x from t0 - (W - 1) on, those before the sequence from state or 0; the W taps; the bias."""
-    in_d, rows, taps = d < D, (), ()
-    x += b * x_b + (t0 - (W - 1)).to(tl.int64) * x_l + d
-    for i in tl.static_range(COUNT):
-        t = t0 - (W - 1) + i
-        row = tl.load(x + i * x_l, mask=d < tl.where((t >= 0) & (t < L), D, 0), other=0).to(tl.float32)
-        if state is not None and i < W - 1:
-            row += tl.load(state + (b * (W - 1) + i) * D + d, mask=d < tl.where(t < 0, D, 0), other=0).to(tl.float32)
-        rows = rows + (row,)
+def _of_channels(weight, bias, d, D, W: tl.constexpr):
+    """The W taps and the bias of some channels."""
+    taps = ()
     for k in tl.static_range(W):
-        taps = taps + (tl.load(weight + d * W + k, mask=in_d, other=0).to(tl.float32),)
-    return rows, taps, 0.0 if bias is None else tl.load(bias + d, mask=in_d, other=0).to(tl.float32)
+        taps = taps + (tl.load(weight + d * W + k, mask=d < D, other=0).to(tl.float32),)
+    return taps, 0.0 if bias is None else tl.load(bias + d, mask=d < D, other=0).to(tl.float32)
+
+
+@triton.jit
+def _step(x, state, t, L, D, x_l, d, b, W: tl.constexpr):
+    """One step of x (L, D); before the sequence that of state (B, W - 1, D), if there is one, and else 0."""
+    row = tl.load(x + t.to(tl.int64) * x_l + d, mask=d < tl.where((t >= 0) & (t < L), D, 0), other=0).to(tl.float32)
+    if state is not None:
+        at = state + (b * (W - 1) + t + W - 1) * D + d
+        row += tl.load(at, mask=d < tl.where((t < 0) & (t > -W), D, 0), other=0).to(tl.float32)
+    return row
+
+
+@triton.jit
+def _filtered(rows, taps, bias_d, i, W: tl.constexpr):
+    y = bias_d
+    for k in tl.static_range(W):
+        y += taps[k] * rows[i + k]
+    return y
 
 
 @triton.jit
 def _conv(x, weight, bias, state, y, L, D, x_b, x_l, W: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
     """y (B, L, D) = silu(bias + sum_k weight_k x_{t - (W - 1) + k}), T steps of BD channels."""
     t0, d, b = tl.program_id(0) * T, tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2).to(tl.int64)
-    rows, taps, bias_d = _inputs_of_conv(x, weight, bias, state, x_b, x_l, L, D, d, t0, b, T + W - 1, W)
+    x, rows = x + b * x_b, ()
+    for i in tl.static_range(T + W - 1):
+        rows = rows + (_step(x, state if i < W - 1 else None, t0 + i - (W - 1), L, D, x_l, d, b, W),)
+    taps, bias_d = _of_channels(weight, bias, d, D, W)
     for i in tl.static_range(T):
-        y_t = bias_d
-        for k in tl.static_range(W):
-            y_t += taps[k] * rows[i + k]
+        y_t = _filtered(rows, taps, bias_d, i, W)
         tl.store(y + (b * L + t0 + i) * D + d, y_t * _sigmoid_tl(y_t), mask=d < tl.where(t0 + i < L, D, 0))
 
 
 @triton.jit
-def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D, x_b, x_l, g_b, g_l, W: tl.constexpr, T: tl.constexpr,
-                    BD: tl.constexpr):
-    """gx (B, L, D); gstate (B, W - 1, D); sums (B, chunks, W + 1, D): gradients of weight and bias, in parts."""
-    t0, d, b = tl.program_id(0) * T, tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2).to(tl.int64)
-    rows, taps, bias_d = _inputs_of_conv(x, weight, bias, state, x_b, x_l, L, D, d, t0, b, T + 2 * (W - 1), W)
-    g, parts = (), ()
+def _through_silu(gy, rows, taps, bias_d, i, W: tl.constexpr):
+    y = _filtered(rows, taps, bias_d, i, W)
+    open = _sigmoid_tl(y)
+    return gy * open * (1 + y * (1 - open))
+
+
+@triton.jit
+def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D, x_b, x_l, g_b, g_l, W: tl.constexpr, STEPS: tl.constexpr,
+                    T: tl.constexpr, BD: tl.constexpr):
+    """
+    g, the gradient of what silu gets, for STEPS steps; gx (B, L, D) and gstate (B, W - 1, D), which follow W - 1 steps later;
+    sums (B, chunks, W + 1, D): gradients of weight and bias, in parts.
+    """
+    t0, d, b = tl.program_id(0) * STEPS, tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2).to(tl.int64)
+    taps, bias_d = _of_channels(weight, bias, d, D, W)
+    x, gy, rows, g, parts = x + b * x_b, gy + b * g_b, (), (), ()
+    for i in tl.static_range(2 * (W - 1)):
+        rows = rows + (_step(x, state, t0 + i - 2 * (W - 1), L, D, x_l, d, b, W),)
+    for i in tl.static_range(W - 1):
+        g = g + (_through_silu(_step(gy, None, t0 + i - (W - 1), L, D, g_l, d, b, W), rows, taps, bias_d, i, W),)
     for k in tl.static_range(W + 1):
         parts = parts + (tl.zeros((BD,), tl.float32),)
-    for i in tl.static_range(T + W - 1):
-        pre = bias_d
-        for k in tl.static_range(W):
-            pre += taps[k] * rows[i + k]
-        open = _sigmoid_tl(pre)
-        gy_t = tl.load(gy + b * g_b + (t0 + i).to(tl.int64) * g_l + d, mask=d < tl.where(t0 + i < L, D, 0), other=0).to(tl.float32)
-        g = g + (gy_t * open * (1 + pre * (1 - open)),)         # of what silu gets
-        if i < T:
-            more = ()
+    for j in range(STEPS // T):
+        start, seen, gs, gys = t0 + j * T, (), (), ()
+        for i in tl.static_range(W - 1):
+            seen, gs = seen + (rows[W - 1 + i],), gs + (g[i],)
+        for i in tl.static_range(T):
+            seen = seen + (_step(x, None, start + i, L, D, x_l, d, b, W),)
+            gys = gys + (_step(gy, None, start + i, L, D, g_l, d, b, W),)
+        for i in tl.static_range(T):
+            g_t, more, gx_t = _through_silu(gys[i], seen, taps, bias_d, i, W), (), tl.zeros((BD,), tl.float32)
+            gs = gs + (g_t,)
             for k in tl.static_range(W):
-                more = more + (parts[k] + g[i] * rows[i + k],)
-            parts = more + (parts[W] + g[i],)
-        gx_t = tl.zeros((BD,), tl.float32)                      # W - 1 steps ago
-        for k in tl.static_range(W):
-            if i >= k:
-                gx_t += taps[k] * g[i - k]
-        t = t0 + i - (W - 1)
-        if i >= W - 1:
-            tl.store(gx + (b * L + t) * D + d, gx_t, mask=d < tl.where(t < L, D, 0))
-        elif gstate is not None:
-            tl.store(gstate + (b * (W - 1) + i) * D + d, gx_t, mask=d < tl.where(t0 == 0, D, 0))
+                more, gx_t = more + (parts[k] + g_t * seen[i + k],), gx_t + taps[k] * gs[W - 1 + i - k]
+            parts = more + (parts[W] + g_t,)
+            t = start + i - (W - 1)
+            tl.store(gx + (b * L + t) * D + d, gx_t, mask=d < tl.where((t >= 0) & (t < L), D, 0))
+            if gstate is not None and i < W - 1:
+                tl.store(gstate + (b * (W - 1) + t + W - 1) * D + d, gx_t, mask=d < tl.where(t < 0, D, 0))
+        rows, g = (), ()
+        for i in tl.static_range(W - 1):
+            rows, g = rows + (seen[T + i],), g + (gs[T + i],)
+        rows = rows + rows
     for k in tl.static_range(W + 1):
         tl.store(sums + ((b * tl.num_programs(0) + tl.program_id(0)) * (W + 1) + k) * D + d, parts[k], mask=d < D)
 
 
-def _of_conv(x, T):
-    return (-(-x.shape[1] // T), -(-x.shape[2] // 128), len(x)), {"T": T, "BD": 128, "num_warps": 2}
-
-
 def _run_conv(x, weight, bias, state):
-    (_, L, d_inner), W, y = x.shape, weight.shape[2], x.new_empty(x.shape)
-    grid, options = _of_conv(x, 16)
+    (batch, L, d_inner), W, y = x.shape, weight.shape[2], x.new_empty(x.shape)
     with torch.cuda.device_of(x):
-        _conv[grid](x, weight, bias, state, y, L, d_inner, *x.stride()[:2], W=W, **options)
+        _conv[-(-L // 16), -(-d_inner // 128), batch](x, weight, bias, state, y, L, d_inner, *x.stride()[:2], W=W, T=16, BD=128,
+                                                      num_warps=2)
     return y
 
 
 def _run_conv_back(gy, x, weight, bias, state):
     """gx; (W + 1, D): gradients of weight and bias; gstate."""
-    (_, L, d_inner), W, gx = x.shape, weight.shape[2], x.new_empty(x.shape)
-    grid, options = _of_conv(x, 16)
-    sums, gstate = weight.new_empty(len(x), grid[0], W + 1, d_inner, dtype=torch.float32), None if state is None else torch.empty_like(state)
+    (batch, L, d_inner), W, gx = x.shape, weight.shape[2], x.new_empty(x.shape)
+    gstate, steps = None if state is None else torch.empty_like(state), max(64, 8 * -(-(W - 1) // 8))
+    chunks = -(-(L + W - 1) // steps)
+    sums = weight.new_empty(batch, chunks, W + 1, d_inner, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _conv_gradients[grid](x, weight, bias, state, gy, gx, gstate, sums, L, d_inner, *x.stride()[:2], *gy.stride()[:2], W=W,
-                              **options)
+        _conv_gradients[chunks, -(-d_inner // 64), batch](
+            x, weight, bias, state, gy, gx, gstate, sums, L, d_inner, *x.stride()[:2], *gy.stride()[:2], W=W, STEPS=steps, T=8,
+            BD=64, num_warps=1)
     return gx, sums.sum((0, 1)), x.new_empty(0) if gstate is None else gstate
 
 
@@ -815,9 +841,8 @@ def _setup_conv(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _gradients_of_conv(ctx, gy):
+def _gradients_of_conv(back, ctx, gy):
     x, weight, bias, state = ctx.saved_tensors
-    back = torch.ops.selective_scan.conv_backward if torch.compiler.is_compiling() else _run_conv_back
     gx, sums, gstate = back(gy if gy.stride(2) == 1 else gy.contiguous(), x, weight, bias, state)
     return (gx, sums[:-1].t()[:, None].to(weight.dtype), None if bias is None else sums[-1].to(bias.dtype),
             None if state is None else gstate)
@@ -825,14 +850,14 @@ def _gradients_of_conv(ctx, gy):
 
 class _Conv(torch.autograd.Function):
     forward, setup_context = staticmethod(_run_conv), staticmethod(_setup_conv)
-    backward = staticmethod(torch.autograd.function.once_differentiable(_gradients_of_conv))
+    backward = staticmethod(once_differentiable(partial(_gradients_of_conv, _run_conv_back)))
 
 
 OF_CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? state"
 _conv_forward = custom_op("selective_scan::conv", _run_conv, mutates_args=(), schema=f"({OF_CONV}) -> Tensor")
 _conv_backward = custom_op("selective_scan::conv_backward", _run_conv_back, mutates_args=(),
                            schema=f"(Tensor gy, {OF_CONV}) -> (Tensor, Tensor, Tensor)")
-_conv_forward.register_autograd(_gradients_of_conv, setup_context=_setup_conv)
+_conv_forward.register_autograd(partial(_gradients_of_conv, torch.ops.selective_scan.conv_backward), setup_context=_setup_conv)
 
 
 @_conv_forward.register_fake
