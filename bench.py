@@ -8,7 +8,8 @@ python bench.py --suite=train --compile
 python bench.py --suite=generate --size=small --device=cuda
 
 The variants of a table take turns, so that a busy machine slows all of them; times are medians of whole calls, with
-quartiles, after a warm-up. Peers that are installed join in: pip install mambapy transformers (mamba_ssm on CUDA).
+quartiles, after a warm-up. On CUDA the scans run as CUDA graphs: what the GPU does is timed, not how long Python takes to ask
+for it. Peers that are installed join in: pip install mambapy transformers (mamba_ssm on CUDA).
 """
 from __future__ import annotations
 
@@ -105,10 +106,11 @@ def resident(key):
     return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1.024
 
 
-def measure(variants, device, seconds, error_of):
+def measure(variants, device, seconds, error_of, replay):
     """
     variants: {name: make}, make() -> call.  Returns a row for each that works, and remarks.
-    All are warmed up first, where memory and errors are looked at too; then they run in turns until their time is up.
+    All are warmed up first, where memory and errors are looked at too; then they run in turns until their time is up. With
+    replay they do so on CUDA as CUDA graphs: the time of what the GPU does, whatever its launches take.
     """
     gc.collect()        # the models of the table before
     rows, calls, remarks = [], {}, []
@@ -125,6 +127,8 @@ def measure(variants, device, seconds, error_of):
             if error_of and row["memory_mb"] is not None:   # the outputs and gradients, which every way has to make
                 row["memory_mb"] = max(0, row["memory_mb"] - sum(t.nbytes for t in result) / 1e6)
             del result
+            if replay and device.type == "cuda":
+                calls[name] = mamba.recorded(calls[name], torch.empty(0, device=device))[0].replay
             rows.append(row)
         except Exception as error:  # noqa: BLE001 (other people's code may fail in any way, and the rest goes on)
             remarks.append(f"{name} failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]}")
@@ -139,9 +143,9 @@ def measure(variants, device, seconds, error_of):
     return rows, remarks + [f"measured once, a call takes longer than --seconds: {'; '.join(once)}"] * bool(once)
 
 
-def table(bench, title, variants, tokens, error_of=None, floor=None, remarks=(), **about):
+def table(bench, title, variants, tokens, error_of=None, floor=None, remarks=(), replay=False, **about):
     """Measures, prints and writes one table. tokens: how many a call makes.  floor: {name: least seconds it can take}."""
-    rows, more = measure(variants, bench.device, bench.cfg.seconds, error_of)
+    rows, more = measure(variants, bench.device, bench.cfg.seconds, error_of, replay)
     peers = []
     for row in rows:
         name = row["variant"]
@@ -340,7 +344,7 @@ def scan_tables(bench, shape):
                 variants[name] = functools.partial(scan_call, scan, *data.get(name, data[""]), backward)
         table(bench, f"scan, {direction}: B={batch} L={length} D={d_inner} N={d_state}, {bench.dtype}", variants,
               dict.fromkeys(variants, batch * length), lambda name, got: largest_error(got, exactly.get(name, exactly[""])),
-              dict.fromkeys(variants, floor), remarks, shape=shape, direction=direction, rates_ns=ns)
+              dict.fromkeys(variants, floor), remarks, replay=True, shape=shape, direction=direction, rates_ns=ns)
 
 
 def cost_per_token(bench, shape):
@@ -354,7 +358,7 @@ def cost_per_token(bench, shape):
         variants = {f"chunked, L={n}": functools.partial(
             scan_call, SCANS["chunked"][0], *scan_inputs((batch, n, d_inner, d_state), bench), backward) for n in lengths}
         table(bench, f"cost per token, {direction}: B={batch} D={d_inner} N={d_state}, {bench.dtype}", variants,
-              dict(zip(variants, (batch * n for n in lengths))), remarks=remarks)
+              dict(zip(variants, (batch * n for n in lengths))), remarks=remarks, replay=True)
 
 
 def plot(bench, sweep):

@@ -864,14 +864,12 @@ class Mamba(nn.Module):
         if not fused or graph is None or graph.reads != reads:
             graph = None                    # its memory may be needed
             graph = Graph(self._step, self.init_state(rows), reads, fused)
-        pairs = [pair for layer in zip(graph.state, state) for pair in zip(*layer)]
-        for own, given in pairs:
-            own.copy_(given)
+        own, given = ([t for layer in of for t in layer] for of in (graph.state, state))
+        torch._foreach_copy_(own, given)
         try:
             yield graph
         finally:
-            for own, given in pairs:
-                given.copy_(own)
+            torch._foreach_copy_(given, own)
             if fused:       # the other step has constants made from the weights, which may change until the next stream
                 GRAPHS[self] = graph
 
@@ -901,7 +899,12 @@ class Mamba(nn.Module):
     @torch.inference_mode()
     def _prefill(self, prompts, state):
         """Read the prompts but their last tokens into the state with the scan, those of one length together."""
-        for length in {len(p) - 1 for p in prompts} - {0}:
+        lengths = {len(p) - 1 for p in prompts}
+        if len(lengths) == 1 and max(lengths) <= SHORT and state[0][1].device.type == "cuda" and self._fuses(state):
+            with self._decoder(state) as graph:     # a launch takes longer than its work on a short prompt
+                graph.read(self, torch.stack(prompts)[:, :-1])
+            return
+        for length in lengths - {0}:
             rows = [i for i, p in enumerate(prompts) if len(p) - 1 == length]
             some = len(rows) < len(prompts)
             rows_state = [(conv[rows], h[rows]) for conv, h in state] if some else state
@@ -938,6 +941,8 @@ class Mamba(nn.Module):
 
 
 LOGITS = 2 ** 28    # as float32, 1 GB
+SHORT = 512         # tokens of a prompt that a CUDA graph reads, READ at a time, and the rest one by one
+READ = 32
 PREFILL = 2048      # a prompt is read in parts of this many tokens: the memory it takes does not grow with its length
 ASK = 16            # tokens between two questions to a GPU whether all rows have stopped
 
@@ -979,25 +984,50 @@ GRAPHS = weakref.WeakKeyDictionary()    # for a model, the Graph of its last str
 
 
 class Graph:
-    """The step of a token on CUDA as a CUDA graph: its launches are recorded once, and replayed for each token by one call."""
+    """
+    The step of a token on CUDA as a CUDA graph: its launches are recorded once, and replayed for each token by one call. So is
+    the reading of READ tokens of a prompt, when the first one comes.
+    """
 
     def __init__(self, make_step, state, reads, fused):
         # reads: the rows, and the weights that it reads where they are. It also reads what step has computed once
-        self.state, self.reads, self.step = state, reads, make_step(state, fused=fused)
+        self.state, self.reads, self.reader, step = state, reads, None, make_step(state, fused=fused)
         self.token = torch.zeros(reads[0], dtype=torch.long, device=state[0][1].device)
-        with torch.cuda.device_of(self.token):
-            self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):     # what the first call alone has to do cannot be recorded
-                self.step(self.token)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self.graph):
-                self.logits = self.step(self.token)
+        self.graph, self.logits = recorded(lambda: step(self.token), self.token)
+        self.step = step    # with what it has computed
 
     def __call__(self, token):
         self.token.copy_(token)
         self.graph.replay()
         return self.logits
+
+    def read(self, model, tokens):
+        """model reads tokens (B, L) into the state."""
+        for part in tokens.split(READ, dim=1):
+            if part.shape[1] < READ:
+                for token in part.unbind(1):
+                    self(token)
+            elif self.reader is None:       # what is done to get ready for the recording reads this part already
+                self.part = part.clone()
+                self.reader, _ = recorded(lambda: model(self.part, state=self.state, num_last_tokens=1), part)
+            else:
+                self.part.copy_(part)
+                self.reader.replay()
+
+
+def recorded(call, where):
+    """A CUDA graph of what call() launches on the GPU of the tensor `where`, and what it returns. It is called once before, for
+    what the first call alone has to do cannot be recorded; while it is being recorded nothing is done. Without autocast, whose
+    copies of the weights would be gone when the graph is replayed."""
+    with torch.cuda.device_of(where), torch.autocast("cuda", enabled=False):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            result = call()
+    return graph, result
 
 
 def compiles_here(attempt, say=lambda line: print(line, file=sys.stderr)):

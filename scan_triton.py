@@ -1071,12 +1071,12 @@ def decode(backbone, head, vocab_size, state, token):
     power = triton.next_power_of_2
     BN, BR, BP = power(N), max(16, power(R)), max(16, power(P))
     enter, project, to_logits = (_tiles(x, *sizes) for sizes in (
-        (d_model, 32, 64, 64, 8), (D, 8, 16, 128, 4), (d_model, 32, 128, 64, 4)))
+        (d_model, 32, 32, 64, 64, 8), (D, 8, 64, 16, 128, 4), (d_model, 32, 64, 128, 64, 4)))
     blocks = triton.cdiv(D, enter["BN"])
     advance = {"BM": 1, "BD": min(256, max(16, power(D // 128)), 4096 // BN, 16384 // BR),
                "BB": min(power(blocks), 4096 // BR), "num_warps": 4}
     if rows > 1:
-        advance = {"BM": 16, "BD": max(16, min(64, 1024 // BN)), "BB": 1, "num_warps": 8}
+        advance = {"BM": min(32, max(16, power(rows))), "BD": max(16, min(32, 512 // BN)), "BB": 1, "num_warps": 8}
     # with many rows a kernel that waits takes room from the one that works
     pdl = PDL and rows == 1 and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     options = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
@@ -1106,13 +1106,13 @@ def _weights(linear):
     return linear.weight, getattr(linear, "scale", None), linear.bias
 
 
-def _tiles(x, K, one, more, BK, warps):
-    """How a program of _product works: BM rows and BN outputs, `one` or `more` of them by the number of rows of x."""
+def _tiles(x, K, one, BM, more, BK, warps):
+    """How a program of _product works: up to BM rows and BN outputs, `one` or `more` of them by the number of rows of x."""
     rows = len(x)
     if rows == 1:
         tile = min(triton.next_power_of_2(K), 2 ** 15 // one)
         return {"BM": 1, "BN": one, "TILE": tile, "BK": min(256, tile), "num_warps": 8}
-    BM = min(64, max(16, triton.next_power_of_2(rows)))
+    BM = min(BM, max(16, triton.next_power_of_2(rows)))
     if x.dtype == torch.float32:        # no matrix units
         return {"BM": min(BM, 32), "BN": 32, "TILE": 0, "BK": 32, "num_warps": 4, "num_stages": 3}
     return {"BM": BM, "BN": more, "TILE": 0, "BK": BK, "num_warps": warps, "num_stages": 4}

@@ -1533,7 +1533,7 @@ def test_bench_measures_every_suite(tmp_path):
 def test_bench_goes_on_without_a_variant_that_fails():
     def broken():
         raise ImportError("no such kernel\nand a long story")
-    rows, remarks = bench.measure({"good": lambda: lambda: None, "bad": lambda: broken}, torch.device("cpu"), 0.01, None)
+    rows, remarks = bench.measure({"good": lambda: lambda: None, "bad": lambda: broken}, torch.device("cpu"), 0.01, None, False)
     assert [row["variant"] for row in rows] == ["good"] and remarks == ["bad failed: ImportError: no such kernel"]
 
 
@@ -2559,6 +2559,9 @@ def test_triton_is_a_well_made_operator():
     inputs = {k: v.detach().cuda().requires_grad_() for k, v in scan_inputs(2, 100, 33, 16).items()}
     args = [inputs[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "state")]
     opcheck(torch.ops.selective_scan.forward.default, (*args, True, True))
+    x = torch.randn(2, 20, 16, device="cuda", requires_grad=True)
+    others = (torch.randn(*shape, device="cuda", requires_grad=True) for shape in ((8, 1, 4), (8,), (2, 3, 8)))
+    opcheck(torch.ops.selective_scan.conv.default, (x[..., 8:], *others))
 
 
 @on_gpu
@@ -2799,7 +2802,8 @@ def test_generation_by_a_cuda_graph(kind):
     model = model.double() if kind == "float64" else model
     prompts = [tokens(n, seed=n).cuda() for n in (5, 1, 1500)]
     tolerance = {"int8": 2e-2, "float64": 1e-6}.get(kind, 1e-5)
-    for some in (prompts[:1], prompts, prompts[:1]):
+    long = [tokens(70, seed=70).cuda()]     # parts of it are read by a graph of their own
+    for some in (prompts[:1], prompts, prompts[:1], long, long):
         states = model.init_state(len(some)), model.init_state(len(some))
         plain, new = model._step(states[1]), tokens(6, len(some)).cuda()
         with model._decoder(states[0]) as step:
