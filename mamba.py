@@ -44,7 +44,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 try:
     import scan_triton as _scan_triton
@@ -651,6 +650,33 @@ class Layer(nn.Module):
 # The model
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """
+    The sum of the cross-entropies of logits = x @ weight.T, for some rows at a time. The gradients are computed with them, so
+    that logits are neither kept nor computed twice.  x: (R, d_model).  weight: (V, d_model).  targets: (R,), -1 is ignored.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, rows):
+        losses, gx, gweight, ids = [], [], 0, torch.arange(len(weight), device=x.device)
+        for x_p, targets_p in zip(x.split(rows), targets.split(rows)):
+            logits, target = F.linear(x_p, weight), targets_p[:, None]          # (rows, V), (rows, 1)
+            wide = logits.to(_at_least_float32(logits))
+            total, there = wide.logsumexp(-1, keepdim=True), target >= 0
+            losses.append(((total - wide.gather(1, target.clamp(min=0))) * there).sum())
+            glogits = (((wide - total).exp() - (ids == target).to(wide)) * there).to(logits.dtype)
+            gx.append(glogits @ weight)
+            gweight = gweight + (glogits.t() @ x_p).to(weight.dtype)
+        ctx.save_for_backward(torch.cat(gx).to(x.dtype), gweight)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gloss):
+        gx, gweight = ctx.saved_tensors
+        return gx * gloss, gweight * gloss, None, None
+
+
 class Mamba(nn.Module):
     """
     embedding -> n_layer x Layer -> RMSNorm -> head, tied to the embedding.
@@ -693,19 +719,19 @@ class Mamba(nn.Module):
         x = self.backbone["norm_f"](x[:, -num_last_tokens:])
         if targets is None:
             return self._logits(x), None
-        # logits of a large vocabulary take more memory than the rest of the model: there are never more than LOGITS of
-        # them at once, and the backward pass computes them again
+        # logits of a large vocabulary take more memory than the rest of the model: there are never more than LOGITS at once
         x, targets = x.flatten(0, 1), targets.flatten()
-        rows = max(1, LOGITS // self.config.padded_vocab_size)
-        parts = list(zip(x.split(rows), targets.split(rows)))
-        losses = [checkpoint(self._loss, *part, use_reentrant=False) if len(parts) > 1 else self._loss(*part) for part in parts]
-        return None, torch.stack(losses).sum() / (targets >= 0).sum()
+        parts = math.ceil(len(x) * self.config.padded_vocab_size / LOGITS)
+        rows = math.ceil(len(x) / parts)
+        if parts > 1 and torch.is_grad_enabled():
+            loss = LinearCrossEntropy.apply(x, self.lm_head.weight[:self.config.vocab_size], targets, rows)
+        else:
+            loss = sum(F.cross_entropy(self._logits(x_p).float(), targets_p, ignore_index=-1, reduction="sum")
+                       for x_p, targets_p in zip(x.split(rows), targets.split(rows)))
+        return None, loss / (targets >= 0).sum()
 
     def _logits(self, x):
         return self.lm_head(x)[..., :self.config.vocab_size]                    # without the padding rows
-
-    def _loss(self, x, targets):
-        return F.cross_entropy(self._logits(x).float(), targets, ignore_index=-1, reduction="sum")
 
     def init_state(self, batch):
         """What the model remembers before the first token: for each layer (conv state, h). Its size never grows."""
@@ -830,7 +856,11 @@ class Mamba(nn.Module):
         if training:    # else this would take as long as half a token
             self.eval()
         try:
-            self._prefill(prompts, state)
+            if device.type == "cuda" and len({len(p) for p in prompts}) == 1 and len(prompts[0]) <= SHORT and self._fuses(state):
+                with self._decoder(state) as graph:     # launches would take longer than what they launch
+                    graph.read(self, torch.stack(prompts)[:, :-1])
+            else:
+                self._prefill(prompts, state)
             last = torch.stack([p[-1] for p in prompts])
             with self._decoder(state, compile) as step:
                 for left in reversed(range(max_new_tokens)):
@@ -899,12 +929,7 @@ class Mamba(nn.Module):
     @torch.inference_mode()
     def _prefill(self, prompts, state):
         """Read the prompts but their last tokens into the state with the scan, those of one length together."""
-        lengths = {len(p) - 1 for p in prompts}
-        if len(lengths) == 1 and max(lengths) <= SHORT and state[0][1].device.type == "cuda" and self._fuses(state):
-            with self._decoder(state) as graph:     # a launch takes longer than its work on a short prompt
-                graph.read(self, torch.stack(prompts)[:, :-1])
-            return
-        for length in lengths - {0}:
+        for length in {len(p) - 1 for p in prompts} - {0}:
             rows = [i for i, p in enumerate(prompts) if len(p) - 1 == length]
             some = len(rows) < len(prompts)
             rows_state = [(conv[rows], h[rows]) for conv, h in state] if some else state
