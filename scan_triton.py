@@ -123,17 +123,18 @@ def _softplus(x):
 
 
 @gluon.jit
-def _fetch(x, buffer, t0, block, L, D, x_l: constexpr, T: constexpr):
-    """A tile of x (L, D), from step t0 on, is copied into shared memory while the program goes on."""
-    t = t0 + gl.arange(0, T, gl.SliceLayout(1, WIDE))[:, None]
+def _fetch(x, buffer, t0, block, L, D, x_l: constexpr, T: constexpr, gap=0):
+    """A tile of x (L, D), from step t0 on, is copied into shared memory while the program goes on; gap: between segments."""
+    row = gl.arange(0, T, gl.SliceLayout(1, WIDE))[:, None]
+    t = t0 + row + row // (T // S) * gap
     d = block * BD + gl.arange(0, BD, gl.SliceLayout(0, WIDE))[None, :]
     async_load(buffer, x + t.to(gl.int64) * x_l + d, mask=(t >= 0) & (t < L) & (d < D))
 
 
 @gluon.jit
-def _fetch_all(inputs, strides, buffers, which, t0, block, L, D, T: constexpr):
+def _fetch_all(inputs, strides, buffers, which, t0, block, L, D, T: constexpr, gap=0):
     for j in gl.static_range(len(inputs)):
-        _fetch(inputs[j], buffers[j].index(which), t0, block, L, D, strides[j], T)
+        _fetch(inputs[j], buffers[j].index(which), t0, block, L, D, strides[j], T, gap)
 
 
 @gluon.jit
@@ -282,60 +283,63 @@ def _gated(x_k, z_k, K: constexpr):
 @gluon.jit(do_not_specialize=SIZES)
 def _ends(x, delta, A, BC, z, bias, ends, sums, L, D: constexpr, N, whole, tiles, chunks, slots, apart, x_b, x_l: constexpr,
           delta_b, delta_l: constexpr, z_b, z_l: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
-          REVERSE: constexpr):
+          REVERSE: constexpr, AT_ONCE: constexpr):
     """
-    From a zero state, what each chunk adds to the state; in reverse, to the adjoint. x is u, or gout.
+    From a zero state, what each chunk adds to the state; in reverse, to the adjoint. x is u, or gout. Here a segment is a
+    quarter of the chunk, of which each tile has K steps, and a thread has AT_ONCE numbers of its state in registers.
     ends (B, slots, N, D): where it goes.  sums (B, chunks, D): of delta.
     """
     K: constexpr = 16
     T: constexpr = S * K
     Lp = whole * TILE
     chunk = gl.program_id(1) + (1 if REVERSE else 0)        # the last chunk adds to no other, in reverse the first
-    block, b, start, tiles, s, d, in_d, bias_d = _place(L, D, tiles, chunk, bias, HAS_BIAS, T)
+    block, b, start, _, s, d, in_d, bias_d = _place(L, D, tiles, chunk, bias, HAS_BIAS, T)
     ends += (b * slots + (chunk - 1 if REVERSE else (chunk + 1) * apart)) * N * D
     inputs, strides = (x + b * (x_b * 8), delta + b * (delta_b * 8)), (x_l, delta_l)
-    BC += b * 2 * N * Lp
-    xs, deltas, zs, BCs, hs = _buffers(x, delta, z, HAS_Z, K)
-    buffers = (xs, deltas)
+    xs, deltas, zs, BCs, _ = _buffers(x, delta, z, HAS_Z, K)
+    buffers, gap = (xs, deltas), (tiles - 1) * K
     if HAS_Z:
         inputs, strides, buffers = inputs + (z + b * (z_b * 8),), strides + (z_l,), buffers + (zs,)
-    step: constexpr = -T if REVERSE else T
-    t0 = start + ((tiles - 1) * T if REVERSE else 0)
-    _fetch_all(inputs, strides, buffers, 0, t0, block, L, D, T)
-    _fetch_BC(BC, BCs, 0, t0, 0, N, Lp, T)
-    async_copy.commit_group()
-    all_delta, which = gl.zeros([S, BD], gl.float32, LAYOUT), 0
-    for i in range(tiles):
-        async_copy.wait_group(0)
-        barrier()
-        _fetch_states((A, ends), hs, 0, block, N, D)
-        _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 + step, block, L, D, T)
-        delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, s, SOFTPLUS, K)
-        x_k = _tile(xs.index(i % 2), K)
-        if HAS_Z:
-            x_k = _gated(x_k, _tile(zs.index(i % 2), K), K)
-        for n0 in range(0, N, NB):
-            if n0 > 0:
-                async_copy.wait_group(0)
-                barrier()
-                _fetch_states((A, ends), hs, n0, block, N, D)
-            _fetch_next(BC, BCs, 1 - which, t0, t0 + step, n0, N, Lp, T)
-            for n in range(n0, gl.minimum(n0 + NB, N)):
-                A_n, entering = _state(hs, n - n0), gl.where(s * 0 < i, _state(hs, n - n0 + NB), 0)
-                V_k = _row(BCs, which * 2 * NB + n - n0 + (NB if REVERSE else 0), K)
-                h = gl.zeros([S, BD], gl.float32, LAYOUT)
-                if REVERSE:
-                    for k in gl.static_range(K - 1, -1, -1):
-                        h = gl.exp2(delta_k[k] * A_n) * (h + x_k[k] * V_k[k])
-                else:
-                    for k in gl.static_range(K):
-                        h = gl.exp2(delta_k[k] * A_n) * h + delta_k[k] * x_k[k] * V_k[k]
-                _, leaving = _through(gl.exp2(total * A_n), h, entering, s, REVERSE)
-                gl.store(ends + n * D + d + s * 0, leaving, mask=in_d & (s == 0))
-            which = 1 - which
-        all_delta += total
-        t0 += step
-    gl.store(sums + (b * chunks + chunk) * D + d + s * 0, gl.sum(all_delta, 0)[None, :] + s * 0, mask=in_d & (s == 0))
+    V, Vs = BC + (b * 2 + (1 if REVERSE else 0)) * N * Lp, reinterpret(BCs, gl.float32, [4, NB, T], PLAIN)      # of C, or B
+    row = gl.arange(0, NB, gl.SliceLayout(1, WIDE32))[:, None]
+    step = gl.arange(0, T, gl.SliceLayout(0, WIDE32))[None, :]
+    for n0 in range(0, N, AT_ONCE):
+        A_n, h, zero = (), (), gl.zeros([S, BD], gl.float32, LAYOUT)
+        for n in gl.static_range(AT_ONCE):
+            A_n = A_n + (gl.load(A + (n0 + n) * D + d + s * 0, mask=in_d & (s * 0 + n0 + n < N), other=0),)
+            h = h + (zero,)
+        total = zero
+        for i in range(-1, tiles):          # fetches one tile ahead
+            t0 = start + (tiles - 2 - i if REVERSE else i + 1) * K
+            async_copy.wait_group(0)
+            barrier()
+            _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0, block, L, D, T, gap)
+            t = t0 + step + step // K * gap
+            in_V = (row < AT_ONCE) & (n0 + row < N) & (t >= 0) & (t < Lp)
+            async_load(Vs.index((i + 1) % 2), V + (n0 + row) * Lp + t, mask=in_V)
+            async_copy.commit_group()
+            if i >= 0:
+                left = L - (t0 + K if REVERSE else t0 - K) - s * gap
+                delta_k, more = _delta(_tile(deltas.index(i % 2), K), bias_d, left, s, SOFTPLUS, K)
+                x_k, total, hs = _tile(xs.index(i % 2), K), total + more, ()
+                if HAS_Z:
+                    x_k = _gated(x_k, _tile(zs.index(i % 2), K), K)
+                for j in gl.static_range(AT_ONCE):
+                    V_k, h_j = _row(BCs, i % 2 * NB + j, K), h[j]
+                    if REVERSE:
+                        for k in gl.static_range(K - 1, -1, -1):
+                            h_j = gl.exp2(delta_k[k] * A_n[j]) * (h_j + x_k[k] * V_k[k])
+                    else:
+                        for k in gl.static_range(K):
+                            h_j = gl.exp2(delta_k[k] * A_n[j]) * h_j + delta_k[k] * x_k[k] * V_k[k]
+                    hs = hs + (h_j,)
+                h = hs
+        barrier()                           # before the buffers are filled again
+        for n in gl.static_range(AT_ONCE):
+            leaving = _through(gl.exp2(total * A_n[n]), h[n], zero, s, REVERSE)[1]
+            gl.store(ends + (n0 + n) * D + d + s * 0, leaving, mask=in_d & (s == 0) & (s + n0 + n < N))
+        if n0 == 0:
+            gl.store(sums + (b * chunks + chunk) * D + d + s * 0, gl.sum(total, 0)[None, :] + s * 0, mask=in_d & (s == 0))
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -614,7 +618,7 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
         if chunks > 1:
             sums = A.new_empty(batch, chunks, d_inner)
             _ends[blocks, chunks - 1, batch](u, delta, A2, BC, u, delta_bias, states, sums, apart=apart, x_b=u_b, x_l=u_l,
-                                             HAS_Z=False, REVERSE=False, **common)
+                                             HAS_Z=False, REVERSE=False, AT_ONCE=min(NB.value, triton.next_power_of_2(N)), **common)
             _carry[-(-d_inner * N // 128), batch](states, A2, sums, d_inner, N, chunks, slots, apart, REVERSE=False)
         _outputs[blocks, chunks, batch](
             u, delta, A2, BC, D, u if z is None else z, delta_bias, y, states, last, u_b=u_b, u_l=u_l, HAS_D=D is not None,
@@ -641,7 +645,8 @@ def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
         if chunks > 1:
             all_delta = A2.new_empty(batch, chunks, d_inner)
             _ends[blocks, chunks - 1, batch](gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, all_delta,
-                                             tiles=per_chunk, slots=chunks, apart=1, x_b=g_b, x_l=g_l, REVERSE=True, **common)
+                                             tiles=per_chunk, slots=chunks, apart=1, x_b=g_b, x_l=g_l, REVERSE=True,
+                                             AT_ONCE=min(NB.value, triton.next_power_of_2(N)), **common)
             _carry[-(-d_inner * N // 128), batch](adjoint, A2, all_delta, d_inner, N, chunks, chunks, 1, REVERSE=True)
         _gradients[blocks, chunks, batch](
             u, delta, A2, BC, D, u if z is None else z, delta_bias, gy, states, adjoint, gu, gdelta, gz, parts, sums,
