@@ -986,10 +986,10 @@ def _enter(x, norm, weight, scale, bias, taps, conv_bias, window, x_proj, x_scal
     old = tl.zeros((BM, BN), tl.float32)            # of the convolution: what comes from the tokens before
     if conv_bias is not None:
         old += tl.load(conv_bias + d, mask=in_d, other=0).to(tl.float32)[None, :]
-    at = window + r[:, None] * (BEFORE * D) + d[None, :]
+    at, before = window + r[:, None] * (BEFORE * D) + d[None, :], ()
     for k in tl.static_range(BEFORE):
-        x_k = tl.load(at + k * D, mask=in_u, other=0)
-        old += x_k.to(tl.float32) * tl.load(taps + d * (BEFORE + 1) + k, mask=in_d, other=0).to(tl.float32)[None, :]
+        before = before + (tl.load(at + k * D, mask=in_u, other=0),)
+        old += before[k].to(tl.float32) * tl.load(taps + d * (BEFORE + 1) + k, mask=in_d, other=0).to(tl.float32)[None, :]
     tap = tl.load(taps + d * (BEFORE + 1) + BEFORE, mask=in_d, other=0).to(tl.float32)[None, :]
     n = tl.where(in_d, d + to_gate * D, 2 * D)
     y = _product(x, norm, weight, scale, bias, None, rows, r, n, EPS, K, 2 * D, BM, BN, BK, TILE, PDL)
@@ -997,10 +997,10 @@ def _enter(x, norm, weight, scale, bias, taps, conv_bias, window, x_proj, x_scal
     if to_gate == 1:
         tl.store(gate + of_y, _silu(y), mask=in_y)
     else:
+        tl.debug_barrier()          # all threads have read what is overwritten now
+        shifted = before + (y.to(window.dtype.element_ty),)
         for k in tl.static_range(BEFORE):
-            x_k = tl.load(at + (k + 1) * D, mask=in_y, other=0) if k + 1 < BEFORE else y.to(window.dtype.element_ty)
-            tl.debug_barrier()      # all threads have read what is overwritten now
-            tl.store(at + k * D, x_k, mask=in_y)
+            tl.store(at + k * D, shifted[k + 1], mask=in_y)
         new = old + y * tap
         new = _silu(new).to(u.dtype.element_ty)
         tl.store(u + of_y, new, mask=in_y)
@@ -1036,7 +1036,7 @@ def _advance(parts, dt_proj, dt_bias, A_log, Dw, u, gate, h, y, rows, D: tl.cons
     gate_d = tl.load(gate + of_y, mask=in_y, other=0)
     # sums of the parts: BB of them at once for one text, as there are too few threads otherwise
     dt, B, C = tl.zeros((BM * BB, BR), tl.float32), tl.zeros((BM * BB, BN), tl.float32), tl.zeros((BM * BB, BN), tl.float32)
-    for start in tl.static_range(0, BLOCKS, BB):
+    for start in tl.range(0, BLOCKS, BB, loop_unroll_factor=4):
         i = start + tl.arange(0, BM * BB) // BM
         row = tl.program_id(1) * BM + tl.arange(0, BM * BB) % BM
         of_parts, in_parts = parts + (i * rows + row)[:, None] * P, ((i < BLOCKS) & (row < rows))[:, None]
