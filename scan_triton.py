@@ -1,7 +1,7 @@
 """
 The selective scan as fused GPU kernels: the same function as selective_scan in mamba.py, which uses it on CUDA where this
-file lies beside it; and, in the second half, the step of a token for generation. Optional: without this file or without Triton
-everything works, slower. The scan is written in Gluon, the part of Triton in which one says which thread holds what.
+file lies beside it; then the convolution in front of the scan, and the step of a token for generation. Optional: without this
+file or without Triton everything works, slower. The scan is written in Gluon, the part of Triton in which one says which thread holds what.
 
 How the work is divided. A warp takes 8 channels of one sequence. It walks along the sequence in tiles of 4 segments of K
 steps: a thread has one channel and the K steps of one segment, all its inputs and sums in registers, and goes over the N
@@ -20,7 +20,8 @@ they meet in shared memory, over programs PyTorch adds them up. No atomics: the 
 
 What a program reads comes into shared memory a tile ahead of time (_fetch...). Four warps share a program, for whole lines of
 memory. If batch and channels are too few to fill the chip, the sequence is cut into chunks, and first it is found what each of
-them adds (_ends) and what enters it (_carry); the exponentials are then computed twice.
+them adds (_ends) and what enters it (_carry); the exponentials are then computed twice. One kernel before all of them (_pack)
+brings the small inputs into the order in which they are read.
 
 What bounds it, on an H100: instructions, about 12 for each of the (B, L, D, N) numbers forward and 36 backward, of which 1.3
 and 1.6 are exponentials and the like, which begin in every eighth cycle. It issues one in 55 to 60 % of the cycles.
@@ -616,9 +617,9 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
         _pack[tiles + -(-N * d_inner // 1024), batch](A, B, C, state, A2, BC, states, L, d_inner, N, BC.shape[2], slots,
                                                       *B.stride(), *C.stride(), T=TILE.value, X=1024)
         if chunks > 1:
-            sums = A.new_empty(batch, chunks, d_inner)
+            sums, at_once = A.new_empty(batch, chunks, d_inner), min(NB.value, triton.next_power_of_2(N))
             _ends[blocks, chunks - 1, batch](u, delta, A2, BC, u, delta_bias, states, sums, apart=apart, x_b=u_b, x_l=u_l,
-                                             HAS_Z=False, REVERSE=False, AT_ONCE=min(NB.value, triton.next_power_of_2(N)), **common)
+                                             HAS_Z=False, REVERSE=False, AT_ONCE=at_once, **common)
             _carry[-(-d_inner * N // 128), batch](states, A2, sums, d_inner, N, chunks, slots, apart, REVERSE=False)
         _outputs[blocks, chunks, batch](
             u, delta, A2, BC, D, u if z is None else z, delta_bias, y, states, last, u_b=u_b, u_l=u_l, HAS_D=D is not None,
@@ -627,7 +628,7 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
 
 
 def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
-    """gu, gdelta, gz; gB and gC as (B, 2, N, Lp); (N + 2, D): gA, gD, gbias; and (B, chunks, N, D), of which the first is gstate."""
+    """gu, gdelta, gz; gB and gC as (B, 2, N, Lp); gA, gD, gbias as (N + 2, D); (B, chunks, N, D), whose first is gstate."""
     (batch, L, d_inner), N = u.shape, len(A2)
     tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner)
     gy, u, delta, z = _aligned(gy, u, delta, z)
@@ -643,10 +644,10 @@ def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
               "num_warps": WARPS.value}
     with torch.cuda.device_of(u):
         if chunks > 1:
-            all_delta = A2.new_empty(batch, chunks, d_inner)
+            all_delta, at_once = A2.new_empty(batch, chunks, d_inner), min(NB.value, triton.next_power_of_2(N))
             _ends[blocks, chunks - 1, batch](gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, all_delta,
                                              tiles=per_chunk, slots=chunks, apart=1, x_b=g_b, x_l=g_l, REVERSE=True,
-                                             AT_ONCE=min(NB.value, triton.next_power_of_2(N)), **common)
+                                             AT_ONCE=at_once, **common)
             _carry[-(-d_inner * N // 128), batch](adjoint, A2, all_delta, d_inner, N, chunks, chunks, 1, REVERSE=True)
         _gradients[blocks, chunks, batch](
             u, delta, A2, BC, D, u if z is None else z, delta_bias, gy, states, adjoint, gu, gdelta, gz, parts, sums,
@@ -656,20 +657,20 @@ def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
 
 
 def _setup(ctx, inputs, output):
-    u, delta, A, B, C, D, z, delta_bias, ctx.state, ctx.softplus, _keep = inputs
-    ctx.B_dtype, ctx.C_dtype, ctx.state = B.dtype, C.dtype, ctx.state is not None
+    u, delta, _A, B, C, D, z, delta_bias, state, ctx.softplus, _keep = inputs
+    ctx.B_dtype, ctx.C_dtype, ctx.has_state = B.dtype, C.dtype, state is not None
     ctx.save_for_backward(*output[2:], u, delta, D, z, delta_bias)
     ctx.set_materialize_grads(False)
 
 
 def _gradients_of(back, ctx, gy, glast, _gstates, _gBC, _gA2):
-    tensors = states, BC, A2, u, delta, D, z, delta_bias = ctx.saved_tensors
-    gu, gdelta, gz, gBC, sums, adjoint = back(torch.zeros_like(u) if gy is None else gy, glast, *tensors, ctx.softplus)
+    _, _, A2, u, _, D, z, delta_bias = ctx.saved_tensors
+    gy = torch.zeros_like(u) if gy is None else gy
+    gu, gdelta, gz, gBC, sums, adjoint = back(gy, glast, *ctx.saved_tensors, ctx.softplus)
     gB, gC = gBC[..., :u.shape[1]].transpose(2, 3).unbind(1)
-    *gA, gD, gbias = sums.split((len(A2), 1, 1))
-    return (gu, gdelta, gA[0].t(), gB.to(ctx.B_dtype), gC.to(ctx.C_dtype), None if D is None else gD[0],
-            None if z is None else gz, None if delta_bias is None else gbias[0],
-            adjoint[:, 0].transpose(1, 2) if ctx.state else None, None, None)
+    gA, gD, gbias = sums[:len(A2)].t(), sums[-2], sums[-1]
+    return (gu, gdelta, gA, gB.to(ctx.B_dtype), gC.to(ctx.C_dtype), None if D is None else gD, None if z is None else gz,
+            None if delta_bias is None else gbias, adjoint[:, 0].transpose(1, 2) if ctx.has_state else None, None, None)
 
 
 class _Scan(torch.autograd.Function):
@@ -685,7 +686,8 @@ _forward.register_autograd(partial(_gradients_of, torch.ops.selective_scan.backw
 
 @_forward.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
-    (batch, L, d_inner), N, tiles = u.shape, A.shape[1], (u.shape[1] + TILE.value - 1) // TILE.value
+    (batch, L, d_inner), N = u.shape, A.shape[1]
+    tiles = (L + TILE.value - 1) // TILE.value
     kept = ((batch, 2 * tiles, N, d_inner), (batch, 2 * N, tiles * TILE.value), (N, d_inner)) if keep else ((0,), (0,), (0,))
     return u.new_empty(u.shape), A.new_empty(batch, N, d_inner), *map(A.new_empty, kept)
 
@@ -781,8 +783,8 @@ def _through_silu(gy, rows, taps, bias_d, i, W: tl.constexpr):
 
 
 @triton.jit
-def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D, x_b, x_l, g_b, g_l, W: tl.constexpr, STEPS: tl.constexpr,
-                    T: tl.constexpr, BD: tl.constexpr):
+def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D, x_b, x_l, g_b, g_l, W: tl.constexpr,
+                    STEPS: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
     """
     g, the gradient of what silu gets, for STEPS steps; gx (B, L, D) and gstate (B, W - 1, D), which follow W - 1 steps later;
     sums (B, chunks, W + 1, D): gradients of weight and bias, in parts.
@@ -1018,7 +1020,8 @@ def _advance(parts, dt_proj, dt_bias, A_log, Dw, u, gate, h, y, rows, D: tl.cons
              P: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
              BR: tl.constexpr, PDL: tl.constexpr):
     """One step of the scan for a block of channels of BM texts: h (rows, D, N) in place, y (rows, D)."""
-    r, d, n, q = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, BR)
+    r, d = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BD + tl.arange(0, BD)
+    n, q = tl.arange(0, BN), tl.arange(0, BR)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     in_r, in_d, in_n, in_q = r < rows, d < D, n < N, q < R
@@ -1094,8 +1097,8 @@ def decode(backbone, head, vocab_size, state, token):
                 x, layer.norm.weight, *_weights(block.in_proj), conv.weight, conv.bias, window, *_weights(block.x_proj)[:2],
                 u, gate, parts, rows, eps, d_model, D, P, BEFORE=window.shape[1], BP=BP, **enter, **options)
             _advance[triton.cdiv(D, advance["BD"]), triton.cdiv(rows, advance["BM"])](
-                parts, dt_proj.weight, dt_proj.bias, block.A_log, block.D, u, gate, h, y, rows, D, N, R, P, blocks, BN=BN, BR=BR,
-                **advance, **options)
+                parts, dt_proj.weight, dt_proj.bias, block.A_log, block.D, u, gate, h, y, rows, D, N, R, P, blocks,
+                BN=BN, BR=BR, **advance, **options)
             before, x = x, torch.empty_like(x)
             _project[triton.cdiv(d_model, project["BN"]), triton.cdiv(rows, project["BM"])](
                 y, None, *_weights(block.out_proj), before, x, rows, eps, D, d_model, **project, **options)

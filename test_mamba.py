@@ -2584,6 +2584,17 @@ def test_model_with_triton_equals_chunked(compiled):
     assert error < 1e-5, error
 
 
+def test_gradients_of_the_compiled_model():
+    """torch 2.11 loses those of a Function whose forward pass works in place."""
+    model, idx = small(), tokens(3, 20)
+    results = []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        run(idx, idx.roll(-1, 1))[1].backward()
+        results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert relative(results[1], results[0]) < 1e-6
+
+
 def test_loss_in_parts_equals_the_loss_at_once(monkeypatch):
     """And so do its gradients, with targets to ignore in some parts and nothing else in one."""
     model, idx = small(), tokens(3, 20)
