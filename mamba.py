@@ -556,9 +556,9 @@ def _around(x, weight, state):
 
 
 def conv_silu(x, weight, bias=None, state=None, scan="auto"):
-    """silu of causal_conv, and the last d_conv - 1 inputs. Where the method `scan` would be triton, by one kernel."""
+    """silu of causal_conv, and the last d_conv - 1 inputs, or None without a state. Where the scan is triton, by one kernel."""
     if scan_method(scan, x, 1) == "triton":
-        return _scan_triton.conv_silu_triton(x, weight, bias, state), _around(x, weight, state)[1]
+        return _scan_triton.conv_silu_triton(x, weight, bias, state), None if state is None else _around(x, weight, state)[1]
     y, last = causal_conv(x, weight, bias, state)
     return F.silu(y), last
 

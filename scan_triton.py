@@ -587,6 +587,10 @@ def _whole(*tensors):
     return [t if t is None else t.contiguous() for t in tensors]
 
 
+def _wants_gradients(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _cuts(batch, L, d_inner):
     """Tiles of a sequence, tiles of a chunk, chunks, and programs side by side."""
     tiles, blocks = -(-L // TILE.value), -(-d_inner // BD.value)
@@ -717,8 +721,7 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
         pad = lambda t, *last: t if t is None else F.pad(t, (*last, 0, more))
         u, delta, z, D, delta_bias = pad(u), pad(delta), pad(z), pad(D), pad(delta_bias)
         A, state = pad(A, 0, 0), pad(state, 0, 0)
-    keep = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (u, delta, A, B, C, D, z, delta_bias, state))
+    keep = _wants_gradients(u, delta, A, B, C, D, z, delta_bias, state)
     scan = torch.ops.selective_scan.forward if torch.compiler.is_compiling() else _Scan.apply if keep else _run
     y, last, *_ = scan(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, keep)
     last_state = last.transpose(1, 2)
@@ -885,8 +888,9 @@ def conv_silu_triton(x, weight, bias, state):
     """
     x = x if x.stride(2) == 1 else x.contiguous()
     weight, bias, state = _whole(weight, bias, state)
-    conv = torch.ops.selective_scan.conv if torch.compiler.is_compiling() else _Conv.apply
-    return conv(x, weight, bias, state)
+    inputs = x, weight, bias, state
+    conv = _Conv.apply if _wants_gradients(*inputs) else _run_conv
+    return (torch.ops.selective_scan.conv if torch.compiler.is_compiling() else conv)(*inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

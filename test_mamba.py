@@ -2490,6 +2490,8 @@ def check_conv(batch, length, d_inner, width, dtype=torch.float32, device="cuda"
             given = [t if name in options else None for name, t in (("bias", b), ("state", s))]
             if kind is None:
                 y = mamba._scan_triton.conv_silu_triton(x[..., d_inner:], w, *given)
+                with torch.no_grad():
+                    assert torch.equal(mamba._scan_triton.conv_silu_triton(x[..., d_inner:], w, *given), y)
             else:
                 y = F.silu(mamba.causal_conv(x[..., d_inner:], w, *given)[0])
             grads = torch.autograd.grad(y, [x, w, *(t for t in given if t is not None and t.numel() > 0)], gy.to(y.dtype))
