@@ -432,7 +432,8 @@ def _mkl_is_slow():
     if cpuinfo.exists():
         with open(cpuinfo) as file:
             about += file.read(1024)
-    return "AuthenticAMD" in about and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return ("AuthenticAMD" in about and torch.backends.cpu.get_cpu_capability() == "AVX512"
+            and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available())
 
 
 class Linear(nn.Linear):
