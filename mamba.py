@@ -724,7 +724,7 @@ class Mamba(nn.Module):
         x, targets = x.flatten(0, 1), targets.flatten()
         parts = math.ceil(len(x) * self.config.padded_vocab_size / LOGITS)
         rows = math.ceil(len(x) / parts)
-        if parts > 1 and torch.is_grad_enabled():
+        if parts > 1 and torch.is_grad_enabled() and isinstance(self.lm_head, nn.Linear):    # not int8
             loss = LinearCrossEntropy.apply(x, self.lm_head.weight[:self.config.vocab_size], targets, rows)
         else:
             loss = sum(F.cross_entropy(self._logits(x_p).float(), targets_p, ignore_index=-1, reduction="sum")
@@ -857,13 +857,15 @@ class Mamba(nn.Module):
         if training:    # else this would take as long as half a token
             self.eval()
         try:
-            if device.type == "cuda" and len({len(p) for p in prompts}) == 1 and len(prompts[0]) <= SHORT and self._fuses(state):
-                with self._decoder(state) as graph:     # launches would take longer than what they launch
-                    graph.read(self, torch.stack(prompts)[:, :-1])
-            else:
+            # by the graph where launches would take longer than what they launch
+            by_graph = (device.type == "cuda" and len({len(p) for p in prompts}) == 1 and len(prompts[0]) <= SHORT
+                        and self._fuses(state))
+            if not by_graph:
                 self._prefill(prompts, state)
             last = torch.stack([p[-1] for p in prompts])
             with self._decoder(state, compile) as step:
+                if by_graph:
+                    step.read(self, torch.stack(prompts)[:, :-1])
                 for left in reversed(range(max_new_tokens)):
                     token = next_token(step(last if token is None else token), token, stop, seen, generator, settings)
                     yield token
@@ -1017,10 +1019,9 @@ class Graph:
 
     def __init__(self, make_step, state, reads, fused):
         # reads: the rows, and the weights that it reads where they are. It also reads what step has computed once
-        self.state, self.reads, self.reader, step = state, reads, None, make_step(state, fused=fused)
+        self.state, self.reads, self.reader, self.step = state, reads, None, make_step(state, fused=fused)
         self.token = torch.zeros(reads[0], dtype=torch.long, device=state[0][1].device)
-        self.graph, self.logits = recorded(lambda: step(self.token), self.token)
-        self.step = step    # with what it has computed
+        self.graph, self.logits = recorded(lambda: self.step(self.token), self.token)
 
     def __call__(self, token):
         self.token.copy_(token)

@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import library
 from torch.autograd.function import once_differentiable
-from torch.library import custom_op
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import constexpr, gather
@@ -683,8 +683,8 @@ class _Scan(torch.autograd.Function):
     backward = staticmethod(once_differentiable(partial(_gradients_of, _run_back)))
 
 
-_forward = custom_op("selective_scan::forward", _run, mutates_args=(), schema=FORWARD)
-_backward = custom_op("selective_scan::backward", _run_back, mutates_args=(), schema=BACKWARD)
+_forward = library.custom_op("selective_scan::forward", _run, mutates_args=(), schema=FORWARD)
+_backward = library.custom_op("selective_scan::backward", _run_back, mutates_args=(), schema=BACKWARD)
 _forward.register_autograd(partial(_gradients_of, torch.ops.selective_scan.backward), setup_context=_setup)
 
 
@@ -734,11 +734,6 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
 
 
 @triton.jit
-def _sigmoid_tl(x):
-    return 1 / (1 + tl.exp2(-x * LOG2E))
-
-
-@triton.jit
 def _of_channels(weight, bias, d, D, W: tl.constexpr):
     """The W taps and the bias of some channels."""
     taps = ()
@@ -775,13 +770,13 @@ def _conv(x, weight, bias, state, y, L, D, x_b, x_l, W: tl.constexpr, T: tl.cons
     taps, bias_d = _of_channels(weight, bias, d, D, W)
     for i in tl.static_range(T):
         y_t = _filtered(rows, taps, bias_d, i, W)
-        tl.store(y + (b * L + t0 + i) * D + d, y_t * _sigmoid_tl(y_t), mask=d < tl.where(t0 + i < L, D, 0))
+        tl.store(y + (b * L + t0 + i) * D + d, _silu(y_t), mask=d < tl.where(t0 + i < L, D, 0))
 
 
 @triton.jit
 def _through_silu(gy, rows, taps, bias_d, i, W: tl.constexpr):
     y = _filtered(rows, taps, bias_d, i, W)
-    open = _sigmoid_tl(y)
+    open = 1 / (1 + tl.exp2(-y * LOG2E))
     return gy * open * (1 + y * (1 - open))
 
 
@@ -799,12 +794,13 @@ def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D, x_b, x_l
         rows = rows + (_step(x, state, t0 + i - 2 * (W - 1), L, D, x_l, d, b, W),)
     for i in tl.static_range(W - 1):
         g = g + (_through_silu(_step(gy, None, t0 + i - (W - 1), L, D, g_l, d, b, W), rows, taps, bias_d, i, W),)
+    before = ()                                                 # the last W - 1 steps, as g has them
+    for i in tl.static_range(W - 1):
+        before = before + (rows[W - 1 + i],)
     for k in tl.static_range(W + 1):
         parts = parts + (tl.zeros((BD,), tl.float32),)
     for j in range(STEPS // T):
-        start, seen, gs, gys = t0 + j * T, (), (), ()
-        for i in tl.static_range(W - 1):
-            seen, gs = seen + (rows[W - 1 + i],), gs + (g[i],)
+        start, seen, gs, gys = t0 + j * T, before, g, ()
         for i in tl.static_range(T):
             seen = seen + (_step(x, None, start + i, L, D, x_l, d, b, W),)
             gys = gys + (_step(gy, None, start + i, L, D, g_l, d, b, W),)
@@ -818,10 +814,9 @@ def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D, x_b, x_l
             tl.store(gx + (b * L + t) * D + d, gx_t, mask=d < tl.where((t >= 0) & (t < L), D, 0))
             if gstate is not None and i < W - 1:
                 tl.store(gstate + (b * (W - 1) + t + W - 1) * D + d, gx_t, mask=d < tl.where(t < 0, D, 0))
-        rows, g = (), ()
+        before, g = (), ()
         for i in tl.static_range(W - 1):
-            rows, g = rows + (seen[T + i],), g + (gs[T + i],)
-        rows = rows + rows
+            before, g = before + (seen[T + i],), g + (gs[T + i],)
     for k in tl.static_range(W + 1):
         tl.store(sums + ((b * tl.num_programs(0) + tl.program_id(0)) * (W + 1) + k) * D + d, parts[k], mask=d < D)
 
@@ -864,9 +859,9 @@ class _Conv(torch.autograd.Function):
 
 
 OF_CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? state"
-_conv_forward = custom_op("selective_scan::conv", _run_conv, mutates_args=(), schema=f"({OF_CONV}) -> Tensor")
-_conv_backward = custom_op("selective_scan::conv_backward", _run_conv_back, mutates_args=(),
-                           schema=f"(Tensor gy, {OF_CONV}) -> (Tensor, Tensor, Tensor)")
+_conv_forward = library.custom_op("selective_scan::conv", _run_conv, mutates_args=(), schema=f"({OF_CONV}) -> Tensor")
+_conv_backward = library.custom_op("selective_scan::conv_backward", _run_conv_back, mutates_args=(),
+                                   schema=f"(Tensor gy, {OF_CONV}) -> (Tensor, Tensor, Tensor)")
 _conv_forward.register_autograd(partial(_gradients_of_conv, torch.ops.selective_scan.conv_backward), setup_context=_setup_conv)
 
 

@@ -36,7 +36,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.library import opcheck
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,7 +45,7 @@ import mamba
 import prepare_data
 import sample
 import train
-from mamba import Mamba, MambaBlock, MambaConfig, selective_scan
+from mamba import Mamba, MambaBlock, MambaConfig, quantize_int8, selective_scan
 
 ROOT = Path(__file__).resolve().parent
 
@@ -2560,10 +2560,10 @@ def test_triton_beyond_2_to_31_elements():
 def test_triton_is_a_well_made_operator():
     inputs = {k: v.detach().cuda().requires_grad_() for k, v in scan_inputs(2, 100, 33, 16).items()}
     args = [inputs[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "state")]
-    opcheck(torch.ops.selective_scan.forward.default, (*args, True, True))
+    library.opcheck(torch.ops.selective_scan.forward.default, (*args, True, True))
     x = torch.randn(2, 20, 16, device="cuda", requires_grad=True)
     others = (torch.randn(*shape, device="cuda", requires_grad=True) for shape in ((8, 1, 4), (8,), (2, 3, 8)))
-    opcheck(torch.ops.selective_scan.conv.default, (x[..., 8:], *others))
+    library.opcheck(torch.ops.selective_scan.conv.default, (x[..., 8:], *others))
 
 
 @on_gpu
@@ -2610,6 +2610,10 @@ def test_loss_in_parts_equals_the_loss_at_once(monkeypatch):
         loss.backward()
         results.append(torch.cat([loss.detach().reshape(1), *(p.grad.flatten() for p in model.parameters())]))
     assert relative(results[1], results[0]) < 1e-6
+    quantize_int8(model)        # has no gradients of the head, and a loss all the same
+    in_parts = model(idx, targets)[1]
+    monkeypatch.undo()
+    assert relative(in_parts, model(idx, targets)[1]) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
