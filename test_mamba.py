@@ -2611,6 +2611,7 @@ def test_loss_in_parts_equals_the_loss_at_once(monkeypatch):
         results.append(torch.cat([loss.detach().reshape(1), *(p.grad.flatten() for p in model.parameters())]))
     assert relative(results[1], results[0]) < 1e-6
     quantize_int8(model)        # has no gradients of the head, and a loss all the same
+    monkeypatch.setattr(mamba, "LOGITS", 20 * 72)       # up to 8 rows would be multiplied by another kernel
     in_parts = model(idx, targets)[1]
     monkeypatch.undo()
     assert relative(in_parts, model(idx, targets)[1]) < 1e-6
