@@ -1044,9 +1044,9 @@ class Graph:
 
 def recorded(call, where):
     """A CUDA graph of what call() launches on the GPU of the tensor `where`, and what it returns. It is called once before, for
-    what the first call alone has to do cannot be recorded; while it is being recorded nothing is done. Without autocast, whose
-    copies of the weights would be gone when the graph is replayed."""
-    with torch.cuda.device_of(where), torch.autocast("cuda", enabled=False):
+    what the first call alone has to do cannot be recorded; while it is being recorded nothing is done. No autocast from outside,
+    and what is inside keeps no copies of weights: they would be outdated, or gone, when the graph is replayed."""
+    with torch.cuda.device_of(where), torch.autocast("cuda", enabled=False, cache_enabled=False):
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

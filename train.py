@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mamba import Mamba, MambaConfig, compiles_here, scan_method
+from mamba import Mamba, MambaConfig, compiles_here, recorded, scan_method
 from prepare_data import Config as DataConfig
 from prepare_data import (
     Problem,
@@ -359,6 +359,19 @@ def windows(data, starts, length, device):
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+def replayed(gradients, x, y):
+    """gradients(x, y) -> loss as a CUDA graph: the CPU asks for a step at once, instead of kernel by kernel."""
+    x, y = x.clone(), y.clone()
+    graph, loss = recorded(lambda: gradients(x, y), x)
+
+    def replay(*batch):
+        x.copy_(batch[0])
+        y.copy_(batch[1])
+        graph.replay()
+        return loss
+    return replay
+
+
 @torch.no_grad()
 def evaluate(model, data, cfg, device, dtype, stop):
     """Mean loss over windows spread evenly over the data, always the same ones; None if the person wants to stop."""
@@ -520,14 +533,31 @@ def main(cfg, given):
             f"\nGo on with --max_iters={2 * step}, or start over with --init_from=scratch")
         return
     say(f"going on from step {step} of {cfg.max_iters}" if checkpoint else f"{cfg.max_iters} steps, into {out_dir}")
-    if cfg.compile:
-        compiled = torch.compile(model)
 
+    def more_gradients(x, y):
+        """Adds the gradients of a batch to those that are there."""
+        with autocast(device, dtype):
+            loss = model(x, y)[1] / cfg.gradient_accumulation_steps
+        scaler.scale(loss).backward()
+        return loss.detach()
+
+    def gradients(x, y):
+        optimizer.zero_grad(set_to_none=True)
+        return more_gradients(x, y)
+
+    if cfg.compile:
         def attempt():
-            with autocast(device, dtype):
-                compiled(*get_batch(train_data, cfg, 0, 0, rank, world, device))[1].backward()
-        model = compiled if compiles_here(attempt, say) else raw_model
-        raw_model.zero_grad(set_to_none=True)
+            nonlocal gradients, more_gradients
+            batch = get_batch(train_data, cfg, 0, 0, rank, world, device)
+            if device.type == "cuda" and world == 1 and dtype != "float16":     # its scaler starts with the first loss
+                gradients, several = replayed(gradients, *batch), cfg.gradient_accumulation_steps > 1
+                more_gradients = replayed(more_gradients, *batch) if several else more_gradients
+            else:
+                gradients(*batch)
+        eager, model = (gradients, more_gradients), torch.compile(model)
+        if not compiles_here(attempt, say):
+            model, (gradients, more_gradients) = raw_model, eager
+            raw_model.zero_grad(set_to_none=True)
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
@@ -589,15 +619,11 @@ def main(cfg, given):
             x, y = get_batch(train_data, cfg, step, micro, rank, world, device)
             if world > 1:   # the gradients are summed over the processes once, after the last batch
                 model.require_backward_grad_sync = micro == cfg.gradient_accumulation_steps - 1
-            with autocast(device, dtype):
-                loss = model(x, y)[1] / cfg.gradient_accumulation_steps
-            scaler.scale(loss).backward()
-            total += loss.detach()
+            total += (more_gradients if micro else gradients)(x, y)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         step += 1
         bar.update()
 
@@ -618,7 +644,7 @@ def main(cfg, given):
 
     bar.close()
     if world > 1:
-        model = loss = None     # what DDP holds must go before its group: the other way round it may wait forever
+        model = None            # what DDP holds must go before its group: the other way round it may wait forever
         dist.barrier()
         dist.destroy_process_group()
     if stop and evaluated < cfg.max_iters:
