@@ -483,7 +483,7 @@ class MambaBlock(nn.Module):
     def forward(self, x, state=None):
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
             return self.decoder(*state)(x[:, 0])[:, None]
-        conv_state, h = (None, None) if state is None else (t.clone() for t in state)
+        conv_state, h = (None, None) if state is None else (t.clone() if torch.is_grad_enabled() else t for t in state)
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, L, D) each
         x, conv_state = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv_state, self.scan)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
@@ -659,17 +659,18 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, rows):
-        losses, gx, gweight, ids = [], [], 0, torch.arange(len(weight), device=x.device)
+        losses, gx, gweight = [], [], 0
         for x_p, targets_p in zip(x.split(rows), targets.split(rows)):
             logits, target = F.linear(x_p, weight), targets_p[:, None]          # (rows, V), (rows, 1)
-            wide = logits.to(_at_least_float32(logits))
-            total, there = wide.logsumexp(-1, keepdim=True), target >= 0
-            losses.append(((total - wide.gather(1, target.clamp(min=0))) * there).sum())
-            glogits = (((wide - total).exp() - (ids == target).to(wide)) * there).to(logits.dtype)
-            gx.append(glogits @ weight)
-            gweight = gweight + (glogits.t() @ x_p).to(weight.dtype)
+            there, target = target >= 0, target.clamp(min=0)
+            logp = F.log_softmax(logits, dim=-1, dtype=_at_least_float32(logits))
+            right = logp.gather(1, target)
+            losses.append((right * there).sum())
+            glogits = logp.exp_().to(logits.dtype).scatter_(1, target, (right.exp() - 1).to(logits.dtype))
+            gx.append((glogits @ weight) * there)
+            gweight = gweight + (glogits.t() @ (x_p * there)).to(weight.dtype)
         ctx.save_for_backward(torch.cat(gx).to(x.dtype), gweight)
-        return torch.stack(losses).sum()
+        return -torch.stack(losses).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -963,14 +964,14 @@ class Mamba(nn.Module):
         if len(stop) > 0:
             repeats = stopped(new, torch.tensor(stop, device=new.device)).sum(1) - 1    # one stop token is enough
             ends = (new.shape[1] - repeats.clamp(min=0)).tolist()
-            ends = [max(ends)] * len(ends) if isinstance(prompts, torch.Tensor) else ends
-        rows = [torch.cat([torch.as_tensor(p, device=n.device), n[:end]]) for p, n, end in zip(prompts, new, ends)]
-        return torch.stack(rows) if isinstance(prompts, torch.Tensor) else rows
+        if isinstance(prompts, torch.Tensor):
+            return torch.cat([prompts.to(new.device), new[:, :max(ends)]], dim=1)
+        return [torch.cat([torch.as_tensor(p, device=n.device), n[:end]]) for p, n, end in zip(prompts, new, ends)]
 
 
 LOGITS = 2 ** 28    # as float32, 1 GB
-SHORT = 512         # tokens of a prompt that a CUDA graph reads, READ at a time, and the rest one by one
-READ = 32
+SHORT = 512         # tokens of a prompt that CUDA graphs read, at least READ at a time, and the rest one by one
+READ = 8
 PREFILL = 2048      # a prompt is read in parts of this many tokens: the memory it takes does not grow with its length
 ASK = 16            # tokens between two questions to a GPU whether all rows have stopped
 
@@ -1014,12 +1015,12 @@ GRAPHS = weakref.WeakKeyDictionary()    # for a model, the Graph of its last str
 class Graph:
     """
     The step of a token on CUDA as a CUDA graph: its launches are recorded once, and replayed for each token by one call. So is
-    the reading of READ tokens of a prompt, when the first one comes.
+    the reading of a part of a prompt, when the first one of its length comes.
     """
 
     def __init__(self, make_step, state, reads, fused):
         # reads: the rows, and the weights that it reads where they are. It also reads what step has computed once
-        self.state, self.reads, self.reader, self.step = state, reads, None, make_step(state, fused=fused)
+        self.state, self.reads, self.readers, self.step = state, reads, {}, make_step(state, fused=fused)
         self.token = torch.zeros(reads[0], dtype=torch.long, device=state[0][1].device)
         self.graph, self.logits = recorded(lambda: self.step(self.token), self.token)
 
@@ -1029,17 +1030,20 @@ class Graph:
         return self.logits
 
     def read(self, model, tokens):
-        """model reads tokens (B, L) into the state."""
-        for part in tokens.split(READ, dim=1):
-            if part.shape[1] < READ:
-                for token in part.unbind(1):
-                    self(token)
-            elif self.reader is None:       # what is done to get ready for the recording reads this part already
-                self.part = part.clone()
-                self.reader, _ = recorded(lambda: model(self.part, state=self.state, num_last_tokens=1), part)
-            else:
-                self.part.copy_(part)
-                self.reader.replay()
+        """model reads tokens (B, L) into the state, in parts whose lengths are powers of two, and the last few one by one."""
+        while tokens.shape[1] >= READ:
+            length = 1 << tokens.shape[1].bit_length() - 1
+            part, tokens = tokens[:, :length], tokens[:, length:]
+            if length in self.readers:
+                held, graph = self.readers[length]
+                held.copy_(part)
+                graph.replay()
+            else:           # what is done to get ready for the recording reads this part already
+                held = part.clone()
+                graph, _ = recorded(lambda held=held: model(held, state=self.state, num_last_tokens=1), held)
+                self.readers[length] = held, graph
+        for token in tokens.unbind(1):
+            self(token)
 
 
 def recorded(call, where):

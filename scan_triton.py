@@ -46,7 +46,7 @@ WARPS, BD = constexpr(4), constexpr(32)     # a program: warps, and channels
 NB = constexpr(16)      # numbers of the states for which it has B, C and the states themselves in shared memory
 TILE = constexpr(64)    # steps of a tile, 16 in each thread; backward 8, two halves of a tile, for want of registers
 SHORTEST = 4            # tiles of a chunk, at least
-FILL = 1536             # warps that keep the chip busy: a sequence is cut into chunks until there are so many
+FILL, FILL_BACK = 2112, 1536    # warps that an H100 holds at once: a sequence is cut into chunks until there are so many
 
 # numbers that vary from call to call, for which no kernel is compiled anew
 SIZES = ("L", "N", "whole", "tiles", "chunks", "slots", "apart", "u_b", "x_b", "delta_b", "z_b", "g_b")
@@ -549,27 +549,28 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _pack(A, B, C, state, A2, BC, states, L, D, N, Lp, slots, B_b, B_l, B_n, C_b, C_l, C_n, T: tl.constexpr, X: tl.constexpr):
+def _pack(A, B, C, state, A2, BC, states, L, D, N, Lp, slots, B_b, B_l, B_n, C_b, C_l, C_n, T: tl.constexpr):
     """
     Inputs as the other kernels want them: B and C (B, L, N) as BC (B, 2 N, Lp), float32, with 0 after the end; A (D, N) as
     A2 (N, D), exp(delta A) = 2^(delta A2); state (B, D, N) or zeros into the first slot of states (B, slots, N, D).
     """
     i, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if i < Lp // T:
-        t = i * T + tl.arange(0, T)[None, :]
-        for n0 in range(0, N, 16):
-            n = n0 + tl.arange(0, 16)[:, None]
+    for n0 in range(0, N, 16):
+        n = n0 + tl.arange(0, 16)[:, None]
+        if i < Lp // T:
+            t = i * T + tl.arange(0, T)[None, :]
             there, to = (n < N) & (t < L), BC + (b * 2 * N + n) * Lp + t
             B_n_t = tl.load(B + b * B_b + t.to(tl.int64) * B_l + n * B_n, mask=there, other=0)
             C_n_t = tl.load(C + b * C_b + t.to(tl.int64) * C_l + n * C_n, mask=there, other=0)
             tl.store(to, B_n_t.to(tl.float32), mask=n < N)
             tl.store(to + N * Lp, C_n_t.to(tl.float32), mask=n < N)
-    else:
-        x = (i - Lp // T) * X + tl.arange(0, X)                 # in (N, D)
-        there, across = x < N * D, x % D * N + x // D           # in (D, N)
-        h = tl.zeros((X,), tl.float32) if state is None else tl.load(state + b * N * D + across, mask=there, other=0)
-        tl.store(states + b * slots * N * D + x, h, mask=there)
-        tl.store(A2 + x, tl.load(A + across, mask=there, other=0) * LOG2E, mask=x < N * D * (1 - b))    # once
+        else:
+            d = (i - Lp // T) * T + tl.arange(0, T)[None, :]
+            there = (n < N) & (d < D)
+            h = tl.zeros((16, T), tl.float32) if state is None else tl.load(state + (b * D + d) * N + n, mask=there, other=0)
+            tl.store(states + (b * slots * N + n) * D + d, h, mask=there)
+            once = (n < N) & (d < D * (1 - tl.minimum(b, 1)))
+            tl.store(A2 + n * D + d, tl.load(A + d * N + n, mask=once, other=0) * LOG2E, mask=once)
 
 
 def _strides(x):
@@ -591,10 +592,10 @@ def _wants_gradients(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _cuts(batch, L, d_inner):
+def _cuts(batch, L, d_inner, warps):
     """Tiles of a sequence, tiles of a chunk, chunks, and programs side by side."""
     tiles, blocks = -(-L // TILE.value), -(-d_inner // BD.value)
-    per_chunk = max(SHORTEST, -(-tiles // max(1, FILL // (batch * blocks * WARPS.value))))
+    per_chunk = max(SHORTEST, -(-tiles // max(1, warps // (batch * blocks * WARPS.value))))
     return tiles, per_chunk, -(-tiles // per_chunk), blocks
 
 
@@ -607,7 +608,7 @@ BACKWARD = ("(Tensor gy, Tensor? glast, Tensor states, Tensor BC, Tensor A2, Ten
 def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     """y, last (B, N, D) and, with keep, what the backward pass needs: states, BC and A2."""
     (batch, L, d_inner), N = u.shape, A.shape[1]
-    tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner)
+    tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner, FILL)
     u, delta, z = _aligned(u, delta, z)
     A, D, delta_bias, state = _whole(A, D, delta_bias, state)
     slots, apart = (2 * tiles, 2 * per_chunk) if keep else (chunks, 1)
@@ -618,12 +619,12 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
               "delta_b": delta_b, "delta_l": delta_l, "z_b": z_b, "z_l": z_l, "HAS_BIAS": delta_bias is not None,
               "SOFTPLUS": softplus, "num_warps": WARPS.value}
     with torch.cuda.device_of(u):
-        _pack[tiles + -(-N * d_inner // 1024), batch](A, B, C, state, A2, BC, states, L, d_inner, N, BC.shape[2], slots,
-                                                      *B.stride(), *C.stride(), T=TILE.value, X=1024)
+        _pack[tiles + -(-d_inner // TILE.value), batch](A, B, C, state, A2, BC, states, L, d_inner, N, BC.shape[2], slots,
+                                                        *B.stride(), *C.stride(), T=TILE.value)
         if chunks > 1:
             sums, at_once = A.new_empty(batch, chunks, d_inner), min(NB.value, triton.next_power_of_2(N))
             _ends[blocks, chunks - 1, batch](u, delta, A2, BC, u, delta_bias, states, sums, apart=apart, x_b=u_b, x_l=u_l,
-                                             HAS_Z=False, REVERSE=False, AT_ONCE=at_once, **common)
+                                             HAS_Z=False, REVERSE=False, AT_ONCE=at_once, maxnreg=128, **common)
             _carry[-(-d_inner * N // 128), batch](states, A2, sums, d_inner, N, chunks, slots, apart, REVERSE=False)
         _outputs[blocks, chunks, batch](
             u, delta, A2, BC, D, u if z is None else z, delta_bias, y, states, last, u_b=u_b, u_l=u_l, HAS_D=D is not None,
@@ -634,7 +635,7 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
 def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
     """gu, gdelta, gz; gB and gC as (B, 2, N, Lp); gA, gD, gbias as (N + 2, D); (B, chunks, N, D), whose first is gstate."""
     (batch, L, d_inner), N = u.shape, len(A2)
-    tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner)
+    tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner, FILL_BACK)
     gy, u, delta, z = _aligned(gy, u, delta, z)
     D, delta_bias = _whole(D, delta_bias)
     gu, gdelta, gz = (u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (u, delta, z))
@@ -651,7 +652,7 @@ def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
             all_delta, at_once = A2.new_empty(batch, chunks, d_inner), min(NB.value, triton.next_power_of_2(N))
             _ends[blocks, chunks - 1, batch](gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, all_delta,
                                              tiles=per_chunk, slots=chunks, apart=1, x_b=g_b, x_l=g_l, REVERSE=True,
-                                             AT_ONCE=at_once, **common)
+                                             AT_ONCE=at_once, maxnreg=128, **common)
             _carry[-(-d_inner * N // 128), batch](adjoint, A2, all_delta, d_inner, N, chunks, chunks, 1, REVERSE=True)
         _gradients[blocks, chunks, batch](
             u, delta, A2, BC, D, u if z is None else z, delta_bias, gy, states, adjoint, gu, gdelta, gz, parts, sums,
@@ -701,7 +702,7 @@ def _(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
     (batch, L, d_inner), N = u.shape, len(A2)
     gu, gdelta, gz = (u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (u, delta, z))
     return (gu, gdelta, gz, A2.new_empty(batch, 2, N, BC.shape[2]), A2.new_empty(N + 2, d_inner),
-            A2.new_empty(batch, _cuts(batch, L, d_inner)[2], N, d_inner))
+            A2.new_empty(batch, _cuts(batch, L, d_inner, FILL_BACK)[2], N, d_inner))
 
 
 @torch.compiler.assume_constant_result
@@ -900,109 +901,133 @@ def conv_silu_triton(x, weight, bias, state):
 # kernel of the step writes, and only then waits for it. Sums are in float32 and in a fixed order.
 
 
+SMALL = tl.constexpr(64.0)
+
+
 @triton.jit
 def _silu(x):
     return x / (1 + tl.exp2(-x * LOG2E))
 
 
 @triton.jit
-def _wait(residual, r, n, in_y, N, PDL: tl.constexpr):
-    """Until what the kernels before have written is there; then the first thing of it that is needed, and takes long."""
+def _wait(residual, squares, r, n, in_y, rows, N, BLOCKS: tl.constexpr, PDL: tl.constexpr):
+    """Until what the kernels before have written is there; then the first things of it that are needed, and take long."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-    return 0.0 if residual is None else tl.load(residual + r[:, None] * N + n[None, :], mask=in_y, other=0).to(tl.float32)
+    i = tl.arange(0, triton.next_power_of_2(BLOCKS))
+    in_i = (r < rows)[:, None] & (i < BLOCKS)[None, :]
+    first = 0.0 if residual is None else tl.load(residual + r[:, None] * N + n[None, :], mask=in_y, other=0)
+    square = 0.0 if squares is None else tl.load(squares + r[:, None] * BLOCKS + i[None, :], mask=in_i, other=0)
+    return first, square
 
 
 @triton.jit
-def _product(x, norm, weight, scale, bias, residual, rows, r, n, EPS: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
-             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
-    """residual + scale weight norm(x) + bias for the rows r and outputs n: (BM, BN).  x: (rows, K).  weight: (N, K)."""
+def _product(x, squares, weight, scale, bias, residual, rows, r, n, EPS: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+             BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+    """
+    residual + scale weight x + bias for the rows r and outputs n: (BM, BN).  x: (rows, K).  weight: (N, K).
+    squares: None, or of the x whose norm is wanted; x is then what _keep has made of it.
+    """
     in_r, in_n = r < rows, n < N
     in_y = in_r[:, None] & in_n[None, :]
     if BM == 1:         # chunks of BK come first, so that a warp has whole outputs: the sum over its threads is what costs
         y = tl.zeros((BN, BK), tl.float32)
-        squares = tl.zeros((TILE // BK, BK), tl.float32)
         for start in tl.static_range(0, K, TILE):
             k = start + tl.arange(0, TILE // BK)[:, None] * BK + tl.arange(0, BK)[None, :]
             w = tl.load(weight + n[:, None, None] * K + k[None, :, :], mask=in_n[:, None, None] & (k < K)[None, :, :], other=0)
-            if norm is not None:
-                norm_k = tl.load(norm + k, mask=k < K, other=0).to(tl.float32)
             if start == 0:
-                first = _wait(residual, r, n, in_y, N, PDL)
+                first, square = _wait(residual, squares, r, n, in_y, rows, N, BLOCKS, PDL)
             x_k = tl.load(x + k, mask=k < K, other=0).to(tl.float32)
-            if norm is not None:
-                squares += x_k * x_k
-                x_k *= norm_k
             y += tl.sum(w.to(tl.float32) * x_k[None, :, :], 1)
         y = tl.sum(y, 1)[None, :]
-        if norm is not None:
-            y *= tl.rsqrt(tl.sum(squares) / K + EPS)
     else:
-        first = _wait(residual, r, n, in_y, N, PDL)
+        first, square = _wait(residual, squares, r, n, in_y, rows, N, BLOCKS, PDL)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
         y = tl.zeros((BM, BN), tl.float32)
-        squares = tl.zeros((BM,), tl.float32)
         for start in range(0, K, BK):
             k = start + tl.arange(0, BK)
             w = tl.load(weight + n[:, None] * K + k[None, :], mask=in_n[:, None] & (k < K)[None, :], other=0)
             x_k = tl.load(x + r[:, None] * K + k[None, :], mask=in_r[:, None] & (k < K)[None, :], other=0)
-            if norm is not None:        # / 64: what is not yet divided by its length could overflow in float16
-                wide = x_k.to(tl.float32)
-                squares += tl.sum(wide * wide, 1)
-                x_k = (wide * (tl.load(norm + k, mask=k < K, other=0).to(tl.float32) / 64)[None, :]).to(x_k.dtype)
             y = tl.dot(x_k, w.to(x_k.dtype).trans(), y, input_precision="ieee")
-        if norm is not None:
-            y *= 64 * tl.rsqrt(squares / K + EPS)[:, None]
+    if squares is not None:
+        y *= SMALL * tl.rsqrt(tl.sum(square, 1) / K + EPS)[:, None]
     if scale is not None:
         y *= tl.load(scale + n, mask=in_n, other=0).to(tl.float32)[None, :]
     if bias is not None:
         y += tl.load(bias + n, mask=in_n, other=0).to(tl.float32)[None, :]
-    return y + first
+    return y if residual is None else y + first.to(tl.float32)
 
 
 @triton.jit
-def _project(x, norm, weight, scale, bias, residual, y, rows, EPS: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
-             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+def _keep(y, norm, out, normed, squares, rows, r, n, N: tl.constexpr, BN: tl.constexpr):
+    """y (BM, BN) goes into out (rows, N); with a norm, also for the product after it: y times the weight of the norm into
+    normed, and the sum of the squares of each row of this block into squares (rows, blocks)."""
+    in_y, of_y = (r < rows)[:, None] & (n < N)[None, :], r[:, None] * N + n[None, :]
+    y = y.to(out.dtype.element_ty)
+    tl.store(out + of_y, y, mask=in_y)
+    if norm is not None:        # / SMALL: what is not yet divided by its length could overflow in float16
+        wide = y.to(tl.float32)
+        weighted = wide * (tl.load(norm + n, mask=n < N, other=0).to(tl.float32) / SMALL)[None, :]
+        tl.store(normed + of_y, weighted.to(normed.dtype.element_ty), mask=in_y)
+        tl.store(squares + r * tl.cdiv(N, BN) + tl.program_id(0), tl.sum(wide * wide, 1), mask=r < rows)
+
+
+@triton.jit
+def _begin(x, norm, normed, squares, rows, N: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr):
+    """For the first product of all: what _keep does after each of the others."""
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) + tl.arange(0, 1)
+    y = tl.load(x + r[:, None] * N + n[None, :], mask=(n < N)[None, :], other=0)
+    _keep(y, norm, x, normed, squares, rows, r, n, N, BN)
+
+
+@triton.jit
+def _project(x, squares, weight, scale, bias, residual, norm, y, normed, y_squares, rows, EPS: tl.constexpr, K: tl.constexpr,
+             N: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
+             PDL: tl.constexpr):
+    if PDL and BM == 1:
         tl.extra.cuda.gdc_launch_dependents()
     n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
-    result = _product(x, norm, weight, scale, bias, residual, rows, r, n, EPS, K, N, BM, BN, BK, TILE, PDL)
-    tl.store(y + r[:, None] * N + n[None, :], result, mask=(r < rows)[:, None] & (n < N)[None, :])
+    result = _product(x, squares, weight, scale, bias, residual, rows, r, n, EPS, K, N, BLOCKS, BM, BN, BK, TILE, PDL)
+    _keep(result, norm, y, normed, y_squares, rows, r, n, N, BN)
 
 
 @triton.jit
-def _enter(x, norm, weight, scale, bias, taps, conv_bias, window, x_proj, x_scale, u, gate, parts, rows, EPS: tl.constexpr,
-           K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BEFORE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-           BP: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+def _enter(x, squares, weight, scale, bias, taps, conv_bias, window, x_proj, x_scale, u, gate, parts, rows, EPS: tl.constexpr,
+           K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BEFORE: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr,
+           BN: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
     """x -> u, the input of the scan, and gate (rows, D); parts (blocks, rows, P): what each block of u adds to dt, B and C."""
-    if PDL:
+    if PDL and BM == 1:
         tl.extra.cuda.gdc_launch_dependents()
-    BLOCKS: tl.constexpr = tl.cdiv(D, BN)           # the programs after these have the outputs that become the gate
-    block, to_gate = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    OF_U: tl.constexpr = tl.cdiv(D, BN)             # the programs after these have the outputs that become the gate
+    block, to_gate = tl.program_id(0) % OF_U, tl.program_id(0) // OF_U
     d, r, p = block * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM), tl.arange(0, BP)
     in_d = d < D
     in_y = (r < rows)[:, None] & in_d[None, :]
     in_u = tl.where(to_gate == 0, in_y, False)
     in_w = tl.where(to_gate == 0, (p < P)[:, None] & in_d[None, :], False)
     w = tl.load(x_proj + p[:, None] * D + d[None, :], mask=in_w, other=0)
-    old = tl.zeros((BM, BN), tl.float32)            # of the convolution: what comes from the tokens before
-    if conv_bias is not None:
-        old += tl.load(conv_bias + d, mask=in_d, other=0).to(tl.float32)[None, :]
-    at, before = window + r[:, None] * (BEFORE * D) + d[None, :], ()
-    for k in tl.static_range(BEFORE):
-        before = before + (tl.load(at + k * D, mask=in_u, other=0),)
-        old += before[k].to(tl.float32) * tl.load(taps + d * (BEFORE + 1) + k, mask=in_d, other=0).to(tl.float32)[None, :]
-    tap = tl.load(taps + d * (BEFORE + 1) + BEFORE, mask=in_d, other=0).to(tl.float32)[None, :]
+    at, before, taps_d = window + r[:, None] * (BEFORE * D) + d[None, :], (), ()    # of the convolution: the tokens before
+    for k in tl.static_range(BEFORE + 1):
+        taps_d = taps_d + (tl.load(taps + d * (BEFORE + 1) + k, mask=in_d, other=0),)
+        if k < BEFORE:
+            before = before + (tl.load(at + k * D, mask=in_u, other=0),)
     n = tl.where(in_d, d + to_gate * D, 2 * D)
-    y = _product(x, norm, weight, scale, bias, None, rows, r, n, EPS, K, 2 * D, BM, BN, BK, TILE, PDL)
+    y = _product(x, squares, weight, scale, bias, None, rows, r, n, EPS, K, 2 * D, BLOCKS, BM, BN, BK, TILE, PDL)
     of_y = r[:, None] * D + d[None, :]
     if to_gate == 1:
         tl.store(gate + of_y, _silu(y), mask=in_y)
     else:
         tl.debug_barrier()          # all threads have read what is overwritten now
-        shifted = before + (y.to(window.dtype.element_ty),)
+        shifted, new = before + (y.to(window.dtype.element_ty),), y * taps_d[BEFORE].to(tl.float32)[None, :]
         for k in tl.static_range(BEFORE):
             tl.store(at + k * D, shifted[k + 1], mask=in_y)
-        new = old + y * tap
+            new += before[k].to(tl.float32) * taps_d[k].to(tl.float32)[None, :]
+        if conv_bias is not None:
+            new += tl.load(conv_bias + d, mask=in_d, other=0).to(tl.float32)[None, :]
         new = _silu(new).to(u.dtype.element_ty)
         tl.store(u + of_y, new, mask=in_y)
         if BM == 1:
@@ -1021,30 +1046,32 @@ def _advance(parts, dt_proj, dt_bias, A_log, Dw, u, gate, h, y, rows, D: tl.cons
     """One step of the scan for a block of channels of BM texts: h (rows, D, N) in place, y (rows, D)."""
     r, d = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BD + tl.arange(0, BD)
     n, q = tl.arange(0, BN), tl.arange(0, BR)
-    if PDL:
+    if PDL and BM == 1:
         tl.extra.cuda.gdc_launch_dependents()
     in_r, in_d, in_n, in_q = r < rows, d < D, n < N, q < R
     in_y, of_y = in_r[:, None] & in_d[None, :], r[:, None] * D + d[None, :]
     in_h = in_y[:, :, None] & in_n[None, None, :]
-    h += of_y.to(tl.int64)[:, :, None] * N + n[None, None, :]
-    h_d = tl.load(h, mask=in_h, other=0)                                                        # (BM, BD, BN)
     A_log_d = tl.load(A_log + d[:, None] * N + n[None, :], mask=in_d[:, None] & in_n[None, :], other=0)
     A_2 = -tl.exp2(A_log_d * LOG2E) * LOG2E
     w = tl.load(dt_proj + d[:, None] * R + q[None, :], mask=in_d[:, None] & in_q[None, :], other=0)
     bias_d, D_d = tl.load(dt_bias + d, mask=in_d, other=0), tl.load(Dw + d, mask=in_d, other=0)
+    h += of_y.to(tl.int64)[:, :, None] * N + n[None, None, :]
+    h_d = tl.load(h, mask=in_h, other=0)                                                        # (BM, BD, BN)
     if PDL:
         tl.extra.cuda.gdc_wait()
     u_d = tl.load(u + of_y, mask=in_y, other=0).to(tl.float32)
     gate_d = tl.load(gate + of_y, mask=in_y, other=0)
     # sums of the parts: BB of them at once for one text, as there are too few threads otherwise
     dt, B, C = tl.zeros((BM * BB, BR), tl.float32), tl.zeros((BM * BB, BN), tl.float32), tl.zeros((BM * BB, BN), tl.float32)
-    for start in tl.range(0, BLOCKS, BB, loop_unroll_factor=4):
+    for start in tl.range(0, BLOCKS, BB, loop_unroll_factor=8):
         i = start + tl.arange(0, BM * BB) // BM
         row = tl.program_id(1) * BM + tl.arange(0, BM * BB) % BM
         of_parts, in_parts = parts + (i * rows + row)[:, None] * P, ((i < BLOCKS) & (row < rows))[:, None]
         dt += tl.load(of_parts + q[None, :], mask=in_parts & in_q[None, :], other=0)
         B += tl.load(of_parts + R + n[None, :], mask=in_parts & in_n[None, :], other=0)
         C += tl.load(of_parts + R + N + n[None, :], mask=in_parts & in_n[None, :], other=0)
+    if PDL and BM > 1:
+        tl.extra.cuda.gdc_launch_dependents()
     if BM == 1:
         dt, B, C = tl.sum(dt, 0), tl.sum(B, 0)[None, :], tl.sum(C, 0)[None, :]
         raw = tl.sum(w.to(tl.float32) * dt[None, :], 1)[None, :] + bias_d[None, :]
@@ -1083,26 +1110,31 @@ def decode(backbone, head, vocab_size, state, token):
     advance = {"BM": 1, "BD": min(256, max(16, power(D // 128)), 4096 // BN, 16384 // BR),
                "BB": min(power(blocks), 4096 // BR), "num_warps": 4}
     if rows > 1:
-        advance = {"BM": min(32, max(16, power(rows))), "BD": max(16, min(32, 512 // BN)), "BB": 1, "num_warps": 8}
-    # with many rows a kernel that waits takes room from the one that works
-    pdl = PDL and rows == 1 and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
-    options = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
+        advance = {"BM": 16, "BD": max(16, min(64, 1024 // BN)), "BB": 1, "num_warps": 8}
+    pdl = {"PDL": PDL and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9}
+    if pdl["PDL"]:
+        pdl["launch_pdl"] = True
     with torch.cuda.device_of(x):
         u, y, logits = x.new_empty(rows, D), x.new_empty(rows, D), x.new_empty(rows, vocab_size, dtype=torch.float32)
         gate, parts = logits.new_empty(rows, D), logits.new_empty(blocks, rows, P)
-        for layer, (window, h) in zip(layers, state):
+        normed, squares = torch.empty_like(x), logits.new_empty(rows, triton.cdiv(d_model, project["BN"]))
+        norms = [*(layer.norm.weight for layer in layers), backbone["norm_f"].weight]
+        options = {"BLOCKS": squares.shape[1], **pdl}
+        _begin[squares.shape[1], rows](x, norms[0], normed, squares, rows, d_model, project["BN"], num_warps=1, **pdl)
+        for layer, norm, (window, h) in zip(layers, norms[1:], state):
             block, conv, dt_proj = layer.mixer, layer.mixer.conv1d, layer.mixer.dt_proj
             _enter[2 * blocks, triton.cdiv(rows, enter["BM"])](
-                x, layer.norm.weight, *_weights(block.in_proj), conv.weight, conv.bias, window, *_weights(block.x_proj)[:2],
+                normed, squares, *_weights(block.in_proj), conv.weight, conv.bias, window, *_weights(block.x_proj)[:2],
                 u, gate, parts, rows, eps, d_model, D, P, BEFORE=window.shape[1], BP=BP, **enter, **options)
             _advance[triton.cdiv(D, advance["BD"]), triton.cdiv(rows, advance["BM"])](
                 parts, dt_proj.weight, dt_proj.bias, block.A_log, block.D, u, gate, h, y, rows, D, N, R, P, blocks,
-                BN=BN, BR=BR, **advance, **options)
+                BN=BN, BR=BR, **advance, **pdl)
             before, x = x, torch.empty_like(x)
-            _project[triton.cdiv(d_model, project["BN"]), triton.cdiv(rows, project["BM"])](
-                y, None, *_weights(block.out_proj), before, x, rows, eps, D, d_model, **project, **options)
+            _project[squares.shape[1], triton.cdiv(rows, project["BM"])](
+                y, None, *_weights(block.out_proj), before, norm, x, normed, squares, rows, eps, D, d_model, **project, **options)
         _project[triton.cdiv(vocab_size, to_logits["BN"]), triton.cdiv(rows, to_logits["BM"])](
-            x, backbone["norm_f"].weight, *_weights(head), None, logits, rows, eps, d_model, vocab_size, **to_logits, **options)
+            normed, squares, *_weights(head), None, None, logits, None, None, rows, eps, d_model, vocab_size, **to_logits,
+            **options)
     return logits
 
 

@@ -2455,7 +2455,8 @@ scan_triton._over_channels, scan_triton._reciprocal = over_channels, lambda x: 1
 scan_triton.gather, scan_triton.tl = lambda *args: tl.gather(*args), tl
 mamba.scan_method = lambda method, u, d_state: method       # it would refuse a CPU
 scan_triton.SHORTEST = 1
-for scan_triton.FILL, *shape in ((1, 1, 1, 1, 1), (1, 2, 66, 5, 3), (100, 1, 66, 10, 17), (100, 1, 200, 33, 4)):
+for scan_triton.FILL, scan_triton.FILL_BACK, *shape in ((1, 1, 1, 1, 1, 1), (1, 1, 2, 66, 5, 3), (100, 100, 1, 66, 10, 17),
+                                                        (100, 12, 1, 200, 33, 4), (12, 100, 1, 200, 33, 4)):
     test_mamba.check_triton(test_mamba.scan_inputs(*shape), device="cpu")
 test_mamba.check_triton(test_mamba.scan_inputs(1, 65, 3, 4, ("z",)), softplus=False, device="cpu")
 for shape in ((1, 1, 3, 4), (2, 35, 131, 4), (1, 17, 5, 1), (1, 33, 5, 2)):

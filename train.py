@@ -88,7 +88,7 @@ class Config:
     # the machine
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16 (mixed precision); by default bfloat16 on CUDA, else float32")
-    compile: bool | None = flag(None, "torch.compile the model; by default on CUDA")
+    compile: bool | None = flag(None, "torch.compile the model, which takes a minute; by default on CUDA from 5000 steps on")
     scan: str = flag("auto", "method of the selective scan: auto, triton (fused kernels, on CUDA), chunked or sequential")
 
 
@@ -97,7 +97,7 @@ PRESETS = {  # what trains in minutes on such a device
             "max_iters": 2000, "learning_rate": 4e-3},
     "mps": {"d_model": 256, "n_layer": 6, "d_state": 16, "dropout": 0.1, "batch_size": 32, "block_size": 256,
             "max_iters": 2000, "learning_rate": 2e-3},
-    "cuda": {"d_model": 384, "n_layer": 8, "d_state": 16, "dropout": 0.35, "batch_size": 64, "block_size": 256,
+    "cuda": {"d_model": 320, "n_layer": 12, "d_state": 16, "dropout": 0.35, "batch_size": 64, "block_size": 256,
              "max_iters": 800, "learning_rate": 2e-3, "weight_decay": 0.5},
 }
 FINE_TUNING = {"dropout": 0.0, "learning_rate": 1e-4}     # for weights that are already good
@@ -298,9 +298,11 @@ def settle(cfg, given, device, master):
                           f"'{cfg.init_from}'")
         if shape := [k for k in SHAPE if k in given]:
             raise Problem(f"--{shape[0]} cannot be chosen: the weights of {cfg.init_from} have a shape of their own")
-    for k, v in {**PRESETS[device.type], "compile": device.type == "cuda", **(FINE_TUNING if pretrained else {})}.items():
+    for k, v in {**PRESETS[device.type], **(FINE_TUNING if pretrained else {})}.items():
         if getattr(cfg, k) is None:
             setattr(cfg, k, v)
+    if cfg.compile is None:
+        cfg.compile = device.type == "cuda" and cfg.max_iters >= 5000
     for k in ("batch_size", "block_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters",
               "log_interval"):
         if getattr(cfg, k) < 1:
@@ -519,7 +521,8 @@ def main(cfg, given):
     by_char = meta["tokenizer"]["type"] == "char"
     unit = "bits per character" if by_char else "bits per byte"
     per_unit = (1 if by_char else meta["val_tokens"] / meta["val_bytes"]) / math.log(2)
-    say(f"{device.type}, {dtype}, scan {pick_scan(cfg.scan, device, dtype, raw_model.config.d_state)}{', compiled' if cfg.compile else ''}; "
+    scan = pick_scan(cfg.scan, device, dtype, raw_model.config.d_state)
+    say(f"{device.type}, {dtype}, scan {scan}{', compiled' if cfg.compile else ''}; "
         f"{raw_model.num_params() / 1e6:.2f}M parameters ({cfg.n_layer} layers of {cfg.d_model})")
     say(f"{folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate, "
         f"vocabulary of {meta['vocab_size']:,}")
@@ -545,19 +548,14 @@ def main(cfg, given):
         optimizer.zero_grad(set_to_none=True)
         return more_gradients(x, y)
 
+    batch = get_batch(train_data, cfg, 0, 0, rank, world, device)
     if cfg.compile:
-        def attempt():
-            nonlocal gradients, more_gradients
-            batch = get_batch(train_data, cfg, 0, 0, rank, world, device)
-            if device.type == "cuda" and world == 1 and dtype != "float16":     # its scaler starts with the first loss
-                gradients, several = replayed(gradients, *batch), cfg.gradient_accumulation_steps > 1
-                more_gradients = replayed(more_gradients, *batch) if several else more_gradients
-            else:
-                gradients(*batch)
-        eager, model = (gradients, more_gradients), torch.compile(model)
-        if not compiles_here(attempt, say):
-            model, (gradients, more_gradients) = raw_model, eager
-            raw_model.zero_grad(set_to_none=True)
+        model = torch.compile(model)
+        if not compiles_here(lambda: gradients(*batch), say):
+            model = raw_model
+    if scan == "triton" and world == 1 and dtype != "float16":      # whose scaler starts with the first loss
+        gradients, several = replayed(gradients, *batch), cfg.gradient_accumulation_steps > 1
+        more_gradients = replayed(more_gradients, *batch) if several else more_gradients
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
