@@ -442,6 +442,11 @@ class Linear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
+    def halves(self, x):
+        """self(x).chunk(2, dim=-1) as two products: their gradients need not be put together in memory."""
+        biases = (None, None) if self.bias is None else self.bias.chunk(2)
+        return [linear(x, weight, bias) for weight, bias in zip(self.weight.chunk(2), biases)]
+
 
 class MambaBlock(nn.Module):
     """
@@ -484,7 +489,7 @@ class MambaBlock(nn.Module):
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
             return self.decoder(*state)(x[:, 0])[:, None]
         conv_state, h = (None, None) if state is None else (t.clone() if torch.is_grad_enabled() else t for t in state)
-        x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, L, D) each
+        x, z = self.in_proj.halves(x) if self.training else self.in_proj(x).chunk(2, dim=-1)    # (B, L, D) each
         x, conv_state = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv_state, self.scan)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = linear(dt, self.dt_proj.weight)             # (B, L, D); its bias is added inside the scan, in float32
@@ -1162,6 +1167,9 @@ class Int8Linear(nn.Module):
             y = F.linear(rows, self.weight.to(rows.dtype)) * self.scale.to(rows.dtype)
         y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
+
+    def halves(self, x):
+        return self(x).chunk(2, dim=-1)
 
 
 class Int8Embedding(nn.Module):

@@ -231,15 +231,15 @@ def _through(decay, adds, entering, s, REVERSE: constexpr):
 
 
 @gluon.jit
-def _place(L, D, tiles, chunk, bias, HAS_BIAS: constexpr, T: constexpr):
-    """The channels and the sequence of this program, where its chunk begins and how many tiles it has; segments s (S, 1),
-    channels d (1, BD), which of them there are, and their delta_bias."""
-    block, b = gl.program_id(0), gl.program_id(2).to(gl.int64)
+def _place(L, D, tiles, block, chunk, bias, HAS_BIAS: constexpr, T: constexpr):
+    """The sequence of this program, where its chunk begins and how many tiles it has; segments s (S, 1), channels d (1, BD) of
+    its block, which of them there are, and their delta_bias."""
+    b = gl.program_id(2).to(gl.int64)
     s = gl.arange(0, S, gl.SliceLayout(1, LAYOUT))[:, None]
     d = (block * BD + gl.arange(0, BD, gl.SliceLayout(0, LAYOUT)))[None, :]
     start = chunk * tiles * T
     bias_d = gl.load(bias + d, mask=d < D, other=0) if HAS_BIAS else 0.0
-    return block, b, start, gl.minimum(tiles, (L - start + T - 1) // T), s, d, d < D, bias_d
+    return b, start, gl.minimum(tiles, (L - start + T - 1) // T), s, d, d < D, bias_d
 
 
 @gluon.jit
@@ -287,14 +287,16 @@ def _ends(x, delta, A, BC, z, bias, ends, sums, L, D: constexpr, N, whole, tiles
           REVERSE: constexpr, AT_ONCE: constexpr):
     """
     From a zero state, what each chunk adds to the state; in reverse, to the adjoint. x is u, or gout. Here a segment is a
-    quarter of the chunk, of which each tile has K steps, and a thread has AT_ONCE numbers of its state in registers.
+    quarter of the chunk, of which each tile has K steps, and a thread has the AT_ONCE numbers of its program in registers.
     ends (B, slots, N, D): where it goes.  sums (B, chunks, D): of delta.
     """
     K: constexpr = 16
     T: constexpr = S * K
     Lp = whole * TILE
     chunk = gl.program_id(1) + (1 if REVERSE else 0)        # the last chunk adds to no other, in reverse the first
-    block, b, start, _, s, d, in_d, bias_d = _place(L, D, tiles, chunk, bias, HAS_BIAS, T)
+    parts = (N + AT_ONCE - 1) // AT_ONCE
+    block, n0 = gl.program_id(0) // parts, gl.program_id(0) % parts * AT_ONCE
+    b, start, _, s, d, in_d, bias_d = _place(L, D, tiles, block, chunk, bias, HAS_BIAS, T)
     ends += (b * slots + (chunk - 1 if REVERSE else (chunk + 1) * apart)) * N * D
     inputs, strides = (x + b * (x_b * 8), delta + b * (delta_b * 8)), (x_l, delta_l)
     xs, deltas, zs, BCs, _ = _buffers(x, delta, z, HAS_Z, K)
@@ -304,43 +306,40 @@ def _ends(x, delta, A, BC, z, bias, ends, sums, L, D: constexpr, N, whole, tiles
     V, Vs = BC + (b * 2 + (1 if REVERSE else 0)) * N * Lp, reinterpret(BCs, gl.float32, [4, NB, T], PLAIN)      # of C, or B
     row = gl.arange(0, NB, gl.SliceLayout(1, WIDE32))[:, None]
     step = gl.arange(0, T, gl.SliceLayout(0, WIDE32))[None, :]
-    for n0 in range(0, N, AT_ONCE):
-        A_n, h, zero = (), (), gl.zeros([S, BD], gl.float32, LAYOUT)
-        for n in gl.static_range(AT_ONCE):
-            A_n = A_n + (gl.load(A + (n0 + n) * D + d + s * 0, mask=in_d & (s * 0 + n0 + n < N), other=0),)
-            h = h + (zero,)
-        total = zero
-        for i in range(-1, tiles):          # fetches one tile ahead
-            t0 = start + (tiles - 2 - i if REVERSE else i + 1) * K
-            async_copy.wait_group(0)
-            barrier()
-            _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0, block, L, D, T, gap)
-            t = t0 + step + step // K * gap
-            in_V = (row < AT_ONCE) & (n0 + row < N) & (t >= 0) & (t < Lp)
-            async_load(Vs.index((i + 1) % 2), V + (n0 + row) * Lp + t, mask=in_V)
-            async_copy.commit_group()
-            if i >= 0:
-                left = L - (t0 + K if REVERSE else t0 - K) - s * gap
-                delta_k, more = _delta(_tile(deltas.index(i % 2), K), bias_d, left, s, SOFTPLUS, K)
-                x_k, total, hs = _tile(xs.index(i % 2), K), total + more, ()
-                if HAS_Z:
-                    x_k = _gated(x_k, _tile(zs.index(i % 2), K), K)
-                for j in gl.static_range(AT_ONCE):
-                    V_k, h_j = _row(BCs, i % 2 * NB + j, K), h[j]
-                    if REVERSE:
-                        for k in gl.static_range(K - 1, -1, -1):
-                            h_j = gl.exp2(delta_k[k] * A_n[j]) * (h_j + x_k[k] * V_k[k])
-                    else:
-                        for k in gl.static_range(K):
-                            h_j = gl.exp2(delta_k[k] * A_n[j]) * h_j + delta_k[k] * x_k[k] * V_k[k]
-                    hs = hs + (h_j,)
-                h = hs
-        barrier()                           # before the buffers are filled again
-        for n in gl.static_range(AT_ONCE):
-            leaving = _through(gl.exp2(total * A_n[n]), h[n], zero, s, REVERSE)[1]
-            gl.store(ends + (n0 + n) * D + d + s * 0, leaving, mask=in_d & (s == 0) & (s + n0 + n < N))
-        if n0 == 0:
-            gl.store(sums + (b * chunks + chunk) * D + d + s * 0, gl.sum(total, 0)[None, :] + s * 0, mask=in_d & (s == 0))
+    A_n, h, zero = (), (), gl.zeros([S, BD], gl.float32, LAYOUT)
+    for n in gl.static_range(AT_ONCE):
+        A_n = A_n + (gl.load(A + (n0 + n) * D + d + s * 0, mask=in_d & (s * 0 + n0 + n < N), other=0),)
+        h = h + (zero,)
+    total = zero
+    for i in range(-1, tiles):          # fetches one tile ahead
+        t0 = start + (tiles - 2 - i if REVERSE else i + 1) * K
+        async_copy.wait_group(0)
+        barrier()
+        _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0, block, L, D, T, gap)
+        t = t0 + step + step // K * gap
+        in_V = (row < AT_ONCE) & (n0 + row < N) & (t >= 0) & (t < Lp)
+        async_load(Vs.index((i + 1) % 2), V + (n0 + row) * Lp + t, mask=in_V)
+        async_copy.commit_group()
+        if i >= 0:
+            left = L - (t0 + K if REVERSE else t0 - K) - s * gap
+            delta_k, more = _delta(_tile(deltas.index(i % 2), K), bias_d, left, s, SOFTPLUS, K)
+            x_k, total, hs = _tile(xs.index(i % 2), K), total + more, ()
+            if HAS_Z:
+                x_k = _gated(x_k, _tile(zs.index(i % 2), K), K)
+            for j in gl.static_range(AT_ONCE):
+                V_k, h_j = _row(BCs, i % 2 * NB + j, K), h[j]
+                if REVERSE:
+                    for k in gl.static_range(K - 1, -1, -1):
+                        h_j = gl.exp2(delta_k[k] * A_n[j]) * (h_j + x_k[k] * V_k[k])
+                else:
+                    for k in gl.static_range(K):
+                        h_j = gl.exp2(delta_k[k] * A_n[j]) * h_j + delta_k[k] * x_k[k] * V_k[k]
+                hs = hs + (h_j,)
+            h = hs
+    for n in gl.static_range(AT_ONCE):
+        leaving = _through(gl.exp2(total * A_n[n]), h[n], zero, s, REVERSE)[1]
+        gl.store(ends + (n0 + n) * D + d + s * 0, leaving, mask=in_d & (s == 0) & (s + n0 + n < N))
+    gl.store(sums + (b * chunks + chunk) * D + d + s * 0, gl.sum(total, 0)[None, :] + s * 0, mask=in_d & (s + n0 == 0))
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -376,7 +375,8 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
     T: constexpr = S * K
     Lp = whole * TILE
     chunk, per_chunk = gl.program_id(1), tiles
-    block, b, t0, tiles, s, d, in_d, bias_d = _place(L, D, tiles, chunk, bias, HAS_BIAS, T)
+    block = gl.program_id(0)
+    b, t0, tiles, s, d, in_d, bias_d = _place(L, D, tiles, block, chunk, bias, HAS_BIAS, T)
     D_d = gl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
     inputs, strides = (u + b * (u_b * 8), delta + b * (delta_b * 8)), (u_l, delta_l)
     y += b * L * D
@@ -446,7 +446,8 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     T: constexpr = S * K
     Lp = whole * TILE
     chunk, per_chunk = gl.program_id(1), tiles
-    block, b, start, tiles, s, d, in_d, bias_d = _place(L, D, tiles, chunk, bias, HAS_BIAS, T)
+    block = gl.program_id(0)
+    b, start, tiles, s, d, in_d, bias_d = _place(L, D, tiles, block, chunk, bias, HAS_BIAS, T)
     D_d = gl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
     at = b * chunks + chunk
     inputs, strides = (u + b * (u_b * 8), delta + b * (delta_b * 8), gout + b * (g_b * 8)), (u_l, delta_l, g_l)
@@ -623,7 +624,7 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
                                                         *B.stride(), *C.stride(), T=TILE.value)
         if chunks > 1:
             sums, at_once = A.new_empty(batch, chunks, d_inner), min(NB.value, triton.next_power_of_2(N))
-            _ends[blocks, chunks - 1, batch](u, delta, A2, BC, u, delta_bias, states, sums, apart=apart, x_b=u_b, x_l=u_l,
+            _ends[blocks * -(-N // at_once), chunks - 1, batch](u, delta, A2, BC, u, delta_bias, states, sums, apart=apart, x_b=u_b, x_l=u_l,
                                              HAS_Z=False, REVERSE=False, AT_ONCE=at_once, maxnreg=128, **common)
             _carry[-(-d_inner * N // 128), batch](states, A2, sums, d_inner, N, chunks, slots, apart, REVERSE=False)
         _outputs[blocks, chunks, batch](
@@ -650,7 +651,7 @@ def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
     with torch.cuda.device_of(u):
         if chunks > 1:
             all_delta, at_once = A2.new_empty(batch, chunks, d_inner), min(NB.value, triton.next_power_of_2(N))
-            _ends[blocks, chunks - 1, batch](gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, all_delta,
+            _ends[blocks * -(-N // at_once), chunks - 1, batch](gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, all_delta,
                                              tiles=per_chunk, slots=chunks, apart=1, x_b=g_b, x_l=g_l, REVERSE=True,
                                              AT_ONCE=at_once, maxnreg=128, **common)
             _carry[-(-d_inner * N // 128), batch](adjoint, A2, all_delta, d_inner, N, chunks, chunks, 1, REVERSE=True)
@@ -893,12 +894,14 @@ def conv_silu_triton(x, weight, bias, state):
 # The step of a token, for generation
 #
 # With few texts a step takes as long as reading the weights once, and the start of every kernel. There are three a layer:
-#     enter      norm, in_proj, convolution; and each block of channels times its columns of x_proj: parts of that sum
+#     enter      in_proj, convolution; and each block of channels times its columns of x_proj: parts of that sum
 #     advance    the sum of the parts, which is dt, B and C, for each block of channels; dt_proj, the state, the gate
-#     project    out_proj, added to the residual stream; and once, at the end, the last norm and the head
-# Nothing that is derived from the weights outlives a step, so nothing can become outdated. Where PDL (programmatic dependent
-# launch) is set, a kernel starts while the one before it still runs. It fetches its weights and states, which no other
-# kernel of the step writes, and only then waits for it. Sums are in float32 and in a fixed order.
+#     project    out_proj, added to the residual stream; and once, at the end, the head
+# The norm before a product is done in two halves: the kernel before multiplies by the norm's weight and sums up squares, the
+# product is divided by their root. Nothing that is derived from the weights outlives a step, so nothing can become outdated.
+# Where PDL (programmatic dependent launch) is set, a kernel starts while the one before it still runs. It fetches its weights
+# and states, which no other kernel of the step writes, and only then waits for it. With many texts it starts later, as one that
+# waits takes room from the one that works. Sums are in float32 and in a fixed order.
 
 
 SMALL = tl.constexpr(64.0)
@@ -1105,7 +1108,7 @@ def decode(backbone, head, vocab_size, state, token):
     power = triton.next_power_of_2
     BN, BR, BP = power(N), max(16, power(R)), max(16, power(P))
     enter, project, to_logits = (_tiles(x, *sizes) for sizes in (
-        (d_model, 32, 32, 64, 64, 8), (D, 8, 64, 16, 128, 4), (d_model, 32, 64, 128, 64, 4)))
+        (d_model, 32, 32, 64, 128, 8), (D, 8, 64, 16, 128, 4), (d_model, 32, 64, 128, 64, 4)))
     blocks = triton.cdiv(D, enter["BN"])
     advance = {"BM": 1, "BD": min(256, max(16, power(D // 128)), 4096 // BN, 16384 // BR),
                "BB": min(power(blocks), 4096 // BR), "num_warps": 4}

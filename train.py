@@ -98,7 +98,7 @@ PRESETS = {  # what trains in minutes on such a device
     "mps": {"d_model": 256, "n_layer": 6, "d_state": 16, "dropout": 0.1, "batch_size": 32, "block_size": 256,
             "max_iters": 2000, "learning_rate": 2e-3},
     "cuda": {"d_model": 320, "n_layer": 12, "d_state": 16, "dropout": 0.35, "batch_size": 64, "block_size": 256,
-             "max_iters": 800, "learning_rate": 2e-3, "weight_decay": 0.5},
+             "max_iters": 800, "learning_rate": 3e-3, "weight_decay": 0.5},
 }
 FINE_TUNING = {"dropout": 0.0, "learning_rate": 1e-4}     # for weights that are already good
 SHAPE = ("d_model", "n_layer", "d_state", "d_conv", "expand", "d_intermediate")
