@@ -2845,6 +2845,34 @@ def test_generation_by_a_cuda_graph(kind):
 
 
 @on_gpu
+def test_recorded_gradients_equal_those_launched_one_by_one():
+    """Of any batch, whatever the weights have become; and with dropout that only the seed decides."""
+    model = mamba.Mamba(MambaConfig(vocab_size=70, d_model=64, n_layer=2, dropout=0.2)).cuda().train()
+    batches = [(tokens(4, 100, seed=s).cuda(), tokens(4, 100, seed=s + 1).cuda()) for s in range(3)]
+
+    def gradients(x, y):
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(x, y)[1]
+        loss.backward()
+        return loss.detach()
+
+    def result(function, batch, seed):
+        torch.manual_seed(seed)
+        return [function(*batch).clone(), *(p.grad.clone() for p in model.parameters())]
+    held = train.replayed(gradients, *batches[0])
+    buffers = [p.grad for p in model.parameters()]
+    for batch in batches:
+        recorded, again, other = (result(held, batch, seed) for seed in (1, 1, 2))
+        assert all(map(torch.equal, recorded, again)) and not torch.equal(recorded[0], other[0])
+        launched = result(gradients, batch, 1)
+        assert max(map(relative, launched, recorded)) < 1e-6
+        for p, buffer, gradient in zip(model.parameters(), buffers, launched[1:]):
+            p.grad = buffer
+            p.data -= 0.1 * gradient
+
+
+@on_gpu
 def test_a_cuda_graph_that_is_kept():
     """It is used again, by one stream at a time, sees new weights, and belongs to nobody but the model."""
     model, prompts = awkward({}, device="cuda"), [tokens(n, seed=n).cuda() for n in (5, 9)]
