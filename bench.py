@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 import mamba
 from mamba import Mamba, MambaConfig, quantize_int8, selective_scan
 from prepare_data import Problem, flag, nearest, run
-from train import autocast, pick_device, pick_dtype, replayed
+from train import autocast, pick_device, pick_dtype, pick_scan, replayed
 
 
 @dataclass
@@ -472,7 +472,7 @@ def training_step(bench, name, x, y, remarks):
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
         loss.backward()
         return loss.detach()
-    if name == "ours, compiled" and bench.device.type == "cuda":        # as train.py does it
+    if name.startswith("ours") and pick_scan("auto", bench.device, bench.dtype, 16) == "triton":    # as train.py does it
         gradients = replayed(gradients, x, y)
 
     def step():
