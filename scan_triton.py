@@ -55,8 +55,8 @@ LOG2E = constexpr(1.4426950408889634)
 LAYOUT = constexpr(gl.BlockedLayout([1, 1], [4, 8], [1, 4], [1, 0]))        # (S, BD)
 WIDE = constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))          # tiles (T, BD)
 WIDE32 = constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))        # B and C (2 NB, T), states (NB, BD)
-TO_SUM = constexpr(gl.BlockedLayout([1, 4, 1, 1], [4, 1, 8, 1], [1, 1, 1, 4], [3, 2, 1, 0]))
-PLAIN, LINE = constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0])), constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+TO_SUM = constexpr(gl.BlockedLayout([4, 4, 1, 1, 2], [1, 1, 4, 8, 1], [4, 1, 1, 1, 1], [4, 3, 2, 1, 0]))
+LINE, PLAIN, RANK_4, RANK_5 = (constexpr(gl.SwizzledSharedLayout(1, 1, 1, list(range(rank))[::-1])) for rank in (1, 2, 4, 5))
 
 # Gluon is young: these three have changed their names
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -66,40 +66,44 @@ async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_gl
 
 def _mma(exact):
     """
-    PTX that adds up two sets of 8 numbers over the 8 channels of a warp, on the tensor cores. The second operand of mma.m16n8k8
-    is two registers of each lane, lanes in 4 x 8; the first one picks the rows j and j + 8 of the result for their sums over
-    4 lanes. What is left to add are pairs of columns, which one lane has.
+    PTX that adds up two sets of 8 numbers over the 8 channels of a warp, on the tensor cores. To mma.m16n8k8 four numbers of a
+    lane, lanes in 8 x 4, are two of a row each in two 8 x 4 halves of the rows: it adds up 4 lanes. The other operand picks the
+    columns 2 m and 2 m + 1 of the result for the m-th four of the 16 numbers; the lanes that have these are the m-th of each 4.
+    What is left is to add the rows 2 s and 2 s + 1: lanes that are 4 apart exchange half of what they have.
     """
-    mma = ("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{c0, c1, c2, c3}}, {{${0}, zero, zero, ${0}}}, {{{1}, {2}}}, "
-           "{{c0, c1, c2, c3}};")
-    lines = ["{ .reg .b32 zero, b0, b1; .reg .f32 r0, r1, c0, c1, c2, c3; mov.b32 zero, 0;",
-             "mov.f32 c0, 0f00000000; mov.f32 c1, c0; mov.f32 c2, c0; mov.f32 c3, c0;"]
-    for j in range(8):
-        pick, p, q = 2 + j, f"${10 + j}", f"${18 + j}"
+    mma = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{c0, c1, c2, c3}}, {{{0}}}, {{{1}}}, {{c0, c1, c2, c3}};"
+    lines = ["{ .reg .b32 x<4>; .reg .f32 r<4>, c<4>, give, have; .reg .pred odd; and.b32 x0, $2, 1; setp.ne.u32 odd, x0, 0;",
+             *(f"mov.f32 c{i}, 0f00000000;" for i in range(4))]
+    for m in range(4):
+        four, pick = [f"${11 + 4 * m + i}" for i in range(4)], f"${3 + 2 * m}, ${4 + 2 * m}"
         if exact:       # tf32 has 10 bits of the 23: what they leave goes through a second time
-            lines += [f"and.b32 b0, {p}, 0xffffe000; and.b32 b1, {q}, 0xffffe000;", mma.format(pick, "b0", "b1"),
-                      f"sub.f32 r0, {p}, b0; sub.f32 r1, {q}, b1; mov.b32 b0, r0; mov.b32 b1, r1;"]
-            p, q = "b0", "b1"
-        lines.append(mma.format(pick, p, q))
-    return constexpr("\n".join([*lines, "add.f32 $0, c0, c1; add.f32 $1, c2, c3; }"]))
+            for i, x in enumerate(four):
+                lines.append(f"and.b32 x{i}, {x}, 0xffffe000; mov.b32 r{i}, x{i}; sub.f32 r{i}, {x}, r{i};")
+            lines += [mma.format("x0, x1, x2, x3", pick), *(f"mov.b32 x{i}, r{i};" for i in range(4))]
+            four = ["x0", "x1", "x2", "x3"]
+        lines.append(mma.format(", ".join(four), pick))
+    for i in range(2):
+        lines.append(f"selp.f32 give, c{2 * i}, c{2 * i + 1}, odd; selp.f32 have, c{2 * i + 1}, c{2 * i}, odd; "
+                     f"shfl.sync.bfly.b32 give, give, 4, 0x1f, 0xffffffff; add.f32 ${i}, have, give;")
+    return constexpr("\n".join([*lines, "}"]))
 
 
 MMA, MMA_EXACT = _mma(False), _mma(True)
-MMA_OPERANDS = constexpr("=r,=r," + ",".join(["r"] * 24))
+MMA_OPERANDS = constexpr("=r,=r," + ",".join(["r"] * 25))
 
 
 @gluon.jit
 def _over_channels(p, q, row, EXACT: constexpr):
     """
-    p, q: 8 tensors (S, BD) each -> their sums over the LANES channels of each warp, spread over it: the lane of (s, d) has
-    that of tensor 2 s + d // 4 in segment d % 4.
+    p, q: 8 tensors (S, BD) each -> their sums over the LANES channels of each warp, spread over it: the lane of (s, d) has, of
+    p where d % 4 < 2 and of q elsewhere, those of the tensors k = 4 (d % 2) + 2 (d // 4) and k + 1, of segment s.
     """
     rows = ()
     for j in gl.static_range(8):
         rows = rows + (gl.where(row == j, 1.0, 0.0),)
     return gl.inline_asm_elementwise(
         MMA_EXACT if EXACT else MMA, MMA_OPERANDS,
-        [rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], rows[7],
+        [row, rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], rows[7],
          p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7]],
         (gl.float32, gl.float32), True, 1)
 
@@ -153,9 +157,8 @@ def _fetch_states(inputs, buffers, n0, block, N, D):
     """NB rows of each input (N, D), from n0 on, into a block of their own, as a group of copies that can be waited for."""
     n = n0 + gl.arange(0, NB, gl.SliceLayout(1, WIDE32))[:, None]
     d = block * BD + gl.arange(0, BD, gl.SliceLayout(0, WIDE32))[None, :]
-    blocks = reinterpret(buffers, gl.float32, [4, NB, BD], PLAIN)
     for j in gl.static_range(len(inputs)):
-        async_load(blocks.index(j), inputs[j] + n * D + d, mask=(n < N) & (d < D))
+        async_load(reinterpret(buffers[j], gl.float32, [NB, BD], PLAIN), inputs[j] + n * D + d, mask=(n < N) & (d < D))
     async_copy.commit_group()
 
 
@@ -251,7 +254,10 @@ def _buffers(u, delta, z, HAS_Z: constexpr, K: constexpr):
     deltas = gl.allocate_shared_memory(delta.dtype.element_ty, [2, S * K, BD], tile)
     zs = gl.allocate_shared_memory(z.dtype.element_ty, [2, S * K, BD], tile) if HAS_Z else us
     BCs = gl.allocate_shared_memory(gl.float32, [4 * NB, S, K], PLAIN)
-    return us, deltas, zs, BCs, gl.allocate_shared_memory(gl.float32, [4 * NB, BD], LINE)
+    hs = ()
+    for _ in gl.static_range(3):
+        hs = hs + (gl.allocate_shared_memory(gl.float32, [NB, BD], LINE),)
+    return us, deltas, zs, BCs, hs
 
 
 @gluon.jit
@@ -373,6 +379,8 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
     """
     K: constexpr = 16
     T: constexpr = S * K
+    HALF: constexpr = K // 2
+    zero = gl.zeros([S, BD], gl.float32, LAYOUT)
     Lp = whole * TILE
     chunk, per_chunk = gl.program_id(1), tiles
     block = gl.program_id(0)
@@ -398,6 +406,9 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
         _fetch_states((A, states), hs, 0, block, N, D)
         _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 + T, block, L, D, T)
         delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, s, SOFTPLUS, K)
+        first = zero
+        for k in gl.static_range(HALF):
+            first += delta_k[k]
         u_k, x_k, y_k = _tile(us.index(i % 2), K), (), ()
         for k in gl.static_range(K):
             x_k, y_k = x_k + (delta_k[k] * u_k[k],), y_k + (D_d * u_k[k],)
@@ -411,20 +422,24 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
                 _fetch_states((A, states), hs, n0, block, N, D)
             _fetch_next(BC, BCs, 1 - which, t0, t0 + T, n0, N, Lp, T)
             for n in range(n0, gl.minimum(n0 + NB, N)):
-                A_n, entering = _state(hs, n - n0), _state(hs, n - n0 + NB)
+                A_n, entering = _state(hs[0], n - n0), _state(hs[1], n - n0)
                 B_k, C_k = _row(BCs, which * 2 * NB + n - n0, K), _row(BCs, which * 2 * NB + n - n0 + NB, K)
                 a_k, b_k = (), ()
-                h = gl.zeros([S, BD], gl.float32, LAYOUT)
                 for k in gl.static_range(K):
                     a_k, b_k = a_k + (gl.exp2(delta_k[k] * A_n),), b_k + (x_k[k] * B_k[k],)
-                    h = a_k[k] * h + b_k[k]
-                h, leaving = _through(gl.exp2(total * A_n), h, entering, s, False)
+                h, mid = zero, zero         # two halves side by side: an addition takes four cycles
+                for k in gl.static_range(HALF):
+                    h, mid = a_k[k] * h + b_k[k], a_k[HALF + k] * mid + b_k[HALF + k]
+                decay = gl.exp2(first * A_n)
+                later = gl.exp2((total - first) * A_n)
+                added = h
+                h, leaving = _through(decay * later, later * h + mid, entering, s, False)
                 gl.store(to + n * D, gl.where(s == 0, leaving, h), mask=kept)
-                ys = ()
-                for k in gl.static_range(K):
-                    h = a_k[k] * h + b_k[k]
-                    ys = ys + (y_k[k] + C_k[k] * h,)
-                y_k = ys
+                mid, ys, later_ys = decay * h + added, (), ()
+                for k in gl.static_range(HALF):
+                    h, mid = a_k[k] * h + b_k[k], a_k[HALF + k] * mid + b_k[HALF + k]
+                    ys, later_ys = ys + (y_k[k] + C_k[k] * h,), later_ys + (y_k[HALF + k] + C_k[HALF + k] * mid,)
+                y_k = ys + later_ys
             which = 1 - which
         if HAS_Z:
             y_k = _gated(y_k, _tile(zs.index(i % 2), K), K)
@@ -459,13 +474,15 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     adjoint += at * N * D
     sums += (at * (N + 2) * S + s) * D + d
     row = s * 2 + gl.arange(0, BD, gl.SliceLayout(0, LAYOUT))[None, :] % LANES // 4     # of the 8 x 4 lanes of a warp
-    # where the sums of _over_channels go: (S, LANES, 2)
+    # where the sums of _over_channels go: (NB, S, LANES, 2)
     OF_SUMS: constexpr = gl.SliceLayout(1, TO_SUM)
-    sum_s = gl.arange(0, S, gl.SliceLayout(1, gl.SliceLayout(2, OF_SUMS)))[:, None, None]
-    sum_d = gl.arange(0, LANES, gl.SliceLayout(0, gl.SliceLayout(2, OF_SUMS)))[None, :, None]
-    B_or_C = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, OF_SUMS)))[None, None, :]
+    sum_n = gl.arange(0, NB, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, OF_SUMS))))[:, None, None, None]
+    sum_s = gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, OF_SUMS))))[None, :, None, None]
+    sum_d = gl.arange(0, LANES, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, OF_SUMS))))[None, None, :, None]
+    which_of_two = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, OF_SUMS))))[None, None, None, :]
     parts += (block * gl.num_programs(2).to(gl.int64) + b) * 2 * N * Lp
-    parts += B_or_C * N * Lp + sum_d % 4 * K + sum_s * 2 + sum_d // 4
+    parts += (sum_d % 4 // 2 * N + sum_n) * Lp + sum_s * K + sum_d % 2 * 4 + sum_d // 4 * 2 + which_of_two
+    of_warps = gl.allocate_shared_memory(gl.float32, [NB, WARPS, S, LANES, 2], RANK_4)
     us, deltas, zs, BCs, hs = _buffers(u, delta, z, HAS_Z, K)
     gouts = gl.allocate_shared_memory(gout.dtype.element_ty, [2, T, BD], gl.SwizzledSharedLayout(8, K, S, [1, 0]))
     buffers = (us, deltas, gouts)
@@ -497,7 +514,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                 _fetch_states((A, states, adjoint), hs, n0, block, N, D)
             _fetch_next(BC, BCs, 1 - which, t0, t0 - T, n0, N, Lp, T)
             for n in range(n0, gl.minimum(n0 + NB, N)):
-                A_n, h0, q0 = _state(hs, n - n0), _state(hs, n - n0 + NB), _state(hs, n - n0 + 2 * NB)
+                A_n, h0, q0 = _state(hs[0], n - n0), _state(hs[1], n - n0), _state(hs[2], n - n0)
                 B_k, C_k = _row(BCs, which * 2 * NB + n - n0, K), _row(BCs, which * 2 * NB + n - n0 + NB, K)
                 a_k, b_k = (), ()
                 for k in gl.static_range(K):
@@ -524,9 +541,10 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                     gB_k, gxs, gds = (x_k[k] * g,) + gB_k, (gx_k[k] + B_k[k] * g,) + gxs, (gd_k[k] + A_n * w,) + gds
                 gx_k, gd_k = gxs, gds
                 gl.store(sums + n * S * D, gA_n, mask=in_d)
-                gB_n, gC_n = _over_channels(gB_k, gC_k, row, EXACT)
-                gBC_n = gl.reshape(gl.join(gB_n, gC_n), [S, WARPS, LANES, 2])
-                gl.store(parts + n * Lp + t0, gl.sum(gl.convert_layout(gBC_n, TO_SUM), 1))
+                gBC_n = gl.join(*_over_channels(gB_k, gC_k, row, EXACT))
+                of_warps.index(n - n0).store(gl.permute(gl.reshape(gBC_n, [S, WARPS, LANES, 2]), (1, 0, 2, 3)))
+            sums_n = gl.sum(reinterpret(of_warps, gl.float32, [NB, WARPS, S, LANES, 2], RANK_5).load(TO_SUM), 1)
+            gl.store(parts + n0 * Lp + t0, sums_n, mask=n0 + sum_n + 0 * which_of_two < N)
             which = 1 - which
         u_k, raw_k, gdeltas, gus = _tile(us.index(i % 2), K), _tile(deltas.index(i % 2), K), (), ()
         for k in gl.static_range(K):

@@ -2445,11 +2445,10 @@ gluon.jit, gluon.language = triton.jit, gl
 import mamba, scan_triton, test_mamba
 
 def over_channels(p, q, row, EXACT):
-    def summed(x):
-        sums = np.stack([t.handle.data for t in x]).reshape(8, 4, -1, 8).sum(-1)             # (step, segment, warp)
-        s, d = np.arange(4)[:, None], np.arange(32)[None]
-        return tl.tensor(TensorHandle(sums[2 * s + d % 8 // 4, d % 4, d // 8], tl.float32), x[0].type)
-    return summed(p), summed(q)
+    sums = np.stack([t.handle.data for t in (*p, *q)]).reshape(2, 8, 4, -1, 8).sum(-1)       # (p or q, step, segment, warp)
+    s, d = np.arange(4)[:, None], np.arange(32)[None]
+    picked = (sums[d % 4 // 2, d % 2 * 4 + d % 8 // 4 * 2 + i, s, d // 8] for i in range(2))
+    return tuple(tl.tensor(TensorHandle(x, tl.float32), p[0].type) for x in picked)
 
 scan_triton._over_channels, scan_triton._reciprocal = over_channels, lambda x: 1 / x
 scan_triton.gather, scan_triton.tl = lambda *args: tl.gather(*args), tl
