@@ -379,8 +379,6 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
     """
     K: constexpr = 16
     T: constexpr = S * K
-    HALF: constexpr = K // 2
-    zero = gl.zeros([S, BD], gl.float32, LAYOUT)
     Lp = whole * TILE
     chunk, per_chunk = gl.program_id(1), tiles
     block = gl.program_id(0)
@@ -406,9 +404,6 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
         _fetch_states((A, states), hs, 0, block, N, D)
         _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 + T, block, L, D, T)
         delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, s, SOFTPLUS, K)
-        first = zero
-        for k in gl.static_range(HALF):
-            first += delta_k[k]
         u_k, x_k, y_k = _tile(us.index(i % 2), K), (), ()
         for k in gl.static_range(K):
             x_k, y_k = x_k + (delta_k[k] * u_k[k],), y_k + (D_d * u_k[k],)
@@ -425,21 +420,17 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
                 A_n, entering = _state(hs[0], n - n0), _state(hs[1], n - n0)
                 B_k, C_k = _row(BCs, which * 2 * NB + n - n0, K), _row(BCs, which * 2 * NB + n - n0 + NB, K)
                 a_k, b_k = (), ()
+                h = gl.zeros([S, BD], gl.float32, LAYOUT)
                 for k in gl.static_range(K):
                     a_k, b_k = a_k + (gl.exp2(delta_k[k] * A_n),), b_k + (x_k[k] * B_k[k],)
-                h, mid = zero, zero         # two halves side by side: an addition takes four cycles
-                for k in gl.static_range(HALF):
-                    h, mid = a_k[k] * h + b_k[k], a_k[HALF + k] * mid + b_k[HALF + k]
-                decay = gl.exp2(first * A_n)
-                later = gl.exp2((total - first) * A_n)
-                added = h
-                h, leaving = _through(decay * later, later * h + mid, entering, s, False)
+                    h = a_k[k] * h + b_k[k]
+                h, leaving = _through(gl.exp2(total * A_n), h, entering, s, False)
                 gl.store(to + n * D, gl.where(s == 0, leaving, h), mask=kept)
-                mid, ys, later_ys = decay * h + added, (), ()
-                for k in gl.static_range(HALF):
-                    h, mid = a_k[k] * h + b_k[k], a_k[HALF + k] * mid + b_k[HALF + k]
-                    ys, later_ys = ys + (y_k[k] + C_k[k] * h,), later_ys + (y_k[HALF + k] + C_k[HALF + k] * mid,)
-                y_k = ys + later_ys
+                ys = ()
+                for k in gl.static_range(K):
+                    h = a_k[k] * h + b_k[k]
+                    ys = ys + (y_k[k] + C_k[k] * h,)
+                y_k = ys
             which = 1 - which
         if HAS_Z:
             y_k = _gated(y_k, _tile(zs.index(i % 2), K), K)
