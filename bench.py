@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 import mamba
 from mamba import Mamba, MambaConfig, quantize_int8, selective_scan
 from prepare_data import Problem, flag, nearest, run
-from train import autocast, pick_device, pick_dtype, pick_scan, replayed
+from train import autocast, pick_device, pick_dtype, pick_scan, repeatable, replayed
 
 
 @dataclass
@@ -84,6 +84,17 @@ def clock(call, device):
     return time.perf_counter() - start, result
 
 
+def clock_on_gpu(replay, device):
+    """The same for a CUDA graph, without what starting it takes: it is started once more while it runs."""
+    replay()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3, None
+
+
 def clock_and_memory(call, device):
     """The same, and the MB that it takes on top of what was there before: None where nothing tells."""
     if device.type == "cuda":
@@ -114,6 +125,7 @@ def measure(variants, device, seconds, error_of, replay):
     """
     gc.collect()        # the models of the table before
     rows, calls, remarks = [], {}, []
+    timed = clock_on_gpu if replay and device.type == "cuda" else clock
     for name, make in variants.items():
         row = {"variant": name, "times_s": [], "warmup_s": []}
         try:
@@ -127,7 +139,7 @@ def measure(variants, device, seconds, error_of, replay):
             if error_of and row["memory_mb"] is not None:   # the outputs and gradients, which every way has to make
                 row["memory_mb"] = max(0, row["memory_mb"] - sum(t.nbytes for t in result) / 1e6)
             del result
-            if replay and device.type == "cuda":
+            if timed is clock_on_gpu:
                 calls[name] = mamba.recorded(calls[name], torch.empty(0, device=device))[0].replay
             rows.append(row)
         except Exception as error:  # noqa: BLE001 (other people's code may fail in any way, and the rest goes on)
@@ -135,7 +147,7 @@ def measure(variants, device, seconds, error_of, replay):
     waiting = rows
     while waiting:
         for row in waiting:
-            row["times_s"].append(clock(calls[row["variant"]], device)[0])
+            row["times_s"].append(timed(calls[row["variant"]], device)[0])
         waiting = [row for row in waiting if (t := row["times_s"])[0] < seconds
                    and (len(t) < 2 or sum(t) < seconds and len(t) < 100)]
     remarks += [f"{row['variant']}: its first call took {row['warmup_s'][0]:.1f} s" for row in rows if "compiled" in row["variant"]]
@@ -473,7 +485,7 @@ def training_step(bench, name, x, y, remarks):
         loss.backward()
         return loss.detach()
     if name.startswith("ours") and pick_scan("auto", bench.device, bench.dtype, 16) == "triton":    # as train.py does it
-        gradients = replayed(gradients, x, y)
+        gradients = replayed([gradients], x, y)[0]
 
     def step():
         gradients(x, y)
@@ -483,6 +495,8 @@ def training_step(bench, name, x, y, remarks):
 
 def train_suite(bench):
     cfg, remarks = bench.cfg, []
+    if bench.device.type == "cuda":
+        repeatable()
     tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=bench.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     names = ["ours", *["ours, compiled"] * cfg.compile, *[name for name in bench.peers if name != "mamba_ssm"], "Transformer"]

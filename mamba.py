@@ -439,11 +439,10 @@ def _mkl_is_slow():
 class Linear(nn.Linear):
     """nn.Linear, by the function above."""
 
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
-    def halves(self, x):
-        """self(x).chunk(2, dim=-1) as two products: their gradients need not be put together in memory."""
+    def forward(self, x, halves=False):
+        """With halves: y.chunk(2, dim=-1) as two products, whose gradients need not be put together in memory."""
+        if not halves:
+            return linear(x, self.weight, self.bias)
         biases = (None, None) if self.bias is None else self.bias.chunk(2)
         return [linear(x, weight, bias) for weight, bias in zip(self.weight.chunk(2), biases)]
 
@@ -489,7 +488,8 @@ class MambaBlock(nn.Module):
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
             return self.decoder(*state)(x[:, 0])[:, None]
         conv_state, h = (None, None) if state is None else (t.clone() if torch.is_grad_enabled() else t for t in state)
-        x, z = self.in_proj.halves(x) if self.training else self.in_proj(x).chunk(2, dim=-1)    # (B, L, D) each
+        halves = self.training and type(self.in_proj) is Linear         # and nothing that was put in its place
+        x, z = self.in_proj(x, halves=True) if halves else self.in_proj(x).chunk(2, dim=-1)     # (B, L, D) each
         x, conv_state = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv_state, self.scan)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = linear(dt, self.dt_proj.weight)             # (B, L, D); its bias is added inside the scan, in float32
@@ -865,7 +865,7 @@ class Mamba(nn.Module):
         try:
             # by the graph where launches would take longer than what they launch
             by_graph = (device.type == "cuda" and len({len(p) for p in prompts}) == 1 and len(prompts[0]) <= SHORT
-                        and self._fuses(state))
+                        and len(prompts) <= 64 and self._fuses(state))
             if not by_graph:
                 self._prefill(prompts, state)
             last = torch.stack([p[-1] for p in prompts])
@@ -894,7 +894,7 @@ class Mamba(nn.Module):
             compile = compile and device.type == "cpu"
             if compile and rows not in self.compiles:
                 token = torch.zeros(rows, dtype=torch.long, device=device)
-                self.compiles[rows] = compiles_here(lambda: self._step(self.init_state(rows), True)(token))
+                self.compiles[rows] = works_here("torch.compile", lambda: self._step(self.init_state(rows), True)(token))
             yield self._step(state, compile and self.compiles[rows])
             return
         fused = self._fuses(state)
@@ -1045,34 +1045,37 @@ class Graph:
                 graph.replay()
             else:           # what is done to get ready for the recording reads this part already
                 held = part.clone()
-                graph, _ = recorded(lambda held=held: model(held, state=self.state, num_last_tokens=1), held)
+                graph, _ = recorded(lambda held=held: model(held, state=self.state, num_last_tokens=1), held, self.graph.pool())
                 self.readers[length] = held, graph
         for token in tokens.unbind(1):
             self(token)
 
 
-def recorded(call, where):
-    """A CUDA graph of what call() launches on the GPU of the tensor `where`, and what it returns. It is called once before, for
+def recorded(call, where, pool=None):
+    """
+    A CUDA graph of what call() launches on the GPU of the tensor `where`, and what it returns. It is called once before, for
     what the first call alone has to do cannot be recorded; while it is being recorded nothing is done. No autocast from outside,
-    and what is inside keeps no copies of weights: they would be outdated, or gone, when the graph is replayed."""
+    and what is inside keeps no copies of weights: they would be outdated, or gone, when the graph is replayed.
+    pool: of another graph, to work in the same memory; the two must not run at the same time.
+    """
     with torch.cuda.device_of(where), torch.autocast("cuda", enabled=False, cache_enabled=False):
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             call()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             result = call()
     return graph, result
 
 
-def compiles_here(attempt, say=lambda line: print(line, file=sys.stderr)):
-    """Whether attempt(), which calls something that torch.compile has made, works; if not, one line says so."""
+def works_here(what, attempt, say=lambda line: print(line, file=sys.stderr)):
+    """Whether attempt(), which needs `what`, works on this machine; if not, one line says so."""
     try:
         attempt()
         return True
     except (RuntimeError, ImportError, OSError) as error:   # no compiler, a device it does not know, ...
-        say(f"torch.compile does not work here ({type(error).__name__}); going on without it")
+        say(f"{what} does not work here ({type(error).__name__}); going on without it")
         return False
 
 
@@ -1167,9 +1170,6 @@ class Int8Linear(nn.Module):
             y = F.linear(rows, self.weight.to(rows.dtype)) * self.scale.to(rows.dtype)
         y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
-
-    def halves(self, x):
-        return self(x).chunk(2, dim=-1)
 
 
 class Int8Embedding(nn.Module):

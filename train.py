@@ -12,7 +12,6 @@ ckpt.pt (the latest state), best.pt (lowest validation loss, what sample.py uses
 """
 from __future__ import annotations
 
-import contextlib
 import csv
 import math
 import os
@@ -29,11 +28,12 @@ import numpy as np
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends the long import of torch without a traceback
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages, on Linux: fresh memory costs a CPU less
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it PyTorch does not trust cuBLAS; see repeatable
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mamba import Mamba, MambaConfig, compiles_here, recorded, scan_method
+from mamba import Mamba, MambaConfig, recorded, scan_method, works_here
 from prepare_data import Config as DataConfig
 from prepare_data import (
     Problem,
@@ -156,7 +156,14 @@ def pick_dtype(name, device):
 
 
 def autocast(device, dtype):
-    return torch.autocast(device.type, getattr(torch, dtype)) if dtype != "float32" else contextlib.nullcontext()
+    """Without copies of weights kept for a second use: there is none, and a recorded graph would find them outdated."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False)
+
+
+def repeatable():
+    """The same bits from the same input on CUDA too, where the gradient of an embedding is else summed in any order."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False     # that finds mistakes, and takes time
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,17 +368,23 @@ def windows(data, starts, length, device):
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def replayed(gradients, x, y):
-    """gradients(x, y) -> loss as a CUDA graph: the CPU asks for a step at once, instead of kernel by kernel."""
-    x, y = x.clone(), y.clone()
-    graph, loss = recorded(lambda: gradients(x, y), x)
+def replayed(calls, x, y):
+    """
+    Each of calls, (x, y) -> loss, as a CUDA graph: the CPU asks for all of it at once, instead of kernel by kernel. They share
+    the memory of what each of them needs for itself.
+    """
+    x, y, pool, replays = x.clone(), y.clone(), None, []
+    for call in calls:
+        graph, loss = recorded(lambda call=call: call(x, y), x, pool)
+        pool = graph.pool()
 
-    def replay(*batch):
-        x.copy_(batch[0])
-        y.copy_(batch[1])
-        graph.replay()
-        return loss
-    return replay
+        def replay(x_new, y_new, graph=graph, loss=loss):
+            x.copy_(x_new)
+            y.copy_(y_new)
+            graph.replay()
+            return loss
+        replays.append(replay)
+    return replays
 
 
 @torch.no_grad()
@@ -467,6 +480,8 @@ def main(cfg, given):
         if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > torch.cuda.device_count():
             raise Problem(f"{processes} processes need as many GPUs; torch {torch.__version__} finds {torch.cuda.device_count()}")
     device = pick_device(cfg.device)
+    if device.type == "cuda":
+        repeatable()
     dtype = pick_dtype(cfg.dtype, device)
     master = rank == 0
     out_dir, locked, cfg, checkpoint = settle(cfg, given, device, master)
@@ -551,11 +566,12 @@ def main(cfg, given):
     batch = get_batch(train_data, cfg, 0, 0, rank, world, device)
     if cfg.compile:
         model = torch.compile(model)
-        if not compiles_here(lambda: gradients(*batch), say):
+        if not works_here("torch.compile", lambda: gradients(*batch), say):
             model = raw_model
     if scan == "triton" and world == 1 and dtype != "float16":      # whose scaler starts with the first loss
-        gradients, several = replayed(gradients, *batch), cfg.gradient_accumulation_steps > 1
-        more_gradients = replayed(more_gradients, *batch) if several else more_gradients
+        calls, graphs = [gradients, more_gradients][:cfg.gradient_accumulation_steps], []
+        if works_here("a CUDA graph", lambda: graphs.extend(replayed(calls, *batch)), say):
+            gradients, more_gradients = graphs[0], graphs[-1]
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
