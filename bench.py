@@ -9,7 +9,8 @@ python bench.py --suite=generate --size=small --device=cuda
 
 The variants of a table take turns, so that a busy machine slows all of them; times are medians of whole calls, with
 quartiles, after a warm-up. On CUDA the scans run as CUDA graphs: what the GPU does is timed, not how long Python takes to ask
-for it. Peers that are installed join in: pip install mambapy transformers (mamba_ssm on CUDA).
+for it; and a training step follows another without a wait in between, as in training. Peers that are installed join in: pip
+install mambapy transformers (mamba_ssm on CUDA).
 """
 from __future__ import annotations
 
@@ -84,15 +85,15 @@ def clock(call, device):
     return time.perf_counter() - start, result
 
 
-def clock_on_gpu(replay, device):
-    """The same for a CUDA graph, without what starting it takes: it is started once more while it runs."""
-    replay()
+def clock_on_gpu(call, device):
+    """The same on CUDA for a call that is asked for while the one before it is still running."""
+    call()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    replay()
+    result = call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3, None
+    return start.elapsed_time(end) / 1e3, result
 
 
 def clock_and_memory(call, device):
@@ -117,15 +118,16 @@ def resident(key):
     return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1.024
 
 
-def measure(variants, device, seconds, error_of, replay):
+def measure(variants, device, seconds, error_of, replay=False, queue=False):
     """
     variants: {name: make}, make() -> call.  Returns a row for each that works, and remarks.
-    All are warmed up first, where memory and errors are looked at too; then they run in turns until their time is up. With
-    replay they do so on CUDA as CUDA graphs: the time of what the GPU does, whatever its launches take.
+    All are warmed up first, where memory and errors are looked at too; then they run in turns until their time is up. On CUDA
+    with replay they do so as CUDA graphs, the time of what the GPU does, whatever its launches take; with queue as in a
+    loop that never waits for the GPU.
     """
     gc.collect()        # the models of the table before
     rows, calls, remarks = [], {}, []
-    timed = clock_on_gpu if replay and device.type == "cuda" else clock
+    timed = clock_on_gpu if (replay or queue) and device.type == "cuda" else clock
     for name, make in variants.items():
         row = {"variant": name, "times_s": [], "warmup_s": []}
         try:
@@ -139,7 +141,7 @@ def measure(variants, device, seconds, error_of, replay):
             if error_of and row["memory_mb"] is not None:   # the outputs and gradients, which every way has to make
                 row["memory_mb"] = max(0, row["memory_mb"] - sum(t.nbytes for t in result) / 1e6)
             del result
-            if timed is clock_on_gpu:
+            if replay and device.type == "cuda":
                 calls[name] = mamba.recorded(calls[name], torch.empty(0, device=device))[0].replay
             rows.append(row)
         except Exception as error:  # noqa: BLE001 (other people's code may fail in any way, and the rest goes on)
@@ -155,9 +157,9 @@ def measure(variants, device, seconds, error_of, replay):
     return rows, remarks + [f"measured once, a call takes longer than --seconds: {'; '.join(once)}"] * bool(once)
 
 
-def table(bench, title, variants, tokens, error_of=None, floor=None, remarks=(), replay=False, **about):
+def table(bench, title, variants, tokens, error_of=None, floor=None, remarks=(), replay=False, queue=False, **about):
     """Measures, prints and writes one table. tokens: how many a call makes.  floor: {name: least seconds it can take}."""
-    rows, more = measure(variants, bench.device, bench.cfg.seconds, error_of, replay)
+    rows, more = measure(variants, bench.device, bench.cfg.seconds, error_of, replay, queue)
     peers = []
     for row in rows:
         name = row["variant"]
@@ -502,7 +504,8 @@ def train_suite(bench):
     names = ["ours", *["ours, compiled"] * cfg.compile, *[name for name in bench.peers if name != "mamba_ssm"], "Transformer"]
     variants = {name: functools.partial(training_step, bench, name, x, y, remarks) for name in names}
     table(bench, f"training step: d_model {cfg.d_model}, {cfg.n_layer} layers, vocabulary {cfg.vocab_size}, "
-          f"B={cfg.batch_size} L={cfg.block_size}, {bench.dtype}", variants, dict.fromkeys(names, x.numel()), remarks=remarks)
+          f"B={cfg.batch_size} L={cfg.block_size}, {bench.dtype}", variants, dict.fromkeys(names, x.numel()), remarks=remarks,
+          queue=True)
 
 
 def generating(bench, name, shape, dtype, compiled):
