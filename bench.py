@@ -145,6 +145,7 @@ def measure(variants, device, seconds, error_of, replay=False, queue=False):
                 calls[name] = mamba.recorded(calls[name], torch.empty(0, device=device))[0].replay
             rows.append(row)
         except Exception as error:  # noqa: BLE001 (other people's code may fail in any way, and the rest goes on)
+            calls.pop(name, None)       # and the memory that it holds
             remarks.append(f"{name} failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]}")
     waiting = rows
     while waiting:
