@@ -46,7 +46,7 @@ WARPS, BD = constexpr(4), constexpr(32)     # a program: warps, and channels
 NB = constexpr(16)      # numbers of the states for which it has B, C and the states themselves in shared memory
 TILE = constexpr(64)    # steps of a tile, 16 in each thread; backward 8, two halves of a tile, for want of registers
 SHORTEST = 4            # tiles of a chunk, at least
-FILL, FILL_BACK = 2112, 1536    # warps that an H100 holds at once: a sequence is cut into chunks until there are so many
+FILL, FILL_BACK = 2112, 1584    # warps that an H100 holds at once: a sequence is cut into chunks until there are so many
 
 # numbers that vary from call to call, for which no kernel is compiled anew
 SIZES = ("L", "N", "whole", "tiles", "chunks", "slots", "apart", "u_b", "x_b", "delta_b", "z_b", "g_b")

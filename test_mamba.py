@@ -351,6 +351,20 @@ def test_any_split_gives_the_same_logits(changes):
         assert relative(model(idx, num_last_tokens=3)[0], full[:, -3:]) < 1e-6
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_in_proj_by_halves(bias):
+    """In training it is two products, which a hook sees; what is put in its place is called like any module."""
+    block, x, seen = mamba.MambaBlock(MambaConfig(d_model=16, bias=bias)).eval(), torch.randn(2, 9, 16), []
+    if bias:
+        torch.nn.init.normal_(block.in_proj.bias)
+    expected = block(x)
+    block.in_proj.register_forward_hook(lambda module, inputs, y: seen.append(type(y)))
+    torch.testing.assert_close(block.train()(x), expected)
+    block.in_proj = torch.nn.Sequential(block.in_proj)
+    torch.testing.assert_close(block(x), expected)
+    assert seen == [list, torch.Tensor]
+
+
 def test_block_with_state():
     torch.manual_seed(0)
     block, x = MambaBlock(MambaConfig(d_model=16)), torch.randn(2, 9, 16)
@@ -3091,6 +3105,24 @@ def test_two_runs_in_one_folder(finished, monkeypatch, capsys):
         monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
         train.lock(finished / "run").close()
         assert "cannot lock" in capsys.readouterr().out
+
+
+def test_without_cuda_graphs_one_line_says_so(work):
+    code = """if True:
+        import train
+        def replayed(calls, x, y):
+            calls[0](x, y)
+            raise RuntimeError("operation not permitted")
+        train.replayed, train.pick_scan = replayed, lambda *settings: "triton"
+        train.run(train.main, train.Config)"""
+    flags = [*TINY, "--max_iters=3"]
+    run = functools.partial(subprocess.run, cwd=work, capture_output=True, text=True, check=True,
+                            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""})
+    output = run([sys.executable, "-c", code, *flags, "--out_dir=eager"]).stdout
+    assert "a CUDA graph does not work here (RuntimeError); going on without it\n" in output
+    run([sys.executable, str(ROOT / "train.py"), *flags, "--out_dir=usual"])
+    eager, usual = (load(work / name / "ckpt.pt")["model"] for name in ("eager", "usual"))
+    assert all(torch.equal(eager[k], usual[k]) for k in usual)
 
 
 def test_ordinary_text_trains_the_same_bpe_as_without_precautions():
