@@ -841,6 +841,7 @@ BAD_TEXTS = {"empty.txt": b"", "binary.txt": bytes(range(256)) * 20, "latin.txt"
     (["--dtype=float8"], ["--dtype takes float32, bfloat16"]),
     (["--scan=fast"], ["scan must be one of"]),
     (["--init_from=nothing"], ["--init_from takes"]),
+    (["--init_from=/no/such/folder"], ["--init_from takes"]),
     (["train"], ["unexpected argument 'train'"]),
 ])
 def test_bad_input_to_train(tmp_path, call, flags, words):

@@ -16,6 +16,7 @@ import csv
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 import time
@@ -300,7 +301,7 @@ def settle(cfg, given, device, master):
             say(f"{k}: {old} -> {new}")
         cfg = Config(**{**before, **given})
     elif pretrained:
-        if "/" not in cfg.init_from and not Path(cfg.init_from).is_dir():
+        if not (Path(cfg.init_from).is_dir() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", cfg.init_from)):
             raise Problem("--init_from takes resume, scratch, a folder, or a name such as state-spaces/mamba-130m, not "
                           f"'{cfg.init_from}'")
         if shape := [k for k in SHAPE if k in given]:
