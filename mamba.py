@@ -1271,6 +1271,9 @@ def _read_bin(path):
     for key in list(weights):
         if read > 2 ** 27:      # what has been read of a mapping stays in memory as long as it: begin another one
             weights, read = load(), 0
+        tied = weights.get("backbone.embedding.weight")
+        if key == "lm_head.weight" and tied is not None and weights[key].data_ptr() == tied.data_ptr():
+            continue            # one tensor in the file: from_pretrained ties them again
         yield key, weights[key]
         read += weights[key].nbytes
 

@@ -335,10 +335,10 @@ def write_file(path, write):
             write(f)
             flush_to_disk(f)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:    # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError, ValueError) as error:    # a full disk to torch.save; a NUL in the name
         raise Problem(f"could not write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        with contextlib.suppress(OSError):  # it is in place, or could not even be opened
+        with contextlib.suppress(OSError, ValueError):  # it is in place, or could not even be opened
             os.unlink(part)
 
 
