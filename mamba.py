@@ -777,7 +777,7 @@ class Mamba(nn.Module):
             model = cls(config)
         expected, weights = model.state_dict(), {}
         for path in _weight_files(name, cache_dir):
-            for key, tensor in _read_weights(path):
+            for key, tensor in _read_weights(path, config.tie_embeddings):
                 key = key.replace("backbone.embeddings.", "backbone.embedding.")    # as transformers calls it
                 if key not in expected:
                     raise ValueError(f"{path} has a tensor {key}, which this model does not have")
@@ -865,7 +865,7 @@ class Mamba(nn.Module):
         try:
             # by the graph where launches would take longer than what they launch
             by_graph = (device.type == "cuda" and len({len(p) for p in prompts}) == 1 and len(prompts[0]) <= SHORT
-                        and len(prompts) <= 64 and self._fuses(state))
+                        and len(prompts) <= FEW and self._fuses(state))
             if not by_graph:
                 self._prefill(prompts, state)
             last = torch.stack([p[-1] for p in prompts])
@@ -976,6 +976,7 @@ class Mamba(nn.Module):
 
 LOGITS = 2 ** 28    # as float32, 1 GB
 SHORT = 512         # tokens of a prompt that CUDA graphs read, at least READ at a time, and the rest one by one
+FEW = 64            # prompts that they read at once
 READ = 8
 PREFILL = 2048      # a prompt is read in parts of this many tokens: the memory it takes does not grow with its length
 ASK = 16            # tokens between two questions to a GPU whether all rows have stopped
@@ -1210,6 +1211,7 @@ TRANSFORMERS = {"vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidde
 # what a config.json may ask for, and the only answer that this model has
 ONLY = {"model_type": "mamba", "hidden_act": "silu", "rms_norm": True, "attn_layer_idx": [], "layer": "Mamba1"}
 WEIGHTS = ("pytorch_model.bin", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")     # a name on Hugging Face: owner/model
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -1252,10 +1254,10 @@ def _weight_files(name, cache_dir):
     raise FileNotFoundError(f"{name} has no weights: none of {', '.join(WEIGHTS)}")
 
 
-def _read_weights(path):
-    """Yield (key, tensor) one by one from a .bin or a .safetensors."""
+def _read_weights(path, tied):
+    """Yield (key, tensor) one by one from a .bin or a .safetensors; without a tied head that the file has as the embedding."""
     try:
-        for key, tensor in (_read_safetensors if path.suffix == ".safetensors" else _read_bin)(path):
+        for key, tensor in _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path, tied):
             if not tensor.is_floating_point():
                 raise ValueError(f"{key} is {tensor.dtype}")
             yield key, tensor
@@ -1265,15 +1267,15 @@ def _read_weights(path):
         raise ValueError(f"{path} is damaged or not a file of weights ({type(error).__name__}: {reason})") from None
 
 
-def _read_bin(path):
+def _read_bin(path, tied):
     load = lambda: torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
     weights, read = load(), 0
     for key in list(weights):
         if read > 2 ** 27:      # what has been read of a mapping stays in memory as long as it: begin another one
             weights, read = load(), 0
-        tied = weights.get("backbone.embedding.weight")
-        if key == "lm_head.weight" and tied is not None and weights[key].data_ptr() == tied.data_ptr():
-            continue            # one tensor in the file: from_pretrained ties them again
+        embedding = weights.get("backbone.embedding.weight") if tied and key == "lm_head.weight" else None
+        if embedding is not None and embedding.data_ptr() == weights[key].data_ptr():
+            continue
         yield key, weights[key]
         read += weights[key].nbytes
 
@@ -1308,7 +1310,7 @@ def get_file(name, file, cache_dir=None, local=False):
         raise ValueError(f"{name}: '{file}' is not the name of a file")
     folder = Path(name)
     if not folder.is_dir():
-        if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        if folder.exists() or not ON_HUB.fullmatch(name):
             raise FileNotFoundError(f"there is no folder {name}, and a name on Hugging Face is like state-spaces/mamba-130m")
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface", "hub"))

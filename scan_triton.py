@@ -633,8 +633,9 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
                                                         *B.stride(), *C.stride(), T=TILE.value)
         if chunks > 1:
             sums, at_once = A.new_empty(batch, chunks, d_inner), min(NB.value, triton.next_power_of_2(N))
-            _ends[blocks * -(-N // at_once), chunks - 1, batch](u, delta, A2, BC, u, delta_bias, states, sums, apart=apart, x_b=u_b, x_l=u_l,
-                                             HAS_Z=False, REVERSE=False, AT_ONCE=at_once, maxnreg=128, **common)
+            _ends[blocks * -(-N // at_once), chunks - 1, batch](
+                u, delta, A2, BC, u, delta_bias, states, sums, apart=apart, x_b=u_b, x_l=u_l, HAS_Z=False, REVERSE=False,
+                AT_ONCE=at_once, maxnreg=128, **common)
             _carry[-(-d_inner * N // 128), batch](states, A2, sums, d_inner, N, chunks, slots, apart, REVERSE=False)
         _outputs[blocks, chunks, batch](
             u, delta, A2, BC, D, u if z is None else z, delta_bias, y, states, last, u_b=u_b, u_l=u_l, HAS_D=D is not None,
@@ -660,9 +661,9 @@ def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
     with torch.cuda.device_of(u):
         if chunks > 1:
             all_delta, at_once = A2.new_empty(batch, chunks, d_inner), min(NB.value, triton.next_power_of_2(N))
-            _ends[blocks * -(-N // at_once), chunks - 1, batch](gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, all_delta,
-                                             tiles=per_chunk, slots=chunks, apart=1, x_b=g_b, x_l=g_l, REVERSE=True,
-                                             AT_ONCE=at_once, maxnreg=128, **common)
+            _ends[blocks * -(-N // at_once), chunks - 1, batch](
+                gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, all_delta, tiles=per_chunk, slots=chunks, apart=1,
+                x_b=g_b, x_l=g_l, REVERSE=True, AT_ONCE=at_once, maxnreg=128, **common)
             _carry[-(-d_inner * N // 128), batch](adjoint, A2, all_delta, d_inner, N, chunks, chunks, 1, REVERSE=True)
         _gradients[blocks, chunks, batch](
             u, delta, A2, BC, D, u if z is None else z, delta_bias, gy, states, adjoint, gu, gdelta, gz, parts, sums,

@@ -1838,9 +1838,9 @@ def test_mamba_alone_loads_a_folder(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    """From float32 to bfloat16: a copy of the whole file, or all its pages in memory, would be two weights more."""
+    """From float32 to bfloat16: a copy of the whole file, all its pages in memory, or a tied head read again would be more."""
     with torch.device("meta"):
-        model = Mamba(MambaConfig(vocab_size=8, d_model=512, n_layer=60))
+        model = Mamba(MambaConfig(vocab_size=50277, d_model=512, n_layer=60))
     model.to_empty(device="cpu").save_pretrained(tmp_path)
     code = """
 import sys, torch, mamba
@@ -1851,7 +1851,7 @@ model = mamba.Mamba.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 print((peak() - before) / sum(p.nbytes for p in model.parameters()))
 """
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert float(result.stdout) < 2
+    assert float(result.stdout) < 1.6
 
 
 def test_training_begins_with_weights_and_goes_on_from_its_checkpoint(work, call):

@@ -16,7 +16,6 @@ import csv
 import math
 import os
 import pickle
-import re
 import signal
 import sys
 import time
@@ -34,7 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mamba import Mamba, MambaConfig, recorded, scan_method, works_here
+from mamba import ON_HUB, Mamba, MambaConfig, recorded, scan_method, works_here
 from prepare_data import Config as DataConfig
 from prepare_data import (
     Problem,
@@ -301,7 +300,7 @@ def settle(cfg, given, device, master):
             say(f"{k}: {old} -> {new}")
         cfg = Config(**{**before, **given})
     elif pretrained:
-        if not (Path(cfg.init_from).is_dir() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", cfg.init_from)):
+        if not (Path(cfg.init_from).is_dir() or ON_HUB.fullmatch(cfg.init_from)):
             raise Problem("--init_from takes resume, scratch, a folder, or a name such as state-spaces/mamba-130m, not "
                           f"'{cfg.init_from}'")
         if shape := [k for k in SHAPE if k in given]:
