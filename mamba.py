@@ -773,8 +773,11 @@ class Mamba(nn.Module):
         """
         name = os.fspath(name_or_folder)
         config = replace(_read_config(get_file(name, "config.json", cache_dir)), **config_changes)
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except (RuntimeError, TypeError):       # a size beyond 64 bits
+            raise ValueError(f"{name}: no memory could hold a model of the size in its config.json") from None
         expected, weights = model.state_dict(), {}
         for path in _weight_files(name, cache_dir):
             for key, tensor in _read_weights(path, config.tie_embeddings):
@@ -803,9 +806,10 @@ class Mamba(nn.Module):
     def save_pretrained(self, folder):
         """
         Write config.json and pytorch_model.bin into folder, both whole or none, in the layout of the released weights:
-        from_pretrained and mamba_ssm read it, and transformers if it is given its config. Tensors keep their types, the
-        config keeps all options; mamba_ssm refuses those it does not know (norm_eps, dropout, scan), so they are written
-        only where they are not the default. OSError: the disk is full, ...  ValueError: the weights are int8.
+        from_pretrained and mamba_ssm read it, and transformers if it is given its config and the embedding is tied (it has
+        another name for one that is not). Tensors keep their types, the config keeps all options; mamba_ssm refuses those
+        it does not know (norm_eps, dropout, scan), so they are written only where they are not the default.
+        OSError: the disk is full, ...; folder holds weights under another name.  ValueError: the weights are int8.
         """
         if self.lm_head.weight.dtype == torch.int8:
             raise ValueError("the layout of the released weights has no int8; save the model before quantize_int8")
@@ -818,6 +822,8 @@ class Mamba(nn.Module):
             weights["lm_head.weight"] = weights["backbone.embedding.weight"]
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if other := [name for name in WEIGHTS if name != "pytorch_model.bin" and (folder / name).exists()]:
+            raise FileExistsError(f"{folder} holds {other[0]}, which others would read instead; choose another folder")
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
             Path(unfinished, "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             with open(Path(unfinished, "pytorch_model.bin"), "wb") as file:
@@ -1158,7 +1164,8 @@ class Int8Linear(nn.Module):
         scale = (weight.abs().amax(1) / 127).bfloat16().to(linear.weight.dtype)
         self.register_buffer("scale", scale.clamp(min=torch.finfo(scale.dtype).tiny))       # a row may be zero
         weight = (weight / self.scale.float()[:, None]).round_().clamp_(-127, 127)
-        self.weight, self.bias = nn.Parameter(weight.to(torch.int8), requires_grad=False), linear.bias
+        self.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
+        self.bias = getattr(linear, "bias", None)       # an embedding has none
 
     def forward(self, x):
         rows = x.flatten(0, -2)
@@ -1174,7 +1181,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """The embedding that is tied to an Int8Linear: one table for both."""
+    """The embedding that has the table of an Int8Linear: that of the head, where they are tied."""
 
     def __init__(self, head):
         super().__init__()
@@ -1187,14 +1194,13 @@ class Int8Embedding(nn.Module):
 
 def quantize_int8(model):
     """Turn the weights of a Mamba into int8, in place, and return it: a quarter of float32's memory, half of bfloat16's.
-    What is small or delicate (convolution, dt_proj, A_log, norms) and an untied embedding stay. It can no longer be trained."""
+    What is small or delicate (convolution, dt_proj, A_log, norms) stays. It can no longer be trained."""
     tied = model.lm_head.weight is model.backbone["embedding"].weight
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Linear):
                 setattr(module, name, Int8Linear(child))
-    if tied:
-        model.backbone["embedding"] = Int8Embedding(model.lm_head)
+    model.backbone["embedding"] = Int8Embedding(model.lm_head if tied else Int8Linear(model.backbone["embedding"]))
     return model
 
 
@@ -1218,7 +1224,7 @@ SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 def _read_config(path):
     """The MambaConfig of a config.json in the layout of mamba_ssm or of transformers."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = _read_json(path)
         saved = saved if isinstance(saved, dict) else {}
         ssm_cfg = saved.get("ssm_cfg") or {}
         found = {**saved, **ssm_cfg}
@@ -1237,21 +1243,30 @@ def _read_config(path):
         raise ValueError(f"{path}: {error}") from None
 
 
+def _read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
 def _weight_files(name, cache_dir):
     """Paths of the files that hold the weights of a model: those on this machine, else downloaded."""
+    found = []
     for local, file in itertools.product((True, False), WEIGHTS):
-        try:
-            path = get_file(name, file, cache_dir, local)
-        except FileNotFoundError:       # a model has one of WEIGHTS
-            continue
-        if path.suffix != ".json":
-            return [path]
-        try:
-            shards = {str(shard) for shard in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise ValueError(f"{path} is not an index of weights") from None
-        return [get_file(name, shard, cache_dir) for shard in sorted(shards)]
-    raise FileNotFoundError(f"{name} has no weights: none of {', '.join(WEIGHTS)}")
+        if local or not found:
+            with contextlib.suppress(FileNotFoundError):    # a model has one of WEIGHTS
+                found.append(get_file(name, file, cache_dir, local))
+    if not found:
+        raise FileNotFoundError(f"{name} has no weights: none of {', '.join(WEIGHTS)}")
+    path = max(found, key=lambda path: path.stat().st_mtime)    # of several those written last
+    if path.suffix != ".json":
+        return [path]
+    try:
+        shards = {str(shard) for shard in _read_json(path)["weight_map"].values()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not an index of weights") from None
+    return [get_file(name, shard, cache_dir) for shard in sorted(shards)]
 
 
 def _read_weights(path, tied):
@@ -1264,6 +1279,8 @@ def _read_weights(path, tied):
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, struct.error,
             pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0][:200]
+        if isinstance(error, pickle.UnpicklingError):   # torch would say how to load it all the same
+            reason = "it holds something else than tensors"
         raise ValueError(f"{path} is damaged or not a file of weights ({type(error).__name__}: {reason})") from None
 
 
@@ -1304,7 +1321,7 @@ def get_file(name, file, cache_dir=None, local=False):
     The path of a file of a model, which is a folder or a name on Hugging Face such as state-spaces/mamba-130m. A name is
     looked up in Hugging Face's cache (HF_HUB_CACHE, HF_HOME/hub, or ~/.cache/huggingface/hub) and in
     cache_dir/owner--name (~/.cache/mamba.py/owner--name); unless local, it is then downloaded into the latter.
-    FileNotFoundError: there is no such file. ConnectionError: HF_HUB_OFFLINE is set. Others are those of download.
+    FileNotFoundError: there is no such file. Others are those of download.
     """
     if Path(file).name != file:     # it may stand in an index.json from anywhere
         raise ValueError(f"{name}: '{file}' is not the name of a file")
@@ -1321,9 +1338,6 @@ def get_file(name, file, cache_dir=None, local=False):
                 return path
         folder = Path(cache_dir or cache / "mamba.py").expanduser() / name.replace("/", "--")
         if not (local or (folder / file).is_file()):
-            if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-                raise ConnectionError(f"{file} of {name} is not on this machine, and HF_HUB_OFFLINE forbids to download "
-                                      "it: unset that, or give a folder that holds the files")
             return download(f"{name}/resolve/main/{file}", folder / file)
     if not (folder / file).is_file():
         raise FileNotFoundError(f"{folder / file} is missing")
@@ -1338,36 +1352,56 @@ def download(url, path, size=None, sha256=None):
     Fetch url to path, unless it is there already, and return path. It grows as path.part, from which a later call
     goes on, and gets its name only when size and sha256 are right, as far as they are known or the server tells them.
     url: with http(s)://, or a path on Hugging Face such as owner/name/resolve/main/file (see HF_ENDPOINT and HF_TOKEN).
-    ConnectionError: no network, or it keeps dropping. FileNotFoundError: status 404. PermissionError: 401 or 403.
-    OSError: another status, or contents that are not the expected.
+    ConnectionError: no network, or it keeps dropping; HF_HUB_OFFLINE is set, and url is on Hugging Face.
+    FileNotFoundError: status 404. PermissionError: 401 or 403. OSError: another status, an address or a token without a
+    meaning, or contents that are not the expected (of a .json: JSON).
     """
-    import requests  # here, because nothing else in this file needs it
+    try:
+        import requests  # here, because nothing else in this file needs them
+        import tqdm  # noqa: F401
+    except ImportError as error:
+        raise OSError(f"{url} has to be downloaded, which needs a package: pip install {error.name}") from None
     hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/") + "/"
     url, path = url if "://" in url else hub + url, Path(path)
     part = path.with_name(path.name + ".part")
     if path.exists() and sha256 in (None, _sha256_of(path)):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     headers = {"Accept-Encoding": "identity"}   # a compressed answer would fit neither the size nor the range
-    if url.startswith(hub) and os.environ.get("HF_TOKEN"):
-        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
+    if url.startswith(hub):
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise ConnectionError(f"{path} is not there, and HF_HUB_OFFLINE forbids to download it: unset that, or give a "
+                                  "folder that holds the files")
+        if token := os.environ.get("HF_TOKEN", "").strip():
+            if not re.fullmatch("[!-~]+", token):
+                raise OSError("HF_TOKEN has characters that no token has")
+            headers["Authorization"] = f"Bearer {token}"
     expected = {"size": size, "sha256": sha256}
     for pause in (*PAUSES, None):
         try:
             if _fetch(url, part, headers, expected):
                 break
             reason = "the connection dropped"
+        except ValueError as error:     # not an address; nonsense in what the server says about the file
+            raise OSError(f"cannot download {url}: {error}") from None
         except requests.RequestException as error:
             reason = type(error).__name__
             if isinstance(error, requests.ConnectionError) and not part.exists():
                 pause = None    # no network: waiting for it helps nobody
         if pause is None:
-            raise ConnectionError(f"cannot download {url} ({reason}); the same command goes on where it stopped")
+            raise ConnectionError(f"cannot download {url} ({reason}); " + (
+                "the same command goes on where it stopped" if part.exists() else "is there a network?"))
         time.sleep(pause)
-    size = part.stat().st_size
+    wrong, size = "", part.stat().st_size
     if expected["size"] not in (None, size) or expected["sha256"] not in (None, _sha256_of(part)):
+        wrong = "size or sha256 differs"
+    elif path.suffix == ".json":    # not sent with a hash, and a login page of a network would stay in its place
+        try:
+            _read_json(part)
+        except ValueError as error:
+            wrong = str(error)
+    if wrong:
         part.unlink()
-        raise OSError(f"{url} is not what it should be (size or sha256 differs, {size:,} bytes came); nothing was kept")
+        raise OSError(f"{url} is not what it should be ({wrong}; {size:,} bytes came); nothing was kept")
     os.replace(part, path)
     return path
 
@@ -1396,6 +1430,7 @@ def _fetch(url, part, headers, expected):
                        + " (a wrong name, or it needs a login: HF_TOKEN on Hugging Face)" * (kind is PermissionError))
         total = int(total) if total else None
         print(f"downloading {url}")
+        part.parent.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=total, initial=have, desc=part.stem, unit="B", unit_scale=True, leave=False,
                    disable=None if total is None or total > 4e6 else True)      # None: only if it is not a terminal
         with open(part, "ab" if have else "wb") as file, bar:

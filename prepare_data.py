@@ -46,9 +46,10 @@ class Problem(Exception):
 
 def run(main, Config):
     """Calls main(cfg, given) with the flags of the command line; a Problem ends it with one line and status 2."""
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for name in ("stdout", "stderr"):
         # a console without a character still shows the others; what a pipe does not take fails where it is printed
         getattr(sys, name).reconfigure(errors="replace", line_buffering=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which the scripts set aside while they import torch
@@ -143,7 +144,8 @@ class Config:
     dataset: str = flag("pydoc", "pydoc, shakespeare, alice, tinystories, a .txt file, a folder of them, or a URL")
     tokenizer: str = flag("char", "char, bpe (trained on the text), gpt-neox, or the path of a tokenizer.json")
     vocab_size: int = flag(4096, "tokens of a vocabulary trained here (bpe)")
-    data_dir: str = flag("data", "folder of all prepared data and downloads")
+    data_dir: str = flag("data", "folder of all prepared data, and of downloaded texts")
+    cache_dir: str = flag("", "folder for GPT-NeoX's vocabulary, if Hugging Face's cache lacks it; default ~/.cache/mamba.py")
     name: str = flag("", "folder under data_dir; by default from the names of dataset and tokenizer")
 
 
@@ -194,7 +196,7 @@ class BPETokenizer:
         self.end_of_text = self.tokenizer.token_to_id(END_OF_TEXT)
 
     @classmethod
-    def train(cls, texts, vocab_size):
+    def train(cls, texts, vocab_size, show_progress=False):
         """A byte-level BPE vocabulary, GPT-2's kind: it can spell any text, and knows END_OF_TEXT from the start."""
         tokenizers = import_tokenizers()
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -205,7 +207,7 @@ class BPETokenizer:
         documents = (document for text in texts for document in text.split(END_OF_TEXT))
         stretches = (stretch for document in documents for stretch in re.split(r"(\w{100})", document))
         tokenizer.train_from_iterator(stretches, tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=show_progress,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
         return cls(tokenizer.to_str())
 
@@ -383,7 +385,7 @@ def prepare(cfg, block_size=0):
         raise Problem(f"--name takes the name of a folder, not '{name}'")
     if cfg.tokenizer == "bpe" and import_tokenizers() and not 257 <= cfg.vocab_size < 2 ** 31:
         raise Problem(f"--vocab_size={cfg.vocab_size} must be at least 257 (256 bytes and <|endoftext|>) and below 2^31")
-    tokenizer = None if cfg.tokenizer in ("char", "bpe") else open_tokenizer(cfg.tokenizer, downloads)
+    tokenizer = None if cfg.tokenizer in ("char", "bpe") else open_tokenizer(cfg.tokenizer, cfg.cache_dir)
     sources, own_val = find_text(cfg.dataset, downloads)
 
     # First pass: is it text, how long is it, which characters does it have?
@@ -415,7 +417,7 @@ def prepare(cfg, block_size=0):
         every = math.ceil(size * split / n / TRAIN_BPE_ON)
         with progress(size, "training bpe") as bar:
             pieces, every = pieces_to_learn_from(train, every, bar)
-            tokenizer = BPETokenizer.train(pieces, cfg.vocab_size)
+        tokenizer = BPETokenizer.train(pieces, cfg.vocab_size, show_progress=size > 4e6 and sys.stderr.isatty())
         if every > 1:
             print(f"bpe: trained on one in {every} stretches of the text, spread over all of it ({TRAIN_BPE_ON / 1e6:.0f} MB "
                   f"at most, and {DIFFERENT / 1e6:.0f} MB of different words, which bounds the memory)")
@@ -485,7 +487,6 @@ def pieces_to_learn_from(parts, n, bar):
     pieces = list(itertools.islice((piece for part in parts for piece in cut_between_words(read(*part, bar))), 0, None, n))
     while sum(len(word.encode()) for word in {word for piece in pieces for word in WORD.findall(piece)}) > DIFFERENT:
         pieces, n = pieces[::2], 2 * n
-    bar.set_description("training bpe, merging pairs")
     return pieces, n
 
 
@@ -500,12 +501,12 @@ def write_tokens(path, parts, tokenizer, dtype, bar):
         return f.tell() // dtype.itemsize
 
 
-def open_tokenizer(tokenizer, downloads):
+def open_tokenizer(tokenizer, cache_dir=None):
     """The tokenizer that --tokenizer names: gpt-neox or the path of a tokenizer.json."""
     path = Path(tokenizer)
     if tokenizer == "gpt-neox":
-        path = downloads / "gpt-neox.json"
-        download("EleutherAI/gpt-neox-20b/resolve/main/tokenizer.json", path)
+        from mamba import get_file  # here for the same reason as download
+        path = get_file("EleutherAI/gpt-neox-20b", "tokenizer.json", cache_dir)
     elif not path.is_file():
         raise Problem(f"unknown tokenizer '{tokenizer}': it is char, bpe, gpt-neox or the path of a tokenizer.json"
                       + nearest(tokenizer, ("char", "bpe", "gpt-neox")))
@@ -513,8 +514,6 @@ def open_tokenizer(tokenizer, downloads):
     try:
         return BPETokenizer(path.read_text(encoding="utf-8"))
     except (Problem, UnicodeDecodeError) as problem:
-        if tokenizer == "gpt-neox":
-            path.unlink()  # or every later run would find it again
         raise Problem(f"{path} is {problem if isinstance(problem, Problem) else 'not a tokenizer.json'}") from None
 
 

@@ -74,6 +74,7 @@ class Config:
     show: str = flag("", "read --start and colour its tokens: delta by how far the selection opens, loss by surprise")
     layer: int | None = flag(None, "the layer whose delta it is, from 0; by default the middle one")
     html: str = flag("", "file for what --show shows, instead of the terminal")
+    cache_dir: str = flag("", "folder for downloaded weights, if Hugging Face's cache lacks them; default ~/.cache/mamba.py")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16; by default bfloat16 on CUDA, else float32")
     scan: str = flag("auto", "method of the selective scan: auto, triton (fused kernels, on CUDA), chunked or sequential")
@@ -82,6 +83,7 @@ class Config:
 
 
 AHEAD = 8   # tokens that a GPU makes before they are read back and shown
+PART = 512  # tokens of a text that go through the model at a time
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "ignore_eos", "max_new_tokens",
             "seed")
 COMMANDS = """\
@@ -100,21 +102,24 @@ def newest_run():
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
 
 
-def load_pretrained(name, device, dtype, scan):
+def load_pretrained(name, device, dtype, scan, cache_dir):
     """The model and its tokenizer: the tokenizer.json beside the weights, else that of GPT-NeoX, as for all released."""
     with contextlib.redirect_stdout(sys.stderr):    # what a download says is not part of the text
         try:
-            model = Mamba.from_pretrained(name, device, dtype, scan=scan)
+            model = Mamba.from_pretrained(name, device, dtype, cache_dir, scan=scan)
+            try:
+                # those of state-spaces have none of their own, or the same; do not ask for it each time
+                path = get_file(name, "tokenizer.json", cache_dir, local=name.startswith("state-spaces/"))
+            except FileNotFoundError:
+                path = get_file("EleutherAI/gpt-neox-20b", "tokenizer.json", cache_dir)
         except ValueError as error:
             raise Problem(f"--pretrained={name}: {error}") from None
-        try:
-            path = get_file(name, "tokenizer.json", local=True)
-        except FileNotFoundError:
-            path = get_file("EleutherAI/gpt-neox-20b", "tokenizer.json")
-    tokenizer = open_tokenizer(str(path), None)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise Problem(f"{path} has {tokenizer.vocab_size:,} tokens and {name} knows {model.config.vocab_size:,}: "
+    tokenizer, config = open_tokenizer(str(path)), model.config
+    if tokenizer.vocab_size > config.vocab_size:
+        raise Problem(f"{path} has {tokenizer.vocab_size:,} tokens and {name} knows {config.vocab_size:,}: "
                       "put its own tokenizer.json beside the weights")
+    # rows of padding, which some config.json count as tokens, are never drawn
+    config.vocab_size, config.pad_vocab_size_multiple = tokenizer.vocab_size, len(model.lm_head.weight)
     return model, tokenizer
 
 
@@ -152,6 +157,8 @@ def check(cfg):
         raise Problem("--show reads a text: give it as --start, or --start=FILE:path, and without --interactive")
     if (cfg.html and not cfg.show) or (cfg.layer is not None and cfg.show != "delta"):
         raise Problem("--html goes with --show, and --layer with --show=delta")
+    if cfg.html and (Path(cfg.html).is_dir() or not Path(cfg.html).parent.is_dir()):
+        raise Problem(f"--html takes a file in a folder that there is, not '{cfg.html}'")
 
 
 def main(cfg, given):
@@ -160,7 +167,7 @@ def main(cfg, given):
     dtype = pick_dtype(cfg.dtype, device)
     if cfg.pretrained:
         source = cfg.pretrained
-        model, tokenizer = load_pretrained(source, device, getattr(torch, dtype), cfg.scan)
+        model, tokenizer = load_pretrained(source, device, getattr(torch, dtype), cfg.scan, cfg.cache_dir)
     else:
         out_dir = Path(cfg.out_dir) if cfg.out_dir else newest_run()
         checkpoint = load_checkpoint(*(out_dir / name for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt")))
@@ -171,6 +178,8 @@ def main(cfg, given):
         quantize_int8(model)
     start = prompt_of(cfg.start)
     prompt = tokenizer.encode(start) if start else []
+    if cfg.show:
+        check_show(cfg, model, prompt)
     generator = make_generator(cfg, device)
     print(f"{source}: {model.num_params() / 1e6:.2f}M parameters; {device}, {dtype}{', int8 weights' * bool(cfg.quantize)}, "
           f"scan {pick_scan(cfg.scan, device, dtype, model.config.d_state)}, seed {cfg.seed}", file=sys.stderr)
@@ -178,6 +187,7 @@ def main(cfg, given):
         show(cfg, model, tokenizer, prompt)
         return
     if cfg.interactive:
+        sys.stdin.reconfigure(errors="surrogateescape")     # a byte that is no text is refused with its line, as any character
         chat(Conversation(model, tokenizer, prompt), cfg, generator)
         return
 
@@ -204,10 +214,11 @@ def make_generator(cfg, device):
 # Tokens to text
 
 
-def as_text(tokenizer, tokens, before=()):
+def as_text(tokenizer, tokens, before=(), cut_off=False):
     """
     The text of token ids that follow those in before: a piece for each, and a last one. A token may end inside a
-    character, which then waits for its other bytes; bytes that belong to no character come out as U+FFFD.
+    character, which then waits for its other bytes; bytes that belong to no character come out as U+FFFD, at the end too
+    unless tokens are cut_off there, somewhere in a text.
     """
     decode, unfinished = tokenizer.decode, "\ufffd"
     ends = ([*before[-n:]] for n in range(1, 5))
@@ -226,7 +237,8 @@ def as_text(tokenizer, tokens, before=()):
             yield text[done:-1]
             ids = ids[-4:]
             out, done = 0, len(decode(ids).removesuffix(unfinished))
-    yield decode(ids)[done:]
+    rest = decode(ids)[done:]
+    yield rest.rstrip(unfinished) if cut_off else rest
 
 
 def stop_strings(text):
@@ -271,18 +283,28 @@ class Conversation:
 
     def answer(self, cfg, generator):
         """The model's text in pieces, up to a stop string, the token that ends a text, or max_new_tokens."""
-        return until(stop_strings(cfg.stop), as_text(self.tokenizer, self._tokens(cfg, generator), before=self.unread))
+        tokens = self._tokens(cfg, generator)
+        return until(stop_strings(cfg.stop), as_text(self.tokenizer, tokens, before=self.unread, cut_off=True))
 
     def _tokens(self, cfg, generator):
+        device = self.model.lm_head.weight.device
+        while cfg.interactive and len(self.unread) > PART and not self.interrupted:
+            part = torch.tensor([self.unread[:PART]], device=device)
+            with torch.inference_mode():
+                self.model(part, state=self.state, num_last_tokens=1)
+            self.seen.update(self.unread[:PART])
+            self.unread = self.unread[PART:]
+        if self.interrupted:    # looked at between two parts or tokens, so that the state is never left half updated
+            return
         seen = None
         if cfg.repetition_penalty is not None:
             seen = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool)
             seen[0, sorted(self.seen)] = True
-            seen = seen.to(self.model.lm_head.weight.device)
+            seen = seen.to(device)
         stream = self.model.stream([self.unread], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator,
                                    self.state, cfg.min_p, cfg.repetition_penalty, seen=seen, compile=cfg.compile)
         # a GPU may work ahead, but not where the state has to stay with what was shown
-        ahead = AHEAD if self.model.lm_head.weight.device.type == "cuda" and not cfg.interactive else 1
+        ahead = AHEAD if device.type == "cuda" and not cfg.interactive else 1
         while tokens := list(itertools.islice(stream, ahead)):
             for token in torch.cat(tokens).tolist():
                 self.seen.update(self.unread)
@@ -291,7 +313,7 @@ class Conversation:
                 if token == self.tokenizer.end_of_text and not cfg.ignore_eos:
                     return
                 yield token
-                if self.interrupted:    # looked at between two tokens, so that the state is never left half updated
+                if self.interrupted:
                     return
 
     @functools.cached_property
@@ -376,7 +398,11 @@ def chat(talk, cfg, generator):
             elif command.startswith("/"):
                 raise Problem(f"unknown command {command}; /help shows the commands")
             else:
-                talk.unread = talk.unread + talk.tokenizer.encode(line + "\n")
+                try:
+                    new = talk.tokenizer.encode(line + "\n")
+                except Problem:     # an alphabet without a newline, or without another character, which is told again
+                    new = talk.tokenizer.encode(line)
+                talk.unread = talk.unread + new
                 talk.interrupted, before = False, signal.signal(signal.SIGINT, interrupt)
                 for piece in talk.answer(cfg, generator):
                     print(piece, end="", flush=True)
@@ -386,8 +412,6 @@ def chat(talk, cfg, generator):
             break
         except KeyboardInterrupt:   # not in an answer; perhaps meant for one that had just ended
             print()
-        except UnicodeDecodeError as error:
-            print(f"that is not {error.encoding} text", file=sys.stderr)
         except Problem as problem:
             print(problem, file=sys.stderr)
 
@@ -404,9 +428,6 @@ def with_setting(cfg, words):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Looking inside: --show
-
-
-PART = 512  # tokens of a text that go through the model at a time
 
 
 @torch.no_grad()
@@ -439,14 +460,18 @@ def opening(model, ids, layer):
     return values
 
 
+def check_show(cfg, model, ids):
+    layers = model.config.n_layer
+    if not ids:
+        raise Problem("--show has nothing to read: the text of --start is empty")
+    if not 0 <= (cfg.layer or 0) < layers:
+        raise Problem(f"--layer must be from 0 to {layers - 1}, not {cfg.layer}")
+
+
 def show(cfg, model, tokenizer, ids):
     """Prints the text of ids coloured by the delta or loss of its tokens, or writes it as HTML, or lists the numbers."""
     layers = model.config.n_layer
     layer = layers // 2 if cfg.layer is None else cfg.layer
-    if not ids:
-        raise Problem("--show has nothing to read: the text of --start is empty")
-    if not 0 <= layer < layers:
-        raise Problem(f"--layer must be from 0 to {layers - 1}, not {layer}")
     values = surprise(model, ids) if cfg.show == "loss" else opening(model, ids, layer)
     spans = list(by_text(as_text(tokenizer, ids), values))
     known = [value for _, value in spans if value is not None]

@@ -86,6 +86,7 @@ class Config:
     log_interval: int = flag(10, "steps between rows of log.csv")
     sample_tokens: int = flag(200, "tokens of the sample shown at an evaluation")
     # the machine
+    cache_dir: str = flag("", "folder for downloaded weights, if Hugging Face's cache lacks them; default ~/.cache/mamba.py")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16 (mixed precision); by default bfloat16 on CUDA, else float32")
     compile: bool | None = flag(None, "torch.compile the model, which takes a minute; by default on CUDA from 5000 steps on")
@@ -102,7 +103,7 @@ PRESETS = {  # what trains in minutes on such a device
 }
 FINE_TUNING = {"dropout": 0.0, "learning_rate": 1e-4}     # for weights that are already good
 SHAPE = ("d_model", "n_layer", "d_state", "d_conv", "expand", "d_intermediate")
-MACHINE = ("device", "dtype", "compile", "scan")    # belong to the machine, not to the run: never taken from a checkpoint
+MACHINE = ("cache_dir", "device", "dtype", "compile", "scan")   # belong to the machine, not to the run: never taken from a checkpoint
 
 
 def pick_device(name):
@@ -230,7 +231,7 @@ def load_model(checkpoint, **changes):
 def load_pretrained(cfg, meta, device):
     """The model of --init_from, for the data that meta describes. Problem: there is none, or the data does not fit."""
     try:
-        model = Mamba.from_pretrained(cfg.init_from, device, torch.float32, dropout=cfg.dropout, scan=cfg.scan)
+        model = Mamba.from_pretrained(cfg.init_from, device, torch.float32, cfg.cache_dir, dropout=cfg.dropout, scan=cfg.scan)
     except ValueError as error:
         raise Problem(f"--init_from={cfg.init_from}: {error}") from None
     config, tokens = model.config, f"{meta['tokenizer']['type']} tokenizer of {meta['vocab_size']:,}"
