@@ -20,8 +20,8 @@ they meet in shared memory, over programs PyTorch adds them up. No atomics: the 
 
 What a program reads comes into shared memory a tile ahead of time (_fetch...). Four warps share a program, for whole lines of
 memory. If batch and channels are too few to fill the chip, the sequence is cut into chunks, and first it is found what each of
-them adds (_ends) and what enters it (_carry); the exponentials are then computed twice. One kernel before all of them (_pack)
-brings the small inputs into the order in which they are read.
+them adds (_ends) and what enters it (_carry). The exponentials are then computed twice, but only as far back from the end of a
+chunk as it remembers. One kernel before all of them (_pack) brings the small inputs into the order in which they are read.
 
 What bounds it, on an H100 by its counters: instructions, 10 for each of the (B, L, D, N) numbers in _outputs and 28 in
 _gradients, which issue one in 67 and 64 % of the cycles; and in _ends the exponentials, at 87 % of their rate.
@@ -128,18 +128,17 @@ def _softplus(x):
 
 
 @gluon.jit
-def _fetch(x, buffer, t0, block, L, D, x_l: constexpr, T: constexpr, gap=0):
-    """A tile of x (L, D), from step t0 on, is copied into shared memory while the program goes on; gap: between segments."""
-    row = gl.arange(0, T, gl.SliceLayout(1, WIDE))[:, None]
-    t = t0 + row + row // (T // S) * gap
+def _fetch(x, buffer, t0, block, L, D, x_l: constexpr, T: constexpr):
+    """A tile of x (L, D), from step t0 on, is copied into shared memory while the program goes on."""
+    t = t0 + gl.arange(0, T, gl.SliceLayout(1, WIDE))[:, None]
     d = block * BD + gl.arange(0, BD, gl.SliceLayout(0, WIDE))[None, :]
     async_load(buffer, x + t.to(gl.int64) * x_l + d, mask=(t >= 0) & (t < L) & (d < D))
 
 
 @gluon.jit
-def _fetch_all(inputs, strides, buffers, which, t0, block, L, D, T: constexpr, gap=0):
+def _fetch_all(inputs, strides, buffers, which, t0, block, L, D, T: constexpr):
     for j in gl.static_range(len(inputs)):
-        _fetch(inputs[j], buffers[j].index(which), t0, block, L, D, strides[j], T, gap)
+        _fetch(inputs[j], buffers[j].index(which), t0, block, L, D, strides[j], T)
 
 
 @gluon.jit
@@ -287,14 +286,20 @@ def _gated(x_k, z_k, K: constexpr):
     return result
 
 
+@gluon.jit
+def _or(a, b):
+    return a | b
+
+
 @gluon.jit(do_not_specialize=SIZES)
-def _ends(x, delta, A, BC, z, bias, ends, sums, L, D: constexpr, N, whole, tiles, chunks, slots, apart, x_b, x_l: constexpr,
+def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, tiles, chunks, slots, apart, x_b, x_l: constexpr,
           delta_b, delta_l: constexpr, z_b, z_l: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
           REVERSE: constexpr, AT_ONCE: constexpr):
     """
-    From a zero state, what each chunk adds to the state; in reverse, to the adjoint. x is u, or gout. Here a segment is a
-    quarter of the chunk, of which each tile has K steps, and a thread has the AT_ONCE numbers of its program in registers.
-    ends (B, slots, N, D): where it goes.  sums (B, chunks, D): of delta.
+    From a zero state, what each chunk adds to the state; in reverse, to the adjoint. x is u, or gout. A program has AT_ONCE
+    numbers of the states in registers and walks from where the chunk is left to where it is entered. A few of them are done when
+    all before is forgotten: when the decay over the way, exp2(way A), is 0 in float32.
+    ends (B, slots, N, D): where it goes.  decays (B, chunks, N, D): of what enters the chunk.
     """
     K: constexpr = 16
     T: constexpr = S * K
@@ -302,69 +307,81 @@ def _ends(x, delta, A, BC, z, bias, ends, sums, L, D: constexpr, N, whole, tiles
     chunk = gl.program_id(1) + (1 if REVERSE else 0)        # the last chunk adds to no other, in reverse the first
     parts = (N + AT_ONCE - 1) // AT_ONCE
     block, n0 = gl.program_id(0) // parts, gl.program_id(0) % parts * AT_ONCE
-    b, start, _, s, d, in_d, bias_d = _place(L, D, tiles, block, chunk, bias, HAS_BIAS, T)
+    b, start, tiles, s, d, in_d, bias_d = _place(L, D, tiles, block, chunk, bias, HAS_BIAS, T)
     ends += (b * slots + (chunk - 1 if REVERSE else (chunk + 1) * apart)) * N * D
+    decays += (b * chunks + chunk) * N * D
     inputs, strides = (x + b * (x_b * 8), delta + b * (delta_b * 8)), (x_l, delta_l)
     xs, deltas, zs, BCs, _ = _buffers(x, delta, z, HAS_Z, K)
-    buffers, gap = (xs, deltas), (tiles - 1) * K
+    buffers = (xs, deltas)
     if HAS_Z:
         inputs, strides, buffers = inputs + (z + b * (z_b * 8),), strides + (z_l,), buffers + (zs,)
     V, Vs = BC + (b * 2 + (1 if REVERSE else 0)) * N * Lp, reinterpret(BCs, gl.float32, [4, NB, T], PLAIN)      # of C, or B
     row = gl.arange(0, NB, gl.SliceLayout(1, WIDE32))[:, None]
     step = gl.arange(0, T, gl.SliceLayout(0, WIDE32))[None, :]
-    A_n, h, zero = (), (), gl.zeros([S, BD], gl.float32, LAYOUT)
-    for n in gl.static_range(AT_ONCE):
-        A_n = A_n + (gl.load(A + (n0 + n) * D + d + s * 0, mask=in_d & (s * 0 + n0 + n < N), other=0),)
-        h = h + (zero,)
-    total = zero
-    for i in range(-1, tiles):          # fetches one tile ahead
-        t0 = start + (tiles - 2 - i if REVERSE else i + 1) * K
+    FEW: constexpr = min(AT_ONCE, 4)
+    A_n, h, slowest, zero = (), (), (), gl.zeros([S, BD], gl.float32, LAYOUT)
+    for few in gl.static_range(AT_ONCE // FEW):
+        slowest_n = zero - 1e30
+        for n in gl.static_range(few * FEW, few * FEW + FEW):
+            there = in_d & (s * 0 + n0 + n < N)
+            A_n, h = A_n + (gl.load(A + (n0 + n) * D + d + s * 0, mask=there, other=-1e30),), h + (zero,)
+            slowest_n = gl.maximum(slowest_n, A_n[n])
+        slowest = slowest + (slowest_n,)
+    way, i = zero, -1       # the sum of delta from here to where the chunk is left
+    todo = 2 ** (AT_ONCE // FEW) - 1            # a bit for each few
+    while (i < tiles) & (todo > 0):             # fetches one tile ahead
+        t0 = start + (i + 1 if REVERSE else tiles - 2 - i) * T
         async_copy.wait_group(0)
         barrier()
-        _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0, block, L, D, T, gap)
-        t = t0 + step + step // K * gap
-        in_V = (row < AT_ONCE) & (n0 + row < N) & (t >= 0) & (t < Lp)
-        async_load(Vs.index((i + 1) % 2), V + (n0 + row) * Lp + t, mask=in_V)
+        _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0, block, L, D, T)
+        in_V = (row < AT_ONCE) & (n0 + row < N) & (t0 + step >= 0) & (t0 + step < Lp)
+        async_load(Vs.index((i + 1) % 2), V + (n0 + row) * Lp + t0 + step, mask=in_V)
         async_copy.commit_group()
         if i >= 0:
-            left = L - (t0 + K if REVERSE else t0 - K) - s * gap
-            delta_k, more = _delta(_tile(deltas.index(i % 2), K), bias_d, left, s, SOFTPLUS, K)
-            x_k, total, hs = _tile(xs.index(i % 2), K), total + more, ()
+            left = L - (t0 - T if REVERSE else t0 + T)
+            delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, left, s, SOFTPLUS, K)
+            x_k, next_h = _tile(xs.index(i % 2), K), ()
             if HAS_Z:
                 x_k = _gated(x_k, _tile(zs.index(i % 2), K), K)
-            for j in gl.static_range(AT_ONCE):
-                V_k, h_j = _row(BCs, i % 2 * NB + j, K), h[j]
-                if REVERSE:
-                    for k in gl.static_range(K - 1, -1, -1):
-                        h_j = gl.exp2(delta_k[k] * A_n[j]) * (h_j + x_k[k] * V_k[k])
-                else:
-                    for k in gl.static_range(K):
-                        h_j = gl.exp2(delta_k[k] * A_n[j]) * h_j + delta_k[k] * x_k[k] * V_k[k]
-                hs = hs + (h_j,)
-            h = hs
+            way_of_s, way = _through(zero + 1, total, way, s, not REVERSE)
+            remembered = gl.zeros([S, BD], gl.int32, LAYOUT)
+            for few in gl.static_range(AT_ONCE // FEW):
+                of_few = h[few * FEW:few * FEW + FEW]
+                if todo >> few & 1:
+                    of_few = ()
+                    for j in gl.static_range(few * FEW, few * FEW + FEW):
+                        V_k, add = _row(BCs, i % 2 * NB + j, K), zero
+                        if REVERSE:
+                            for k in gl.static_range(K - 1, -1, -1):
+                                add = gl.exp2(delta_k[k] * A_n[j]) * (add + x_k[k] * V_k[k])
+                        else:
+                            for k in gl.static_range(K):
+                                add = gl.exp2(delta_k[k] * A_n[j]) * add + delta_k[k] * x_k[k] * V_k[k]
+                        of_few = of_few + (h[j] + gl.exp2(way_of_s * A_n[j]) * add,)
+                next_h = next_h + of_few
+                remembered += gl.where(way * slowest[few] > -127, 2 ** few, 0)
+            h, todo = next_h, gl.reduce(gl.reduce(remembered, 1, _or), 0, _or)
+        i += 1
+    async_copy.wait_group(0)
     for n in gl.static_range(AT_ONCE):
-        leaving = _through(gl.exp2(total * A_n[n]), h[n], zero, s, REVERSE)[1]
-        gl.store(ends + (n0 + n) * D + d + s * 0, leaving, mask=in_d & (s == 0) & (s + n0 + n < N))
-    gl.store(sums + (b * chunks + chunk) * D + d + s * 0, gl.sum(total, 0)[None, :] + s * 0, mask=in_d & (s + n0 == 0))
+        at, there = (n0 + n) * D + d + s * 0, in_d & (s == 0) & (s + n0 + n < N)
+        gl.store(ends + at, gl.sum(h[n], 0)[None, :] + s * 0, mask=there)
+        gl.store(decays + at, gl.exp2(way * A_n[n]), mask=there)
 
 
 @gluon.jit(do_not_specialize=SIZES)
-def _carry(states, A, sums, D, N, chunks, slots, apart, REVERSE: constexpr):
-    """What chunks add becomes what enters each: entering' = exp(A sum(delta)) entering + what this chunk adds."""
+def _carry(states, decays, D, N, chunks, slots, apart, REVERSE: constexpr):
+    """What chunks add becomes what enters each: entering' = decay entering + what this chunk adds."""
     i = gl.program_id(0) * 128 + gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))      # in (N, D)
     b = gl.program_id(1).to(gl.int64)
     inside = i < N * D
-    A_i = gl.load(A + i, mask=inside, other=0)
-    states += b * slots * N * D + i
-    sums += b * chunks * D + i % D
-    if REVERSE:
-        states += (chunks - 1) * N * D
-        sums += (chunks - 1) * D
+    states += (b * slots + (chunks - 1 if REVERSE else 0)) * N * D + i
+    decays += (b * chunks + (chunks - 1 if REVERSE else 0)) * N * D + i
     h = gl.load(states, mask=inside, other=0)
     for _ in range(1, chunks):
-        h *= gl.exp2(gl.load(sums, mask=inside, other=0) * A_i)
+        h *= gl.load(decays, mask=inside, other=0)
         states += (-1 if REVERSE else apart) * N * D
-        sums += -D if REVERSE else D
+        decays += (-1 if REVERSE else 1) * N * D
         h += gl.load(states, mask=inside, other=0)
         gl.store(states, h, mask=inside)
 
@@ -632,11 +649,11 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
         _pack[tiles + -(-d_inner // TILE.value), batch](A, B, C, state, A2, BC, states, L, d_inner, N, BC.shape[2], slots,
                                                         *B.stride(), *C.stride(), T=TILE.value)
         if chunks > 1:
-            sums, at_once = A.new_empty(batch, chunks, d_inner), min(NB.value, triton.next_power_of_2(N))
+            decays, at_once = A.new_empty(batch, chunks, N, d_inner), min(NB.value, triton.next_power_of_2(N))
             _ends[blocks * -(-N // at_once), chunks - 1, batch](
-                u, delta, A2, BC, u, delta_bias, states, sums, apart=apart, x_b=u_b, x_l=u_l, HAS_Z=False, REVERSE=False,
+                u, delta, A2, BC, u, delta_bias, states, decays, apart=apart, x_b=u_b, x_l=u_l, HAS_Z=False, REVERSE=False,
                 AT_ONCE=at_once, maxnreg=128, **common)
-            _carry[-(-d_inner * N // 128), batch](states, A2, sums, d_inner, N, chunks, slots, apart, REVERSE=False)
+            _carry[-(-d_inner * N // 128), batch](states, decays, d_inner, N, chunks, slots, apart, REVERSE=False)
         _outputs[blocks, chunks, batch](
             u, delta, A2, BC, D, u if z is None else z, delta_bias, y, states, last, u_b=u_b, u_l=u_l, HAS_D=D is not None,
             HAS_Z=z is not None, KEEP=keep, maxnreg=128, **common)
@@ -660,11 +677,11 @@ def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
               "num_warps": WARPS.value}
     with torch.cuda.device_of(u):
         if chunks > 1:
-            all_delta, at_once = A2.new_empty(batch, chunks, d_inner), min(NB.value, triton.next_power_of_2(N))
+            decays, at_once = torch.empty_like(adjoint), min(NB.value, triton.next_power_of_2(N))
             _ends[blocks * -(-N // at_once), chunks - 1, batch](
-                gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, all_delta, tiles=per_chunk, slots=chunks, apart=1,
+                gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, decays, tiles=per_chunk, slots=chunks, apart=1,
                 x_b=g_b, x_l=g_l, REVERSE=True, AT_ONCE=at_once, maxnreg=128, **common)
-            _carry[-(-d_inner * N // 128), batch](adjoint, A2, all_delta, d_inner, N, chunks, chunks, 1, REVERSE=True)
+            _carry[-(-d_inner * N // 128), batch](adjoint, decays, d_inner, N, chunks, chunks, 1, REVERSE=True)
         _gradients[blocks, chunks, batch](
             u, delta, A2, BC, D, u if z is None else z, delta_bias, gy, states, adjoint, gu, gdelta, gz, parts, sums,
             tiles=2 * per_chunk, slots=states.shape[1], u_b=u_b, u_l=u_l, g_b=g_b, g_l=g_l, HAS_D=D is not None,

@@ -2652,8 +2652,11 @@ scan_triton.gather, scan_triton.tl = lambda *args: tl.gather(*args), tl
 mamba.scan_method = lambda method, u, d_state: method       # it would refuse a CPU
 scan_triton.SHORTEST = 1
 for scan_triton.FILL, scan_triton.FILL_BACK, *shape in ((1, 1, 1, 1, 1, 1), (1, 1, 2, 66, 5, 3), (100, 100, 1, 66, 10, 17),
-                                                        (100, 12, 1, 200, 33, 4), (12, 100, 1, 200, 33, 4)):
-    test_mamba.check_triton(test_mamba.scan_inputs(*shape), device="cpu")
+                                                        (16, 12, 1, 200, 40, 9), (12, 16, 1, 200, 40, 9)):
+    inputs = test_mamba.scan_inputs(*shape)
+    inputs["A"].data[:, 4:8] *= 30      # of a chunk of two tiles nearly all is forgotten,
+    inputs["A"].data[:, 8:] *= 300      # and all: the other tile is passed over
+    test_mamba.check_triton(inputs, device="cpu")
 test_mamba.check_triton(test_mamba.scan_inputs(1, 65, 3, 4, ("z",)), softplus=False, device="cpu")
 for shape in ((1, 1, 3, 4), (2, 35, 131, 4), (1, 17, 5, 1), (1, 33, 5, 2)):
     test_mamba.check_conv(*shape, device="cpu")
@@ -2723,6 +2726,18 @@ def test_triton_extreme_decay(size):
     scale = exact["u"].norm() * max(size, 1.0)
     for name, expected in exact.items():
         assert (results[name] - expected).norm() <= 1e-5 * max(expected.norm(), scale if name in ("A", "delta") else 0), name
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_forgets_only_what_is_forgotten(dtype):
+    """Chunks of which some numbers of the states remember all, some the last few steps, in any order."""
+    inputs = {k: v.detach() for k, v in scan_inputs(2, 8000, 70, 20, ("D", "z", "state"), dtype).items()}
+    inputs["delta"] = torch.exp(torch.rand_like(inputs["delta"]) * 4.6 - 6.9)
+    g = torch.Generator().manual_seed(0)
+    inputs["A"] = -torch.exp(torch.rand(inputs["A"].shape, generator=g) * 5 - 1)
+    inputs["A"][3, 5:9], inputs["A"][50:, 17], inputs["A"][60] = -1e-3, 0, -30
+    check_triton({k: v.requires_grad_() for k, v in inputs.items()}, softplus=False)
 
 
 @on_gpu
