@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 import weakref
+import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -772,7 +773,7 @@ class Mamba(nn.Module):
         ValueError: the config or the weights are not of such a model, or damaged. OSError: not found, or no download.
         """
         name = os.fspath(name_or_folder)
-        config = replace(_read_config(get_file(name, "config.json", cache_dir)), **config_changes)
+        config = replace(read_config(get_file(name, "config.json", cache_dir)), **config_changes)
         try:
             with torch.device("meta"):
                 model = cls(config)
@@ -1221,8 +1222,8 @@ ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")     # a name on Hugging Face: owner/
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _read_config(path):
-    """The MambaConfig of a config.json in the layout of mamba_ssm or of transformers."""
+def read_config(path):
+    """The MambaConfig of a config.json in the layout of mamba_ssm or of transformers. ValueError: it is not one."""
     try:
         saved = _read_json(path)
         saved = saved if isinstance(saved, dict) else {}
@@ -1240,7 +1241,7 @@ def _read_config(path):
             raise ValueError(f"not the config of a Mamba: it has no {', '.join(sorted(missing))}")
         return MambaConfig(**{field.name: found[field.name] for field in fields(MambaConfig) if field.name in found})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {'an option of the wrong type: ' * isinstance(error, TypeError)}{error}") from None
 
 
 def _read_json(path):
@@ -1273,18 +1274,22 @@ def _read_weights(path, tied):
     """Yield (key, tensor) one by one from a .bin or a .safetensors; without a tied head that the file has as the embedding."""
     try:
         for key, tensor in _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path, tied):
-            if not tensor.is_floating_point():
-                raise ValueError(f"{key} is {tensor.dtype}")
+            plain = tensor.dtype in SAFETENSORS.values() and tensor.layout == torch.strided and not tensor.is_meta
+            if not (plain and isinstance(key, str)):
+                raise ValueError(f"{key} is {tensor.dtype}, {tensor.layout}, on {tensor.device}")
             yield key, tensor
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, struct.error,
             pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         if isinstance(error, pickle.UnpicklingError):   # torch would say how to load it all the same
             reason = "it holds something else than tensors"
-        raise ValueError(f"{path} is damaged or not a file of weights ({type(error).__name__}: {reason})") from None
+        raise ValueError(f"{path} is damaged or not a file of weights ({type(error).__name__}: {reason}); if it was "
+                         "downloaded, delete it, and the same command downloads it again") from None
 
 
 def _read_bin(path, tied):
+    if not zipfile.is_zipfile(path):
+        raise ValueError("not the zip file that torch.save writes since PyTorch 1.6")
     load = lambda: torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
     weights, read = load(), 0
     for key in list(weights):
@@ -1329,14 +1334,14 @@ def get_file(name, file, cache_dir=None, local=False):
     if not folder.is_dir():
         if folder.exists() or not ON_HUB.fullmatch(name):
             raise FileNotFoundError(f"there is no folder {name}, and a name on Hugging Face is like state-spaces/mamba-130m")
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface", "hub"))
-        hub = hub.expanduser() / f"models--{name.replace('/', '--')}"
+        repo, cache = name.replace("/", "--"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        hub = os.environ.get("HF_HUB_CACHE") or os.path.join(os.environ.get("HF_HOME") or f"{cache}/huggingface", "hub")
+        hub = Path(os.path.expanduser(hub), f"models--{repo}")  # Path's own raises an error for a ~name without a home
         if (hub / "refs" / "main").is_file():
-            path = hub / "snapshots" / (hub / "refs" / "main").read_text().strip() / file
+            path = hub / "snapshots" / (hub / "refs" / "main").read_text(errors="replace").strip() / file
             if path.is_file():
                 return path
-        folder = Path(cache_dir or cache / "mamba.py").expanduser() / name.replace("/", "--")
+        folder = Path(os.path.expanduser(cache_dir or f"{cache}/mamba.py"), repo)
         if not (local or (folder / file).is_file()):
             return download(f"{name}/resolve/main/{file}", folder / file)
     if not (folder / file).is_file():

@@ -193,6 +193,8 @@ class BPETokenizer:
         self.tokenizer.no_truncation()  # some published files would cut every text at 512 tokens
         self.tokenizer.no_padding()
         self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1  # ids may have holes
+        if self.vocab_size == 0:
+            raise Problem("a tokenizer.json without tokens")
         self.end_of_text = self.tokenizer.token_to_id(END_OF_TEXT)
 
     @classmethod
@@ -214,7 +216,7 @@ class BPETokenizer:
     def encode_stream(self, blocks):
         pieces = cut_between_words(blocks)
         while batch := list(itertools.islice(pieces, 16)):
-            for encoding in self.tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            for encoding in self._encode(batch):
                 yield np.array(encoding.ids, np.int64)
 
     def encode(self, text):
@@ -223,7 +225,13 @@ class BPETokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise Problem("the text is not valid UTF-8") from None
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encode([text])[0].ids
+
+    def _encode(self, texts):
+        try:
+            return self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # noqa: BLE001 (as above: one of whole words, say, without a token for others)
+            raise Problem(f"the tokenizer.json has no tokens for the text ({str(error)[:80]})") from None
 
     def decode(self, ids):
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -383,8 +391,9 @@ def prepare(cfg, block_size=0):
     folder, downloads = Path(cfg.data_dir) / name, Path(cfg.data_dir) / "downloads"
     if Path(name).name != name or name == "..":
         raise Problem(f"--name takes the name of a folder, not '{name}'")
-    if cfg.tokenizer == "bpe" and import_tokenizers() and not 257 <= cfg.vocab_size < 2 ** 31:
-        raise Problem(f"--vocab_size={cfg.vocab_size} must be at least 257 (256 bytes and <|endoftext|>) and below 2^31")
+    if cfg.tokenizer == "bpe" and import_tokenizers() and not 257 <= cfg.vocab_size <= TRAIN_BPE_ON:
+        raise Problem(f"--vocab_size={cfg.vocab_size} must be at least 257 (256 bytes and <|endoftext|>) and at most "
+                      f"{TRAIN_BPE_ON}, the bytes that it is trained on")
     tokenizer = None if cfg.tokenizer in ("char", "bpe") else open_tokenizer(cfg.tokenizer, cfg.cache_dir)
     sources, own_val = find_text(cfg.dataset, downloads)
 
@@ -461,8 +470,9 @@ def check_length(meta, block_size):
     """Problem if one of the two parts has no window of block_size tokens and the one after."""
     for part in ("train", "val"):
         if (n := meta[f"{part}_tokens"]) <= block_size:
-            raise Problem(f"{meta['source']} has only {n} tokens in its {part} part, too few for --block_size={block_size}; "
-                          f"give a longer text, or a --block_size below {n}")
+            shorter = f", too few for --block_size={block_size}; give a longer text, or a --block_size below {n}"
+            raise Problem(f"{meta['source']} has only {n} tokens in its {part} part"
+                          + (shorter if n > 1 else "; give a longer text"))
 
 
 def is_prepared(folder, dataset):

@@ -110,7 +110,9 @@ def load_pretrained(name, device, dtype, scan, cache_dir):
             try:
                 # those of state-spaces have none of their own, or the same; do not ask for it each time
                 path = get_file(name, "tokenizer.json", cache_dir, local=name.startswith("state-spaces/"))
-            except FileNotFoundError:
+            except (FileNotFoundError, ConnectionError) as error:
+                if isinstance(error, ConnectionError):
+                    print(f"whether {name} has a tokenizer of its own is not known ({error}); taking GPT-NeoX's")
                 path = get_file("EleutherAI/gpt-neox-20b", "tokenizer.json", cache_dir)
         except ValueError as error:
             raise Problem(f"--pretrained={name}: {error}") from None
@@ -157,7 +159,8 @@ def check(cfg):
         raise Problem("--show reads a text: give it as --start, or --start=FILE:path, and without --interactive")
     if (cfg.html and not cfg.show) or (cfg.layer is not None and cfg.show != "delta"):
         raise Problem("--html goes with --show, and --layer with --show=delta")
-    if cfg.html and (Path(cfg.html).is_dir() or not Path(cfg.html).parent.is_dir()):
+    page = Path(cfg.html)
+    if cfg.html and ((page.exists() and not page.is_file()) or not page.parent.is_dir()):
         raise Problem(f"--html takes a file in a folder that there is, not '{cfg.html}'")
 
 
@@ -351,8 +354,12 @@ class Conversation:
 
 def write_file(path, write):
     """Calls write(file). What was there under this name stays until all of it is on the disk."""
-    part = f"{path}.part"
+    part = ""
     try:
+        path = os.path.realpath(path)   # a link stays one
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is there, and not a file")
+        part = f"{path}.part"
         with open(part, "wb") as f:
             write(f)
             flush_to_disk(f)

@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 import unicodedata
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -1290,7 +1291,11 @@ def test_help(tmp_path):
     (["--tokenizer=bep"], ["unknown tokenizer 'bep'", "gpt-neox", "did you mean bpe?"]),
     (["--tokenizer=bad.json"], ["bad.json is not a tokenizer.json"]),
     (["--tokenizer=latin.txt"], ["latin.txt is not a tokenizer.json"]),
+    (["--dataset=good.txt", "--tokenizer=none.json"], ["none.json is a tokenizer.json without tokens"]),
+    (["--dataset=good.txt", "--tokenizer=words.json"], ["the tokenizer.json has no tokens for the text", "UNK"]),
+    (["--dataset=good.txt", "--tokenizer=ab.json"], ["good.txt has only 0 tokens in its train part; give a longer text\n"]),
     (["--tokenizer=bpe", "--vocab_size=256"], ["--vocab_size=256 must be at least 257"]),
+    (["--tokenizer=bpe", "--vocab_size=2000000000"], ["--vocab_size=2000000000 must be", "at most 16777216"]),
     (["--dataset=good.txt", "--name=../x"], ["--name takes the name of a folder"]),
     (["--dataset=good.txt", "--name=.."], ["--name"]),
     (["--dataset=http://127.0.0.1:9/a.txt"], ["cannot download", "python train.py", "without network"]),
@@ -1302,6 +1307,9 @@ def test_problems(tmp_path, flags, words):
                        "binary.txt": b"text\0more text", "latin.txt": b"a" * 2000000 + b"caf\xe9 au lait",
                        "cut.txt": b"01234567890123456789\xe2\x82", "bad.json": b'{"version": "1.0"}'}.items():
         (tmp_path / name).write_bytes(data)
+    models = pytest.importorskip("tokenizers").models
+    for name, model in {"none": models.BPE(), "words": models.WordLevel({"a": 0}, "[UNK]"), "ab": models.BPE({"b": 0}, [])}.items():
+        pytest.importorskip("tokenizers").Tokenizer(model).save(str(tmp_path / f"{name}.json"))
     before = tree(tmp_path)
     one_line_error(prep(*flags, cwd=tmp_path), *words)
     assert tree(tmp_path) == before and not list(tmp_path.glob("data/*/*"))
@@ -1593,6 +1601,9 @@ def test_gpt_neox(tmp_path, hub, call):
     (snapshot / "tokenizer.json").write_text("{}")
     one_line_error(call("prepare_data.py", *flags, cwd=tmp_path), f"{snapshot / 'tokenizer.json'} is not a tokenizer.json")
     assert (snapshot / "tokenizer.json").exists() and len(hub.log) == requests
+    write(repository / "refs", {"main": b"\xff"})       # damaged: as if it was not there
+    prepare_data.prepare(config())
+    assert len(hub.log) == requests + 1
 
 
 def test_datasets_from_the_network(tmp_path, server, monkeypatch):
@@ -1899,6 +1910,7 @@ def test_weights_that_cannot_be_found(tmp_path, hub, monkeypatch):
     assert len(hub.log) == requests
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("HF_HOME", "~nobody_of_this_name/hf")
     with pytest.raises(ConnectionError, match="cannot download http://127.0.0.1:1/state-spaces/none/resolve/main/config.json"):
         Mamba.from_pretrained("state-spaces/none")
 
@@ -1929,7 +1941,7 @@ def test_damaged_weights(tmp_path):
         for i, data in enumerate((b"", b"some text", files[name][:2000], files[name][:-100], b"\xff" * 50, files[name][:50])):
             with pytest.raises(ValueError, match=f"{name} is damaged or not a file of weights"):
                 Mamba.from_pretrained(write(tmp_path / f"{layout}{i}", {**files, name: data}))
-    for config in (b"[]", b"{", b"\xff", b'{"d_model": 8}', b'{"d_model":' * 100_000):
+    for config in (b"[]", b"{", b"\xff", b'{"d_model": 8}', b'{"d_model":' * 100_000, b'{"d_model": 8, "dropout": "x"}'):
         with pytest.raises(ValueError, match="config.json: "):
             Mamba.from_pretrained(write(tmp_path / "config", {**files, "config.json": config}))
     index, files = "model.safetensors.index.json", released(model, "hf, shards")
@@ -1942,12 +1954,20 @@ def test_damaged_weights(tmp_path):
         Mamba.from_pretrained(write(tmp_path / "less", files))
     with pytest.raises(ValueError, match="lm_head.weight is not the embedding"):    # its config says nothing of two tables
         Mamba.from_pretrained(write(tmp_path / "untied", released(model)))
-    weights = {**small().state_dict(), "backbone.norm_f.weight": torch.ones(32, dtype=torch.int8)}
-    torch.save(weights, tmp_path / "untied" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="backbone.norm_f.weight is torch.int8"):
+    for key, tensor, words in (("norm_f.weight", torch.ones(32, dtype=torch.int8), "norm_f.weight is torch.int8"),
+                               ("norm_f.weight", torch.ones(32).to(torch.float8_e5m2), "norm_f.weight is torch.float8_e5m2"),
+                               ("norm_f.weight", torch.ones(32).to_sparse(), "norm_f.weight is torch.float32, torch.sparse_coo"),
+                               ("norm_f.weight", torch.ones(32, device="meta"), "norm_f.weight is .*, on meta"),
+                               ("norm_f.weight", 1.0, "'float' object has no attribute"), (7, torch.ones(3), ": 7 is")):
+        weights = {**small().state_dict(), key if key == 7 else f"backbone.{key}": tensor}
+        torch.save(weights, tmp_path / "untied" / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=f"pytorch_model.bin is damaged .*{words}"):
+            Mamba.from_pretrained(tmp_path / "untied")
+    torch.save(small().state_dict(), tmp_path / "untied" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="not the zip file that torch.save writes"):
         Mamba.from_pretrained(tmp_path / "untied")
     torch.save(model, tmp_path / "untied" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pytorch_model.bin is damaged .*holds something else than tensors.$"):
+    with pytest.raises(ValueError, match="pytorch_model.bin is damaged .*holds something else than tensors.; if it was"):
         Mamba.from_pretrained(tmp_path / "untied")
 
 
@@ -2013,7 +2033,7 @@ def test_training_begins_with_weights_and_goes_on_from_its_checkpoint(work, call
     one_line_error(call("train.py", *flags, "--d_model=32", cwd=work), "holds a model with d_model 16, not 32")
     assert tree(work) == before
     shutil.rmtree(work / "weights")
-    again = succeeded(script("train.py", *flags, "--max_iters=8", cwd=work)).stdout
+    again = succeeded(script("train.py", *flags, "--init_from=./weights/", "--max_iters=8", cwd=work)).stdout
     assert "going on from step 4 of 8" in again and "weights of" not in again
     text = train.load_model(load(work / "run" / "best.pt")).generate([[0]], 50)[0]
     assert text.max() < 10
@@ -2036,6 +2056,7 @@ def test_bad_weights_to_train_from(tmp_path, call, hub, flags, words):
     (tmp_path / "many.txt").write_text("".join(map(chr, range(200, 300))) * 200)
     one_line_error(call("train.py", "--dataset=good.txt", "--device=cpu", *flags, cwd=tmp_path), *words)
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "data").exists() or "--init_from=weights" in flags
 
 
 def test_sample_from_released_weights(tmp_path, hub, monkeypatch, capsys, call):
@@ -2060,6 +2081,11 @@ def test_sample_from_released_weights(tmp_path, hub, monkeypatch, capsys, call):
         again, _ = sample.load_pretrained(name, torch.device("cpu"), torch.float32, "auto", tmp_path / "c")
         assert again(tokens(1, 5, vocab=300))[0].shape == (1, 5, 300)
     assert not (tmp_path / "cache").exists() and len(list((tmp_path / "c").rglob("tokenizer.json"))) == 2
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, said in ((NAME, ""), ("someone/none", "HF_HUB_OFFLINE"), ("someone/own", "")):
+        _, tokenizer = sample.load_pretrained(name, torch.device("cpu"), torch.float32, "auto", tmp_path / "c")
+        assert tokenizer.to_dict() == tokenizers["own" in name].to_dict()
+        assert (said in capsys.readouterr().err) if said else (capsys.readouterr() == ("", ""))
     small().save_pretrained(tmp_path / "w")
     for flags, words in ((["--pretrained=w"], ["tokenizer.json has 300 tokens and w knows 70", "beside the weights"]),
                          (["--pretrained=w", "--out_dir=x"], ["--out_dir and --pretrained"]),
@@ -2294,6 +2320,13 @@ def test_only_a_whole_conversation_with_this_model_is_loaded(tmp_path, monkeypat
     _, said = turns(conversation(), monkeypatch, capsys, *(f"/save {tmp_path / file}" for file in files), "/save")
     assert ["could not write" in line for line in said] == [True, True, True, False] and "name of a file" in said[3]
     assert tree(tmp_path) == before
+    monkeypatch.undo()
+    (tmp_path / "link.pt").symlink_to("text.pt")        # followed, not replaced
+    conversation().save(tmp_path / "link.pt")
+    assert (tmp_path / "link.pt").is_symlink() and zipfile.is_zipfile(tmp_path / "text.pt")
+    for path in (os.devnull, tmp_path):
+        with pytest.raises(prepare_data.Problem, match="could not write .* not a file"):
+            conversation().save(path)
 
 
 def test_commands_of_a_chat(monkeypatch, capsys):
@@ -2483,6 +2516,7 @@ def test_show_in_a_terminal_and_in_a_pipe(monkeypatch, capsys):
     (["--show=delta", "--start=FILE:empty.txt"], ["empty"]),
     (["--show=delta", "--start=abc", "--html=no/where.html"], ["--html takes a file in a folder that there is, not 'no/where.html'"]),
     (["--show=delta", "--start=abc", "--html=."], ["--html takes a file"]),
+    (["--show=delta", "--start=abc", f"--html={os.devnull}"], ["--html takes a file"]),
     (["--min_p=2"], ["min_p"]), (["--repetition_penalty=0"], ["repetition_penalty"]),
 ])
 def test_bad_flags_for_show_and_sampling(finished, call, flags, words):

@@ -33,7 +33,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mamba import ON_HUB, Mamba, MambaConfig, recorded, scan_method, works_here
+from mamba import (
+    ON_HUB,
+    Mamba,
+    MambaConfig,
+    get_file,
+    read_config,
+    recorded,
+    scan_method,
+    works_here,
+)
 from prepare_data import Config as DataConfig
 from prepare_data import (
     Problem,
@@ -287,7 +296,7 @@ def settle(cfg, given, device, master):
         before = {k: v for k, v in checkpoint["config"].items() if k not in MACHINE}
         given = {k: v for k, v in given.items() if (k, v) != ("init_from", "resume")}
         changed = {k: (before[k], v) for k, v in given.items() if k in before and before[k] != v}
-        if "init_from" in changed:
+        if len({os.path.abspath(name) for name in changed.get("init_from", ())}) > 1:
             raise Problem(f"{out_dir} holds a run that did not begin with {cfg.init_from}; use another --out_dir")
         shape = [k for k in changed if k in SHAPE]
         if shape:
@@ -306,6 +315,11 @@ def settle(cfg, given, device, master):
                           f"'{cfg.init_from}'")
         if shape := [k for k in SHAPE if k in given]:
             raise Problem(f"--{shape[0]} cannot be chosen: the weights of {cfg.init_from} have a shape of their own")
+        if master:  # what is wrong with them is found, as far as it costs little, before a text is prepared
+            try:
+                read_config(get_file(cfg.init_from, "config.json", cfg.cache_dir))
+            except ValueError as error:
+                raise Problem(f"--init_from={cfg.init_from}: {error}") from None
     for k, v in {**PRESETS[device.type], **(FINE_TUNING if pretrained else {})}.items():
         if getattr(cfg, k) is None:
             setattr(cfg, k, v)
