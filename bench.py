@@ -147,6 +147,9 @@ def measure(variants, device, seconds, error_of, replay=False, queue=False):
         except Exception as error:  # noqa: BLE001 (other people's code may fail in any way, and the rest goes on)
             calls.pop(name, None)       # and the memory that it holds
             remarks.append(f"{name} failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]}")
+        if device.type == "cuda":   # a failed one has left the GPU full
+            gc.collect()
+            torch.cuda.empty_cache()
     waiting = rows
     while waiting:
         for row in waiting:
