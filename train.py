@@ -402,6 +402,16 @@ def replayed(calls, x, y):
     return replays
 
 
+def average(grads, world):
+    """
+    The mean over the processes, in place, by one call after the last batch of a step. DistributedDataParallel would begin
+    during the backward pass, which then could not be a CUDA graph: that costs more than the wait.
+    """
+    flat = torch.cat([g.flatten() for g in grads]).div_(world)
+    dist.all_reduce(flat)
+    torch._foreach_copy_(grads, [new.view_as(g) for new, g in zip(flat.split([g.numel() for g in grads]), grads)])
+
+
 @torch.no_grad()
 def evaluate(model, data, cfg, device, dtype, stop):
     """Mean loss over windows spread evenly over the data, always the same ones; None if the person wants to stop."""
@@ -503,7 +513,8 @@ def main(cfg, given):
     if cfg.batch_size % world:
         raise Problem(f"--batch_size={cfg.batch_size} cannot be shared evenly by {world} processes")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
 
     # the data
     folder = Path(cfg.data_dir, dataset_name(cfg.dataset))
@@ -583,12 +594,10 @@ def main(cfg, given):
         model = torch.compile(model)
         if not works_here("torch.compile", lambda: gradients(*batch), say):
             model = raw_model
-    if scan == "triton" and world == 1 and dtype != "float16":      # whose scaler starts with the first loss
+    if scan == "triton" and dtype != "float16":      # whose scaler starts with the first loss
         calls, graphs = [gradients, more_gradients][:cfg.gradient_accumulation_steps], []
         if works_here("a CUDA graph", lambda: graphs.extend(replayed(calls, *batch)), say):
             gradients, more_gradients = graphs[0], graphs[-1]
-    if world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
     # the loop
     if master:
@@ -646,9 +655,9 @@ def main(cfg, given):
         total = torch.zeros((), device=device)
         for micro in range(cfg.gradient_accumulation_steps):
             x, y = get_batch(train_data, cfg, step, micro, rank, world, device)
-            if world > 1:   # the gradients are summed over the processes once, after the last batch
-                model.require_backward_grad_sync = micro == cfg.gradient_accumulation_steps - 1
             total += (more_gradients if micro else gradients)(x, y)
+        if world > 1:
+            average([p.grad for p in raw_model.parameters() if p.grad is not None], world)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
         scaler.step(optimizer)
@@ -673,7 +682,6 @@ def main(cfg, given):
 
     bar.close()
     if world > 1:
-        model = None            # what DDP holds must go before its group: the other way round it may wait forever
         dist.barrier()
         dist.destroy_process_group()
     if stop and evaluated < cfg.max_iters:
