@@ -253,11 +253,17 @@ def compiled_scan():
     return torch.compile(scan, dynamic=False)
 
 
+@functools.cache
+def compiled_chunked():
+    return torch.compile(selective_scan, dynamic=False)
+
+
 LARGE = "chunked, delta x 100"
 # each scan, and how many tensors of (B, L, D, N) it holds at once in the forward pass and in forward + backward (measured)
 SCANS = {
     "chunked": (functools.partial(selective_scan, method="chunked"), 0, 0),
     LARGE: (functools.partial(selective_scan, method="chunked"), 0, 0),
+    "chunked, compiled": (lambda *inputs: compiled_chunked()(*inputs, method="chunked"), 0, 0),
     "sequential": (functools.partial(selective_scan, method="sequential"), 0, 5),
     "triton": (functools.partial(selective_scan, method="triton"), 0, 0),
     "Hillis-Steele": (materialised(hillis_steele), 7, 45),

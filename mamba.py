@@ -146,6 +146,8 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
         state = u.new_zeros(batch, d_inner, d_state, dtype=_at_least_float32(u))
     method = "sequential" if method == "auto" and length == 1 else scan_method(method, u, d_state)
     scan = {"sequential": selective_scan_sequential, "chunked": selective_scan_chunked, "triton": _selective_scan_triton}[method]
+    if method == "chunked" and torch.compiler.is_compiling() and compiles_well(u.device, d_state):
+        scan = selective_scan_compiled
     with torch.autocast(u.device.type, enabled=False):  # autocast would run the products below in 16 bits
         y, last_state = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
     return (y, last_state) if return_last_state else y
@@ -411,6 +413,141 @@ def _carried(first, decay, ends, backward=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The scan in a model that torch.compile compiles, on a CPU
+
+
+STRETCH, TILE = 64, 8   # steps that are one call, and those of them that are one loop
+
+
+def compiles_well(device, d_state):
+    """Whether torch.compile on a model also compiles its scan: on a CPU, from torch 2.8 on, if a state fills whole vectors."""
+    return device.type == "cpu" and d_state % 8 == 0 and hasattr(torch.compiler, "nested_compile_region")
+
+
+def selective_scan_compiled(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state):
+    """The same function again. All but the recurrence is left to the compiler of the model, gradients too."""
+    dtype_in, length = u.dtype, u.shape[1]
+    u, delta, A, B, C, state = (t.to(_at_least_float32(u)) for t in (u, delta, A, B, C, state))
+    if delta_bias is not None:
+        delta = delta + delta_bias
+    if delta_softplus:
+        delta = F.softplus(delta)
+    # B and C may be parts of one tensor, which the compiler does not take; a step with delta 0 leaves the state as it is
+    inputs = [delta.contiguous(), (delta * u).contiguous(), *(t.clone(memory_format=torch.contiguous_format) for t in (B, C))]
+    if length % STRETCH:
+        inputs = [F.pad(t, (0, 0, 0, -length % STRETCH)) for t in inputs]
+    y, state = _recurrence(*inputs, A, state)
+    y = y[:, :length]
+    if D is not None:
+        y = y + D * u
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(dtype_in), state
+
+
+@torch.compiler.disable
+def _recurrence(*inputs):
+    return CompiledScan.apply(*inputs)
+
+
+class CompiledScan(torch.autograd.Function):
+    """
+    h_t = exp(delta_t A) h_{t-1} + x_t B_t and y_t = C_t . h_t, with tiles as in ChunkedScan, but the states of a tile are never
+    in memory: its steps are written out one after the other, and the compiler makes one loop over batch and channels of them,
+    with states and decays in registers. The state is (D, N) here, for the sum over n to be in that loop.
+    delta, x: (B, L, D), L a multiple of STRETCH.  B, C: (B, L, N).  A: (D, N).  state: (B, D, N).
+    """
+
+    @staticmethod
+    def forward(ctx, delta, x, B, C, A, state):
+        y, ctx.starts = torch.empty_like(x), []
+        A, state = A.detach(), state.detach()   # without the marks of a graph before that their sizes may change
+        for *inputs, y_s in zip(*(t.split(STRETCH, dim=1) for t in (delta, x, B, C, y))):
+            result, state, starts = _compiled(_stretch)(*inputs, A, state)
+            y_s.copy_(result)
+            ctx.starts.append(starts)
+        ctx.save_for_backward(delta, x, B, C, A)
+        return y, state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gy, g):
+        *inputs, A = ctx.saved_tensors
+        grads, g, gA = [torch.empty_like(t) for t in inputs], g.detach().contiguous(), torch.zeros(g.shape, dtype=g.dtype)
+        stretches = zip(*(t.split(STRETCH, dim=1) for t in (*inputs, gy.contiguous(), *grads)), ctx.starts)
+        for *inputs_s, gdelta, gx, gB, gC, starts in reversed(list(stretches)):
+            *results, g, gA = _compiled(_stretch_backward)(*inputs_s, starts, A, g, gA)
+            torch._foreach_copy_([gdelta, gx, gB, gC], results)
+        return *grads, gA.sum(0), g
+
+
+@functools.cache
+def _compiled(function):
+    # the usual limit of the size of a loop would cut the steps of a tile apart
+    return torch.compile(function, dynamic=False, options={"max_fusion_size": 4096, "size_asserts": False})
+
+
+def _stretch(delta, x, B, C, A, h):
+    """y of a stretch, the state after it, and the state before each of its tiles."""
+    ys, starts = [], []
+    for tile in zip(*(t.split(TILE, dim=1) for t in (delta, x, B, C))):
+        starts.append(h)
+        y, h = _tile(*tile, A, h)
+        ys.append(y)
+    return torch.cat(ys, dim=1), h, starts
+
+
+def _stretch_backward(delta, x, B, C, gy, starts, A, g, gA):
+    """The gradients of delta, x, B and C, what of dLoss/dh goes to the stretch before, and the gradient of A so far."""
+    results = []
+    for *tile, h in reversed(list(zip(*(t.split(TILE, dim=1) for t in (delta, x, B, C, gy)), starts))):
+        *result, g, gA = _tile_backward(*tile, A, h, g, gA)
+        results.insert(0, result)
+    return *(torch.cat(t, dim=1) for t in zip(*results)), g, gA
+
+
+def _step(delta_t, x_t, B_t, A, h):
+    """The decay of a step, and the state after it. The clamp: see _inputs_of."""
+    decay = torch.exp2((delta_t[:, :, None] * (A / math.log(2))).clamp(min=-64 / math.log(2)))     # (B, D, N)
+    return decay, decay * h + x_t[:, :, None] * B_t[:, None]
+
+
+def _steps(*tensors):
+    return list(zip(*(t.unbind(1) for t in tensors)))
+
+
+# what it decorates is compiled once, however often it is called
+_nested = getattr(torch.compiler, "nested_compile_region", lambda function: function)
+
+
+@_nested
+def _tile(delta, x, B, C, A, h):
+    ys = []
+    for *inputs, C_t in _steps(delta, x, B, C):
+        h = _step(*inputs, A, h)[1]
+        ys.append((h * C_t[:, None]).sum(-1))
+    return torch.stack(ys, dim=1), h
+
+
+@_nested
+def _tile_backward(delta, x, B, C, gy, A, h, g, gA):
+    before, decays, grads, gA_here = [], [], [], 0
+    for inputs in _steps(delta, x, B):
+        before.append(h)
+        decay, h = _step(*inputs, A, h)
+        decays.append(decay)
+    after = [*before[1:], h]
+    for (delta_t, x_t, B_t, C_t, gy_t), decay, h0, h in reversed(list(zip(_steps(delta, x, B, C, gy), decays, before, after))):
+        g = g + gy_t[:, :, None] * C_t[:, None]                                 # dLoss/dh_t
+        gx, gB, gC = (g * B_t[:, None]).sum(-1), (g * x_t[:, :, None]).sum(1), (h * gy_t[:, :, None]).sum(1)
+        g = g * decay
+        gdelta_A = g * h0
+        gA_here = gA_here + gdelta_A * delta_t[:, :, None]
+        grads.insert(0, ((gdelta_A * A).sum(-1), gx, gB, gC))
+    return *(torch.stack(t, dim=1) for t in zip(*grads)), g, gA + gA_here
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The block
 
 
@@ -421,13 +558,12 @@ def linear(x, weight, bias=None):
     """
     rows = x.numel() // x.shape[-1]
     if (rows < 512 or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-            or torch.compiler.is_compiling() or not _mkl_is_slow()):
+            or not MKL_IS_SLOW):
         return F.linear(x, weight, bias)
     image = x.reshape(1, 1, rows, -1).permute(0, 3, 1, 2)                       # (1, in, 1, rows), still row by row in memory
     return F.conv2d(image, weight[..., None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
-@functools.cache
 def _mkl_is_slow():
     about, cpuinfo = platform.processor(), Path("/proc/cpuinfo")    # Windows names the maker in the one, Linux in the other
     if cpuinfo.exists():
@@ -435,6 +571,9 @@ def _mkl_is_slow():
             about += file.read(1024)
     return ("AuthenticAMD" in about and torch.backends.cpu.get_cpu_capability() == "AVX512"
             and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available())
+
+
+MKL_IS_SLOW = _mkl_is_slow()
 
 
 @functools.cache
@@ -552,11 +691,12 @@ def causal_conv(x, weight, bias=None, state=None):
     Returns y (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d: that wants (B, D, L), and on MPS it is wrong for views.
     """
     state, last = _around(x, weight, state)
-    bias, taps = weight.new_zeros(len(weight)) if bias is None else bias, weight[:, 0].t()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    taps = torch.stack(weight[:, 0].unbind(1))      # (d_conv, D); of a transposed view the compiler makes no vector code
     if torch.compiler.is_compiling():   # it fuses this; of a Function that works in place torch 2.11 would lose gradients
         shifted = (*CausalConv.shifted(x, taps, state), x)
         return (bias + sum(x_k * tap for x_k, tap in zip(shifted, taps))).to(x.dtype), last
-    return CausalConv.apply(x, taps.contiguous(), bias, state), last
+    return CausalConv.apply(x, taps, bias, state), last
 
 
 def _around(x, weight, state):

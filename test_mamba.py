@@ -101,11 +101,30 @@ def relative(x, reference, scale=0.0):
     return (x.double() - reference.double()).norm().item() / max(reference.double().norm().item(), scale, 1e-12)
 
 
+COMPILED = mamba._compiled
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch):
+    """What the compiled scan gives torch.compile runs as it is, but where a test asks for the compiler."""
+    monkeypatch.setattr(mamba, "_compiled", lambda function: function)
+
+
+def run_scan(method, D=None, z=None, delta_bias=None, delta_softplus=False, state=None, **inputs):
+    """(y, last_state) by selective_scan, or as it runs in a compiled model."""
+    more = {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
+    if method != "compiled":
+        return selective_scan(**inputs, **more, state=state, return_last_state=True, method=method)
+    state = torch.zeros(len(inputs["u"]), *inputs["A"].shape) if state is None else state
+    with torch.autocast("cpu", enabled=False):
+        return mamba.selective_scan_compiled(**inputs, **more, state=state)
+
+
 def check_scan(inputs, method, softplus=True, tolerance=1e-5):
     """Outputs and all gradients against loop64, relative to the norm of each."""
     if not softplus:    # a negative step would let the state grow without bound
         inputs = {k: v.detach().abs().requires_grad_() if k in ("delta", "delta_bias") else v for k, v in inputs.items()}
-    y, last = selective_scan(**inputs, delta_softplus=softplus, return_last_state=True, method=method)
+    y, last = run_scan(method, **inputs, delta_softplus=softplus)
     expected, expected_last = loop64(**inputs, delta_softplus=softplus)
     assert y.dtype == inputs["u"].dtype and last.dtype in (torch.float32, torch.float64)
     errors = {"y": relative(y, expected), "last_state": relative(last, expected_last)}
@@ -117,7 +136,7 @@ def check_scan(inputs, method, softplus=True, tolerance=1e-5):
     assert not bad, bad
 
 
-@pytest.mark.parametrize("method", ["sequential", "chunked"])
+@pytest.mark.parametrize("method", ["sequential", "chunked", "compiled"])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_scan_equals_float64(length, method):
     rng = random.Random(length)
@@ -127,7 +146,7 @@ def test_scan_equals_float64(length, method):
         check_scan(scan_inputs(batch, length, d_inner, d_state, some), method, softplus=rng.random() < 0.5)
 
 
-@pytest.mark.parametrize("method", ["sequential", "chunked"])
+@pytest.mark.parametrize("method", ["sequential", "chunked", "compiled"])
 @pytest.mark.parametrize("softplus", [False, True])
 def test_scan_options(method, softplus):
     for count in range(len(OPTIONS) + 1):
@@ -154,18 +173,18 @@ def test_scan_of_many_stretches_and_of_padded_states(shape):
     check_scan(scan_inputs(*shape), "chunked")
 
 
-@pytest.mark.parametrize("method", ["sequential", "chunked"])
+@pytest.mark.parametrize("method", ["sequential", "chunked", "compiled"])
 @pytest.mark.parametrize("length", [1, 2, 9, 17])
 def test_scan_gradcheck(monkeypatch, method, length):
     set_tiles(monkeypatch, 4, 2, 1)
     inputs = scan_inputs(2, length, 3, 2, dtype=torch.float64)
 
     def scan(*values):
-        return selective_scan(**dict(zip(inputs, values)), delta_softplus=True, return_last_state=True, method=method)
+        return run_scan(method, **dict(zip(inputs, values)), delta_softplus=True)
     assert torch.autograd.gradcheck(scan, tuple(inputs.values()))
 
 
-@pytest.mark.parametrize("method", ["sequential", "chunked"])
+@pytest.mark.parametrize("method", ["sequential", "chunked", "compiled"])
 @pytest.mark.parametrize("size", [0.0, 1e-6, 1.0, 100.0, 1000.0])
 def test_scan_extreme_decay(method, size):
     """delta A from 0 (nothing is forgotten) to -1000 (everything is, at once)."""
@@ -177,7 +196,7 @@ def test_scan_extreme_decay(method, size):
         check_scan(inputs, method, softplus=False)
 
 
-@pytest.mark.parametrize("method", ["sequential", "chunked"])
+@pytest.mark.parametrize("method", ["sequential", "chunked", "compiled"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 def test_scan_16_bit_inputs(method, dtype, tolerance):
     """float32 inside: the only error is the rounding of what comes out. The state stays float32."""
@@ -185,30 +204,30 @@ def test_scan_16_bit_inputs(method, dtype, tolerance):
     exact = ("A", "D", "delta_bias", "state")
     inputs = {k: v.detach().to(torch.float32 if k in exact else dtype).requires_grad_() for k, v in inputs.items()}
     check_scan(inputs, method, tolerance=tolerance)
-    y, last = selective_scan(**inputs, return_last_state=True, method=method)
+    y, last = run_scan(method, **inputs)
     assert y.dtype == dtype and last.dtype == torch.float32
 
 
-@pytest.mark.parametrize("method", ["sequential", "chunked"])
+@pytest.mark.parametrize("method", ["sequential", "chunked", "compiled"])
 def test_scan_under_autocast(method):
     inputs = scan_inputs(2, 65, 5, 4)
     with torch.autocast("cpu", torch.bfloat16):
         check_scan(inputs, method)
 
 
-@pytest.mark.parametrize("method", ["sequential", "chunked", "auto"])
+@pytest.mark.parametrize("method", ["sequential", "chunked", "compiled", "auto"])
 def test_scan_of_any_split(method):
     """Outputs, last state and gradients of a sequence do not depend on how it is cut, with the state carried over."""
     rng = random.Random(0)
     inputs = scan_inputs(2, 130, 5, 4)
-    settings = {"delta_softplus": True, "return_last_state": True, "method": method}
-    whole = selective_scan(**inputs, **settings)
+    settings = {"delta_softplus": True, "method": method}
+    whole = run_scan(**inputs, **settings)
     expected = gradients(*whole, inputs)
     for cuts in [(1,), (129,), (64, 65)] + [sorted(rng.sample(range(1, 130), 3)) for _ in range(4)]:
         ys, state = [], inputs["state"]
         for start, end in zip((0, *cuts), (*cuts, 130)):
             part = {k: v[:, start:end] if k in ("u", "delta", "B", "C", "z") else v for k, v in inputs.items()}
-            y, state = selective_scan(**{**part, "state": state}, **settings)
+            y, state = run_scan(**{**part, "state": state}, **settings)
             ys.append(y)
         y = torch.cat(ys, 1)
         assert relative(y, whole[0]) < 1e-6 and relative(state, whole[1]) < 1e-6
@@ -217,13 +236,39 @@ def test_scan_of_any_split(method):
             assert relative(got[name], expected[name]) < 1e-5, (cuts, name)
 
 
-def test_scan_of_views():
+@pytest.mark.parametrize("method", ["chunked", "compiled"])
+def test_scan_of_views(method):
     """Inputs that are not contiguous, as chunk(), split() and expand() give them."""
     wide = {k: v.detach() for k, v in scan_inputs(3, 33, 10, 8).items()}
     inputs = scan_inputs(3, 33, 5, 4)
     views = {**inputs, "u": wide["u"].chunk(2, -1)[1], "z": wide["z"].chunk(2, -1)[0], "B": wide["B"].split(4, -1)[1],
              "C": wide["C"][:, :, ::2], "delta": wide["delta"][:, :, :1].expand(3, 33, 5), "A": wide["A"].t()[:5, :4]}
-    check_scan({k: v.detach().requires_grad_() for k, v in views.items()}, "chunked")
+    check_scan({k: v.detach().requires_grad_() for k, v in views.items()}, method)
+
+
+WITHOUT_COMPILER = pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
+                                      reason="no C++ compiler")
+
+
+@WITHOUT_COMPILER
+def test_scan_by_the_compiler(monkeypatch):
+    """selective_scan in what is compiled: two stretches and a rest, B and C of one tensor; all options, and none."""
+    monkeypatch.setattr(mamba, "_compiled", COMPILED)
+    torch.compiler.reset()
+    compiled, calls = torch.compile(selective_scan), []
+    apply = mamba.CompiledScan.apply
+    monkeypatch.setattr(mamba.CompiledScan, "apply", lambda *inputs: calls.append(1) or apply(*inputs))
+    for options, shape in ((OPTIONS, (2, 150, 20, 16)), ((), (1, 64, 70, 8))):
+        inputs = scan_inputs(*shape, options)
+        both = torch.cat([inputs["B"], inputs["C"]], -1).detach().requires_grad_()
+        inputs["B"], inputs["C"] = both.chunk(2, -1)
+        y, last = compiled(**inputs, delta_softplus=True, return_last_state=True)
+        expected, expected_last = loop64(**inputs, delta_softplus=True)
+        leaves = {**{k: v for k, v in inputs.items() if v.is_leaf}, "both": both}
+        got, reference = gradients(y, last, leaves), gradients(expected, expected_last, leaves)
+        assert relative(y, expected) < 1e-6 and relative(last, expected_last) < 1e-6
+        assert all(relative(got[name], reference[name]) < 1e-5 for name in leaves)
+    assert len(calls) == 2
 
 
 def test_scan_refuses_what_does_not_fit():
@@ -3186,7 +3231,7 @@ def unlike_eager(model, prompts, **more):
     return [i for i, pair in enumerate(zip(*rows)) if not torch.equal(*pair)]
 
 
-@pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@WITHOUT_COMPILER
 def test_compiled_step(capsys):
     torch.compiler.reset()
     model, prompts = small().eval(), [tokens(n, seed=n) for n in (5, 1)]
@@ -3221,7 +3266,7 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
 @pytest.mark.parametrize("rows", [(512,), (2, 300), (1, 1, 1000), (511,)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_of_many_rows_by_convolution(rows, bias, monkeypatch):
-    monkeypatch.setattr(mamba, "_mkl_is_slow", lambda: True)    # as on an AMD CPU
+    monkeypatch.setattr(mamba, "MKL_IS_SLOW", True)     # as on an AMD CPU
     called, conv2d = [], F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda *inputs: called.append(1) or conv2d(*inputs))
     torch.manual_seed(0)

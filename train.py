@@ -37,6 +37,7 @@ from mamba import (
     ON_HUB,
     Mamba,
     MambaConfig,
+    compiles_well,
     get_file,
     read_config,
     recorded,
@@ -98,7 +99,7 @@ class Config:
     cache_dir: str = flag("", "folder for downloaded weights, if Hugging Face's cache lacks them; default ~/.cache/mamba.py")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16 (mixed precision); by default bfloat16 on CUDA, else float32")
-    compile: bool | None = flag(None, "torch.compile the model, which takes a minute; by default on CUDA from 5000 steps on")
+    compile: bool | None = flag(None, "torch.compile the model, half a minute or a minute; by default on CUDA from 5000 steps on, on a CPU from 1000")
     scan: str = flag("auto", "method of the selective scan: auto, triton (fused kernels, on CUDA), chunked or sequential")
 
 
@@ -324,7 +325,9 @@ def settle(cfg, given, device, master):
         if getattr(cfg, k) is None:
             setattr(cfg, k, v)
     if cfg.compile is None:
-        cfg.compile = device.type == "cuda" and cfg.max_iters >= 5000
+        on_cpu = compiles_well(device, cfg.d_state) and cfg.scan != "sequential"
+        pays_from = 5000 if device.type == "cuda" else 1000 if on_cpu else math.inf
+        cfg.compile = cfg.max_iters >= pays_from and not cfg.eval_only
     for k in ("batch_size", "block_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters",
               "log_interval"):
         if getattr(cfg, k) < 1:
