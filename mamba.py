@@ -3,6 +3,7 @@ Mamba, the selective state space language model (S6, arXiv 2312.00752), in one f
 
 What is notable here:
 - the selective scan twice: as the paper's plain loop, and chunked, which trains fast on any device and keeps memory small
+  (and a third time, short, for torch.compile on a CPU)
 - the decay over a stretch is always exp(A * sum of delta), never a quotient of products: nothing overflows at any length
 - activations stay (batch, length, channels) from the embedding to the logits: no tensor is transposed in memory
 - a state makes every call continue where the last one ended: constant time and memory per generated token
@@ -125,7 +126,8 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     scan(x) equals scan(x[:, :k]) followed by scan(x[:, k:]) with that state. Computes in float32 (float64 if u is
     float64) whatever the inputs are. Differentiable in every tensor, once.
     method: "sequential" | "chunked" | "triton" (scan_triton.py, on CUDA) | "auto": triton where it runs, else chunked; a
-    single step is one step. ValueError on shapes that do not fit, and for a method that cannot run.
+    single step is one step. In what torch.compile compiles, on a CPU, chunked is compiled too.
+    ValueError on shapes that do not fit, and for a method that cannot run.
     Names and meaning follow mamba_ssm's selective_scan_fn; the layout is (B, L, D) throughout.
     """
     if u.dim() != 3 or A.dim() != 2:
@@ -465,7 +467,8 @@ class CompiledScan(torch.autograd.Function):
         for *inputs, y_s in zip(*(t.split(STRETCH, dim=1) for t in (delta, x, B, C, y))):
             result, state, starts = _compiled(_stretch)(*inputs, A, state)
             y_s.copy_(result)
-            ctx.starts.append(starts)
+            if any(ctx.needs_input_grad):
+                ctx.starts.append(starts)
         ctx.save_for_backward(delta, x, B, C, A)
         return y, state
 
@@ -522,6 +525,7 @@ _nested = getattr(torch.compiler, "nested_compile_region", lambda function: func
 
 @_nested
 def _tile(delta, x, B, C, A, h):
+    """y (B, TILE, D) of a tile, and the state after it."""
     ys = []
     for *inputs, C_t in _steps(delta, x, B, C):
         h = _step(*inputs, A, h)[1]
@@ -531,6 +535,7 @@ def _tile(delta, x, B, C, A, h):
 
 @_nested
 def _tile_backward(delta, x, B, C, gy, A, h, g, gA):
+    """As _stretch_backward. The names are ChunkedScan's; g is what comes from the tile after this one."""
     before, decays, grads, gA_here = [], [], [], 0
     for inputs in _steps(delta, x, B):
         before.append(h)

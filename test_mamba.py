@@ -736,6 +736,35 @@ def test_an_interrupted_run_equals_one_that_was_not(work, corpus):
     assert_same_run(work, corpus / "finished")
 
 
+@WITHOUT_COMPILER
+def test_training_compiled(work):
+    """The same run but for rounding; and where it was stopped and went on, the same bits, dropout included."""
+    def train_it(*more):
+        result = succeeded(script("train.py", *TINY, "--lr_decay_iters=150", *more, cwd=work))
+        assert (", compiled; " in result.stdout) == ("--compile" in more)
+        assert "does not work here" not in result.stdout + result.stderr
+    train_it("--max_iters=12", "--dropout=0", "--out_dir=plain")
+    train_it("--max_iters=12", "--dropout=0", "--out_dir=compiled", "--compile")
+    plain, compiled = ([float(row[2]) for row in losses(work, name)[1:] if row[2]] for name in ("plain", "compiled"))
+    assert len(plain) >= 12 and max(abs(a - b) for a, b in zip(plain, compiled)) < 1e-3, (plain, compiled)
+    for steps in (7, 12):
+        train_it(f"--max_iters={steps}", "--out_dir=parts", "--compile")
+    train_it("--max_iters=12", "--compile")
+    parts, whole = (load(work / name / "ckpt.pt")["model"] for name in ("parts", "run"))
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("changes, compiled", [
+    ({"max_iters": 999}, False), ({"max_iters": 1000}, True), ({"max_iters": 1000, "d_state": 12}, False), ({}, True),
+    ({"scan": "sequential"}, False), ({"eval_only": True, "init_from": str(ROOT)}, False), ({"compile": False}, False)])
+def test_a_run_on_a_cpu_is_compiled_where_it_pays(tmp_path, monkeypatch, changes, compiled):
+    monkeypatch.setattr(torch.compiler, "nested_compile_region", None, raising=False)   # as from torch 2.8 on
+    monkeypatch.setattr(train, "get_file", lambda *inputs: None)
+    monkeypatch.setattr(train, "read_config", lambda path: None)
+    cfg = train.Config(dataset="pydoc", out_dir=str(tmp_path / "run"), **changes)
+    assert train.settle(cfg, {}, torch.device("cpu"), True)[2].compile == compiled
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send these signals to another process")
 def test_a_second_ctrl_c_stops_at_once(work, corpus):
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY], cwd=work, stdout=subprocess.PIPE,
@@ -3325,7 +3354,7 @@ def test_a_pipe_that_nobody_reads(work, corpus):
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")
 def test_ctrl_c_in_a_pipeline(work):
     """`train.py | tee log`: tee goes first, so that even the message about stopping finds nobody."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY, "--eval_interval=1000", "--max_iters=1000"],
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY, "--eval_interval=900", "--max_iters=900"],
                                cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_step(work, 10)
     process.stdout.close()
@@ -3360,7 +3389,7 @@ def test_torchrun_tells_once_and_saves(work):
     output = start([*command, "--dataset=short.txt"]).communicate(timeout=120)[0]
     assert output.count("\ntrain.py: ") + output.startswith("train.py: ") == 1 and "[rank" not in output, output
     assert "too few for --block_size=64" in output and not (work / "run").exists()
-    process = start([*command, "--eval_interval=10000", "--max_iters=10000"])
+    process = start([*command, "--eval_interval=10000", "--max_iters=10000", "--compile=False"])
     wait_for_step(work, 5)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=120)[0]
