@@ -668,7 +668,9 @@ class MambaBlock(nn.Module):
             x = (window * taps).sum(1)
             x = F.silu(x if bias is None else x + bias)
             dt, B, C = x_proj(x).split(sizes, dim=-1)
-            delta = F.softplus(F.linear(dt, dt_weight) + dt_bias)               # (B, D), float32 from here on, by dt_bias
+            # a small product: in the compiler's loop, if that is what there is
+            delta = (dt[:, None] * dt_weight).sum(-1) if torch.compiler.is_compiling() else F.linear(dt, dt_weight)
+            delta = F.softplus(delta + dt_bias)                                 # (B, D), float32 from here on, by dt_bias
             decay = (delta[..., None] * A_2).exp2_()                            # (B, D, N)
             h.mul_(decay).addcmul_((delta * x)[..., None], B[:, None])          # (B, D, N) += (B, D, 1) (B, 1, N)
             y = torch.bmm(h, C[..., None].to(h.dtype))[..., 0]                  # (B, D)
@@ -1089,7 +1091,13 @@ class Mamba(nn.Module):
                 x = layer(x)
             return linear(norm(x))[:, :vocab_size]                              # without the padding rows
         if compile:
-            return torch.compile(step, dynamic=False, fullgraph=True)
+            calls, can_trust = itertools.count(), hasattr(torch.compiler, "nested_compile_region")     # from torch 2.8 on
+
+            def compiled(token):    # what the first call has checked, shapes and types above all, stays as it is
+                trust = can_trust and next(calls) > 0
+                with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if trust else contextlib.nullcontext():
+                    return _compiled(_call)(step, token)
+            return torch.inference_mode()(compiled)
         return torch.inference_mode()(step)     # calls cost less than without gradients alone
 
     @torch.inference_mode()
@@ -1137,6 +1145,10 @@ FEW = 64            # prompts that they read at once
 READ = 8
 PREFILL = 2048      # a prompt is read in parts of this many tokens: the memory it takes does not grow with its length
 ASK = 16            # tokens between two questions to a GPU whether all rows have stopped
+
+
+def _call(step, token):
+    return step(token)
 
 
 def _ready(module, rows, compile):

@@ -3261,7 +3261,8 @@ def unlike_eager(model, prompts, **more):
 
 
 @WITHOUT_COMPILER
-def test_compiled_step(capsys):
+def test_compiled_step(capsys, monkeypatch):
+    monkeypatch.setattr(mamba, "_compiled", COMPILED)
     torch.compiler.reset()
     model, prompts = small().eval(), [tokens(n, seed=n) for n in (5, 1)]
     assert not unlike_eager(model, prompts[:1], temperature=0)
@@ -3278,12 +3279,26 @@ def test_compiled_step(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@WITHOUT_COMPILER
+def test_compiled_streams_side_by_side(monkeypatch):
+    """After its first token a stream does not check again which code is for it: each finds its own all the same."""
+    monkeypatch.setattr(mamba, "_compiled", COMPILED)
+    torch.compiler.reset()
+    models = [small().eval(), small(n_layer=2).eval(), small().eval().bfloat16()]
+    models[0].requires_grad_(False)
+    streams = [[model.stream(tokens(rows, 3, seed=rows), 9, temperature=0, compile=compile) for model, rows in
+                ((models[0], 1), (models[1], 1), (models[0], 2), (models[2], 1))] for compile in (False, True)]
+    order = [0, 1, 0, 0, 2, 1, 3, 2, 0, 3, 1, 1, 2, 0, 3, 0, 2, 2, 1, 3]
+    plain, compiled = ([next(some[i]).tolist() for i in order] for some in streams)
+    assert plain == compiled
+
+
 def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
     def compile(function, **options):
         def fails(*inputs):
             raise RuntimeError("no compiler\nand a long story")
         return fails
-    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(mamba, "_compiled", compile)
     assert not unlike_eager(small().eval(), tokens(2, 4))
     assert capsys.readouterr() == ("", "torch.compile does not work here (RuntimeError); going on without it\n")
 
