@@ -435,7 +435,7 @@ def selective_scan_compiled(u, delta, A, B, C, D, z, delta_bias, delta_softplus,
     if delta_softplus:
         delta = F.softplus(delta)
     # B and C may be parts of one tensor, which the compiler does not take; a step with delta 0 leaves the state as it is
-    inputs = [delta.contiguous(), (delta * u).contiguous(), *(t.clone(memory_format=torch.contiguous_format) for t in (B, C))]
+    inputs = [delta.contiguous(), u.contiguous(), *(t.clone(memory_format=torch.contiguous_format) for t in (B, C))]
     if length % STRETCH:
         inputs = [F.pad(t, (0, 0, 0, -length % STRETCH)) for t in inputs]
     y, state = _recurrence(*inputs, A, state)
@@ -454,22 +454,22 @@ def _recurrence(*inputs):
 
 class CompiledScan(torch.autograd.Function):
     """
-    h_t = exp(delta_t A) h_{t-1} + x_t B_t and y_t = C_t . h_t, with tiles as in ChunkedScan, but the states of a tile are never
+    h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and y_t = C_t . h_t, with tiles as in ChunkedScan, but the states of a tile are never
     in memory: its steps are written out one after the other, and the compiler makes one loop over batch and channels of them,
     with states and decays in registers. The state is (D, N) here, for the sum over n to be in that loop.
-    delta, x: (B, L, D), L a multiple of STRETCH.  B, C: (B, L, N).  A: (D, N).  state: (B, D, N).
+    delta, u: (B, L, D), L a multiple of STRETCH.  B, C: (B, L, N).  A: (D, N).  state: (B, D, N).
     """
 
     @staticmethod
-    def forward(ctx, delta, x, B, C, A, state):
-        y, ctx.starts = torch.empty_like(x), []
+    def forward(ctx, delta, u, B, C, A, state):
+        y, ctx.starts = torch.empty_like(u), []
         A, state = A.detach(), state.detach()   # without the marks of a graph before that their sizes may change
-        for *inputs, y_s in zip(*(t.split(STRETCH, dim=1) for t in (delta, x, B, C, y))):
+        for *inputs, y_s in zip(*(t.split(STRETCH, dim=1) for t in (delta, u, B, C, y))):
             result, state, starts = _compiled(_stretch)(*inputs, A, state)
             y_s.copy_(result)
             if any(ctx.needs_input_grad):
                 ctx.starts.append(starts)
-        ctx.save_for_backward(delta, x, B, C, A)
+        ctx.save_for_backward(delta, u, B, C, A)
         return y, state
 
     @staticmethod
@@ -478,9 +478,9 @@ class CompiledScan(torch.autograd.Function):
         *inputs, A = ctx.saved_tensors
         grads, g, gA = [torch.empty_like(t) for t in inputs], g.detach().contiguous(), torch.zeros(g.shape, dtype=g.dtype)
         stretches = zip(*(t.split(STRETCH, dim=1) for t in (*inputs, gy.contiguous(), *grads)), ctx.starts)
-        for *inputs_s, gdelta, gx, gB, gC, starts in reversed(list(stretches)):
+        for *inputs_s, gdelta, gu, gB, gC, starts in reversed(list(stretches)):
             *results, g, gA = _compiled(_stretch_backward)(*inputs_s, starts, A, g, gA)
-            torch._foreach_copy_([gdelta, gx, gB, gC], results)
+            torch._foreach_copy_([gdelta, gu, gB, gC], results)
         return *grads, gA.sum(0), g
 
 
@@ -490,29 +490,32 @@ def _compiled(function):
     return torch.compile(function, dynamic=False, options={"max_fusion_size": 4096, "size_asserts": False})
 
 
-def _stretch(delta, x, B, C, A, h):
-    """y of a stretch, the state after it, and the state before each of its tiles."""
+def _stretch(delta, u, B, C, A, h):
+    """y of a stretch, the state after it, and the state before every second of its tiles."""
     ys, starts = [], []
-    for tile in zip(*(t.split(TILE, dim=1) for t in (delta, x, B, C))):
-        starts.append(h)
+    for i, tile in enumerate(zip(*(t.split(TILE, dim=1) for t in (delta, u, B, C)))):
+        if i % 2 == 0:
+            starts.append(h)
         y, h = _tile(*tile, A, h)
         ys.append(y)
     return torch.cat(ys, dim=1), h, starts
 
 
-def _stretch_backward(delta, x, B, C, gy, starts, A, g, gA):
-    """The gradients of delta, x, B and C, what of dLoss/dh goes to the stretch before, and the gradient of A so far."""
-    results = []
-    for *tile, h in reversed(list(zip(*(t.split(TILE, dim=1) for t in (delta, x, B, C, gy)), starts))):
-        *result, g, gA = _tile_backward(*tile, A, h, g, gA)
-        results.insert(0, result)
-    return *(torch.cat(t, dim=1) for t in zip(*results)), g, gA
+def _stretch_backward(delta, u, B, C, gy, starts, A, g, gA):
+    """The gradients of delta, u, B and C, what of dLoss/dh goes to the stretch before, and the gradient of A so far."""
+    tiles, results = list(zip(*(t.split(TILE, dim=1) for t in (delta, u, B, C, gy)))), []
+    for first, second, h in reversed(list(zip(tiles[::2], tiles[1::2], starts))):
+        for tile, start in ((second, _tile_end(*first[:3], A, h)), (first, h)):
+            *result, g, gA = _tile_backward(*tile, A, start, g, gA)
+            results.insert(0, result)
+    gdelta, gx, gB, gC = (torch.cat(t, dim=1) for t in zip(*results))
+    return gdelta + gx * u, gx * delta, gB, gC, g, gA
 
 
-def _step(delta_t, x_t, B_t, A, h):
+def _step(delta_t, u_t, B_t, A, h):
     """The decay of a step, and the state after it. The clamp: see _inputs_of."""
     decay = torch.exp2((delta_t[:, :, None] * (A / math.log(2))).clamp(min=-64 / math.log(2)))     # (B, D, N)
-    return decay, decay * h + x_t[:, :, None] * B_t[:, None]
+    return decay, decay * h + (delta_t * u_t)[:, :, None] * B_t[:, None]
 
 
 def _steps(*tensors):
@@ -524,27 +527,34 @@ _nested = getattr(torch.compiler, "nested_compile_region", lambda function: func
 
 
 @_nested
-def _tile(delta, x, B, C, A, h):
+def _tile(delta, u, B, C, A, h):
     """y (B, TILE, D) of a tile, and the state after it."""
     ys = []
-    for *inputs, C_t in _steps(delta, x, B, C):
+    for *inputs, C_t in _steps(delta, u, B, C):
         h = _step(*inputs, A, h)[1]
         ys.append((h * C_t[:, None]).sum(-1))
     return torch.stack(ys, dim=1), h
 
 
 @_nested
-def _tile_backward(delta, x, B, C, gy, A, h, g, gA):
-    """As _stretch_backward. The names are ChunkedScan's; g is what comes from the tile after this one."""
+def _tile_end(delta, u, B, A, h):
+    for inputs in _steps(delta, u, B):
+        h = _step(*inputs, A, h)[1]
+    return h
+
+
+@_nested
+def _tile_backward(delta, u, B, C, gy, A, h, g, gA):
+    """As _stretch_backward, but with gx for gu, and only what goes through A for gdelta. The names are ChunkedScan's."""
     before, decays, grads, gA_here = [], [], [], 0
-    for inputs in _steps(delta, x, B):
+    for inputs in _steps(delta, u, B):
         before.append(h)
         decay, h = _step(*inputs, A, h)
         decays.append(decay)
     after = [*before[1:], h]
-    for (delta_t, x_t, B_t, C_t, gy_t), decay, h0, h in reversed(list(zip(_steps(delta, x, B, C, gy), decays, before, after))):
+    for (delta_t, u_t, B_t, C_t, gy_t), decay, h0, h in reversed(list(zip(_steps(delta, u, B, C, gy), decays, before, after))):
         g = g + gy_t[:, :, None] * C_t[:, None]                                 # dLoss/dh_t
-        gx, gB, gC = (g * B_t[:, None]).sum(-1), (g * x_t[:, :, None]).sum(1), (h * gy_t[:, :, None]).sum(1)
+        gx, gB, gC = (g * B_t[:, None]).sum(-1), (g * (delta_t * u_t)[:, :, None]).sum(1), (h * gy_t[:, :, None]).sum(1)
         g = g * decay
         gdelta_A = g * h0
         gA_here = gA_here + gdelta_A * delta_t[:, :, None]
