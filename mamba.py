@@ -454,9 +454,9 @@ def _recurrence(*inputs):
 
 class CompiledScan(torch.autograd.Function):
     """
-    h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and y_t = C_t . h_t, with tiles as in ChunkedScan, but the states of a tile are never
-    in memory: its steps are written out one after the other, and the compiler makes one loop over batch and channels of them,
-    with states and decays in registers. The state is (D, N) here, for the sum over n to be in that loop.
+    h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and y_t = C_t . h_t, with tiles as in ChunkedScan, but in the forward pass the
+    states of a tile are never in memory: its steps are written out one after the other, and the compiler makes one loop over
+    batch and channels of them, with the state in registers. It is (D, N) here, for the sum over n to be in that loop.
     delta, u: (B, L, D), L a multiple of STRETCH.  B, C: (B, L, N).  A: (D, N).  state: (B, D, N).
     """
 
