@@ -50,7 +50,7 @@ class Config:
     out: str = flag("results.json", "file for all results, raw times included")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16; by default bfloat16 on CUDA, else float32")
-    compile: bool = flag(False, "also what needs torch.compile: compiled scans, PyTorch's associative_scan, a compiled training step and generation")
+    compile: bool = flag(False, "also what needs torch.compile: chunked and PyTorch's associative_scan, training and generation compiled")
     # scan
     shapes: str = flag("4x1024x512x16", "BxLxDxN,...: batch, length, channels, numbers remembered by each channel")
     lengths: str = flag("", "L,...: also these lengths, with B, D and N of the first shape")

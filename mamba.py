@@ -126,7 +126,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     scan(x) equals scan(x[:, :k]) followed by scan(x[:, k:]) with that state. Computes in float32 (float64 if u is
     float64) whatever the inputs are. Differentiable in every tensor, once.
     method: "sequential" | "chunked" | "triton" (scan_triton.py, on CUDA) | "auto": triton where it runs, else chunked; a
-    single step is one step. In what torch.compile compiles, on a CPU, chunked is compiled too.
+    single step is one step. In what torch.compile compiles, chunked is compiled too where compiles_well.
     ValueError on shapes that do not fit, and for a method that cannot run.
     Names and meaning follow mamba_ssm's selective_scan_fn; the layout is (B, L, D) throughout.
     """
@@ -149,7 +149,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     method = "sequential" if method == "auto" and length == 1 else scan_method(method, u, d_state)
     scan = {"sequential": selective_scan_sequential, "chunked": selective_scan_chunked, "triton": _selective_scan_triton}[method]
     if method == "chunked" and torch.compiler.is_compiling() and compiles_well(u.device, d_state):
-        scan = selective_scan_compiled
+        scan = functools.partial(selective_scan_sequential, recurrence=_recurrence_compiled)
     with torch.autocast(u.device.type, enabled=False):  # autocast would run the products below in 16 bits
         y, last_state = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
     return (y, last_state) if return_last_state else y
@@ -173,7 +173,17 @@ def _at_least_float32(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def selective_scan_sequential(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state):
+def _recurrence(u, delta, A, B, C, h):
+    ys = []
+    # unbind, not x[:, t]: each indexing would make a full-size gradient, and the backward pass quadratic in L
+    for u_t, delta_t, B_t, C_t in zip(u.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1)):
+        decay = torch.exp(delta_t[:, :, None] * A)                              # (B, D, N)
+        h = decay * h + (delta_t * u_t)[:, :, None] * B_t[:, None, :]           # (B, D, N)
+        ys.append((h * C_t[:, None, :]).sum(-1))                                # (B, D)
+    return torch.stack(ys, dim=1), h                                            # (B, L, D), (B, D, N)
+
+
+def selective_scan_sequential(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, recurrence=_recurrence):
     """Algorithm 2 as written: one step after the other. The reference; arguments as in selective_scan."""
     dtype_in = u.dtype
     u, delta, A, B, C, h = (t.to(_at_least_float32(u)) for t in (u, delta, A, B, C, state))
@@ -181,13 +191,7 @@ def selective_scan_sequential(u, delta, A, B, C, D, z, delta_bias, delta_softplu
         delta = delta + delta_bias
     if delta_softplus:
         delta = F.softplus(delta)
-    ys = []
-    # unbind, not x[:, t]: each indexing would make a full-size gradient, and the backward pass quadratic in L
-    for u_t, delta_t, B_t, C_t in zip(u.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1)):
-        decay = torch.exp(delta_t[:, :, None] * A)                              # (B, D, N)
-        h = decay * h + (delta_t * u_t)[:, :, None] * B_t[:, None, :]           # (B, D, N)
-        ys.append((h * C_t[:, None, :]).sum(-1))                                # (B, D)
-    y = torch.stack(ys, dim=1)                                                  # (B, L, D)
+    y, h = recurrence(u, delta, A, B, C, h)
     if D is not None:
         y = y + D * u
     if z is not None:
@@ -419,36 +423,27 @@ def _carried(first, decay, ends, backward=False):
 
 
 STRETCH, TILE = 64, 8   # steps that are one call, and those of them that are one loop
+SINCE_2_8 = hasattr(torch.compiler, "nested_compile_region")    # the version of torch
 
 
 def compiles_well(device, d_state):
     """Whether torch.compile on a model also compiles its scan: on a CPU, from torch 2.8 on, if a state fills whole vectors."""
-    return device.type == "cpu" and d_state % 8 == 0 and hasattr(torch.compiler, "nested_compile_region")
+    return device.type == "cpu" and d_state % 8 == 0 and SINCE_2_8
 
 
-def selective_scan_compiled(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state):
-    """The same function again. All but the recurrence is left to the compiler of the model, gradients too."""
-    dtype_in, length = u.dtype, u.shape[1]
-    u, delta, A, B, C, state = (t.to(_at_least_float32(u)) for t in (u, delta, A, B, C, state))
-    if delta_bias is not None:
-        delta = delta + delta_bias
-    if delta_softplus:
-        delta = F.softplus(delta)
+def _recurrence_compiled(u, delta, A, B, C, h):
+    """What _recurrence computes. The rest of selective_scan_sequential, gradients too, is left to the compiler of the model."""
+    length = u.shape[1]
     # B and C may be parts of one tensor, which the compiler does not take; a step with delta 0 leaves the state as it is
     inputs = [delta.contiguous(), u.contiguous(), *(t.clone(memory_format=torch.contiguous_format) for t in (B, C))]
     if length % STRETCH:
         inputs = [F.pad(t, (0, 0, 0, -length % STRETCH)) for t in inputs]
-    y, state = _recurrence(*inputs, A, state)
-    y = y[:, :length]
-    if D is not None:
-        y = y + D * u
-    if z is not None:
-        y = y * F.silu(z.to(y.dtype))
-    return y.to(dtype_in), state
+    y, h = _in_stretches(*inputs, A, h)
+    return y[:, :length], h
 
 
 @torch.compiler.disable
-def _recurrence(*inputs):
+def _in_stretches(*inputs):
     return CompiledScan.apply(*inputs)
 
 
@@ -476,7 +471,8 @@ class CompiledScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy, g):
         *inputs, A = ctx.saved_tensors
-        grads, g, gA = [torch.empty_like(t) for t in inputs], g.detach().contiguous(), torch.zeros(g.shape, dtype=g.dtype)
+        g = g.detach().contiguous()
+        grads, gA = [torch.empty_like(t) for t in inputs], torch.zeros_like(g)
         stretches = zip(*(t.split(STRETCH, dim=1) for t in (*inputs, gy.contiguous(), *grads)), ctx.starts)
         for *inputs_s, gdelta, gu, gB, gC, starts in reversed(list(stretches)):
             *results, g, gA = _compiled(_stretch_backward)(*inputs_s, starts, A, g, gA)
@@ -523,7 +519,7 @@ def _steps(*tensors):
 
 
 # what it decorates is compiled once, however often it is called
-_nested = getattr(torch.compiler, "nested_compile_region", lambda function: function)
+_nested = torch.compiler.nested_compile_region if SINCE_2_8 else lambda function: function
 
 
 @_nested
@@ -538,6 +534,7 @@ def _tile(delta, u, B, C, A, h):
 
 @_nested
 def _tile_end(delta, u, B, A, h):
+    """The state after a tile alone, for the backward pass."""
     for inputs in _steps(delta, u, B):
         h = _step(*inputs, A, h)[1]
     return h
@@ -572,8 +569,7 @@ def linear(x, weight, bias=None):
     PyTorch leaves to oneDNN. It leaves matrix products to MKL, which does without AVX-512 on CPUs that are not Intel's.
     """
     rows = x.numel() // x.shape[-1]
-    if (rows < 512 or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-            or not MKL_IS_SLOW):
+    if not MKL_IS_SLOW or rows < 512 or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     image = x.reshape(1, 1, rows, -1).permute(0, 3, 1, 2)                       # (1, in, 1, rows), still row by row in memory
     return F.conv2d(image, weight[..., None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
@@ -1101,11 +1097,10 @@ class Mamba(nn.Module):
                 x = layer(x)
             return linear(norm(x))[:, :vocab_size]                              # without the padding rows
         if compile:
-            calls, can_trust = itertools.count(), hasattr(torch.compiler, "nested_compile_region")     # from torch 2.8 on
+            checks = itertools.chain([True], itertools.repeat(not SINCE_2_8))
 
             def compiled(token):    # what the first call has checked, shapes and types above all, stays as it is
-                trust = can_trust and next(calls) > 0
-                with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if trust else contextlib.nullcontext():
+                with contextlib.nullcontext() if next(checks) else torch.compiler.set_stance(skip_guard_eval_unsafe=True):
                     return _compiled(_call)(step, token)
             return torch.inference_mode()(compiled)
         return torch.inference_mode()(step)     # calls cost less than without gradients alone
@@ -1157,7 +1152,7 @@ PREFILL = 2048      # a prompt is read in parts of this many tokens: the memory 
 ASK = 16            # tokens between two questions to a GPU whether all rows have stopped
 
 
-def _call(step, token):
+def _call(step, token):     # one function to compile for all streams: code for the same model is found again
     return step(token)
 
 

@@ -117,7 +117,7 @@ def run_scan(method, D=None, z=None, delta_bias=None, delta_softplus=False, stat
         return selective_scan(**inputs, **more, state=state, return_last_state=True, method=method)
     state = torch.zeros(len(inputs["u"]), *inputs["A"].shape) if state is None else state
     with torch.autocast("cpu", enabled=False):
-        return mamba.selective_scan_compiled(**inputs, **more, state=state)
+        return mamba.selective_scan_sequential(**inputs, **more, state=state, recurrence=mamba._recurrence_compiled)
 
 
 def check_scan(inputs, method, softplus=True, tolerance=1e-5):
@@ -758,7 +758,7 @@ def test_training_compiled(work):
     ({"max_iters": 999}, False), ({"max_iters": 1000}, True), ({"max_iters": 1000, "d_state": 12}, False), ({}, True),
     ({"scan": "sequential"}, False), ({"eval_only": True, "init_from": str(ROOT)}, False), ({"compile": False}, False)])
 def test_a_run_on_a_cpu_is_compiled_where_it_pays(tmp_path, monkeypatch, changes, compiled):
-    monkeypatch.setattr(torch.compiler, "nested_compile_region", None, raising=False)   # as from torch 2.8 on
+    monkeypatch.setattr(mamba, "SINCE_2_8", True)
     monkeypatch.setattr(train, "get_file", lambda *inputs: None)
     monkeypatch.setattr(train, "read_config", lambda path: None)
     cfg = train.Config(dataset="pydoc", out_dir=str(tmp_path / "run"), **changes)

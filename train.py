@@ -99,7 +99,7 @@ class Config:
     cache_dir: str = flag("", "folder for downloaded weights, if Hugging Face's cache lacks them; default ~/.cache/mamba.py")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16 (mixed precision); by default bfloat16 on CUDA, else float32")
-    compile: bool | None = flag(None, "torch.compile the model, half a minute or a minute; by default on CUDA from 5000 steps on, on a CPU from 1000")
+    compile: bool | None = flag(None, "torch.compile, up to a minute; by default on CUDA from 5000 steps on, on a CPU from 1000")
     scan: str = flag("auto", "method of the selective scan: auto, triton (fused kernels, on CUDA), chunked or sequential")
 
 
