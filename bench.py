@@ -401,7 +401,7 @@ def plot(bench, sweep):
         axis.set_xscale("log", base=2)
         axis.set(xlabel="L", ylabel=label)
         axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     batch, _, d_inner, d_state = sweep[0]
     figure.suptitle(f"selective scan, forward + backward: B={batch} D={d_inner} N={d_state}, {bench.results['machine']['name']}")
     figure.savefig(bench.cfg.plot, dpi=150, bbox_inches="tight")
