@@ -1,16 +1,18 @@
 """
-What costs what: the selective scan in many ways, a training step and generation, next to other packages.
+What costs what: the selective scan in many ways, a training step and generation, next to other
+packages.
 
-python bench.py                                                     # everything, some minutes
-python bench.py --suite=scan --shapes=4x1024x512x16,1x4096x1536x16  # each shape is BxLxDxN
+python bench.py                                                 # everything, some minutes
+python bench.py --suite=scan --shapes=4x1024x512x16,1x4096x1536x16      # each shape is BxLxDxN
 python bench.py --suite=scan --lengths=256,1024,4096 --plot=scan.png
 python bench.py --suite=train --compile
 python bench.py --suite=generate --size=small --device=cuda
 
-The variants of a table take turns, so that a busy machine slows all of them; times are medians of whole calls, with
-quartiles, after a warm-up. On CUDA the scans run as CUDA graphs: what the GPU does is timed, not how long Python takes to ask
-for it; and a training step follows another without a wait in between, as in training. Peers that are installed join in: pip
-install mambapy transformers (mamba_ssm on CUDA).
+The variants of a table take turns, so that a busy machine slows all of them; times are medians of
+whole calls, with quartiles, after a warm-up. On CUDA the scans run as CUDA graphs: what the GPU
+does is timed, not how long Python takes to ask for it; and a training step follows another without
+a wait in between, as in training. Peers that are installed join in: pip install mambapy
+transformers (mamba_ssm on CUDA).
 """
 from __future__ import annotations
 
@@ -22,6 +24,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import os
 import platform
 import re
 import sys
@@ -30,6 +33,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+if __name__ == "__main__":
+    # As in train.py, so that what is timed here is what happens there. torch reads these two once.
+    # Large pages, on Linux: fresh memory costs a CPU less.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Without such a workspace PyTorch does not trust cuBLAS to repeat itself; see repeatable.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,25 +47,44 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
-import mamba
-from mamba import Mamba, MambaConfig, quantize_int8, selective_scan
-from prepare_data import Problem, flag, nearest, run
-from train import autocast, pick_device, pick_dtype, pick_scan, repeatable, replayed
+from common import (
+    Problem,
+    autocast,
+    flag,
+    nearest,
+    pick_device,
+    pick_dtype,
+    pick_scan,
+    repeatable,
+    run,
+)
+from mamba import Mamba, MambaConfig, selective_scan
+
+try:
+    import mamba_fast as fast
+except ImportError:     # what needs it is left out
+    fast = None
 
 
 @dataclass
 class Config:
     suite: str = flag("all", "scan, train, generate or all")
-    seconds: float = flag(3.0, "time for each variant of a table; it runs at least twice unless one call takes longer")
+    seconds: float = flag(3.0, "time for each variant of a table; it runs at least twice unless "
+                          "one call takes longer")
     out: str = flag("results.json", "file for all results, raw times included")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
-    dtype: str = flag("auto", "float32, bfloat16 or float16; by default bfloat16 on CUDA, else float32")
-    compile: bool = flag(False, "also what needs torch.compile: chunked and PyTorch's associative_scan, training and generation compiled")
+    dtype: str = flag("auto", "float32, bfloat16 or float16; by default bfloat16 on CUDA, else "
+                      "float32")
+    compile: bool = flag(False, "also what needs torch.compile: chunked and PyTorch's "
+                         "associative_scan, training and generation compiled")
     # scan
-    shapes: str = flag("4x1024x512x16", "BxLxDxN,...: batch, length, channels, numbers remembered by each channel")
+    shapes: str = flag("4x1024x512x16", "BxLxDxN,...: batch, length, channels, numbers remembered "
+                       "by each channel")
     lengths: str = flag("", "L,...: also these lengths, with B, D and N of the first shape")
-    plot: str = flag("", "picture of time and memory over the lengths (256,1024,4096 without --lengths)")
-    longest: int = flag(65536, "the cost per token is measured from L = 256 to here; below 256 it is left out")
+    plot: str = flag("", "picture of time and memory over the lengths (256,1024,4096 without "
+                     "--lengths)")
+    longest: int = flag(65536, "the cost per token is measured from L = 256 to here; below 256 it "
+                        "is left out")
     memory_gb: float = flag(8.0, "a scan that would take more is left out")
     # train and generate
     d_model: int = flag(256, "width of the small model")
@@ -67,18 +96,21 @@ class Config:
     texts: int = flag(1, "texts that are generated at once")
     start: int = flag(1, "tokens that each of them begins with; they are read within the time")
     new_tokens: int = flag(32, "tokens that one call generates for each")
-    prompt: int = flag(1000, "tokens of the prompt to read, after which the time of a token is measured too")
+    prompt: int = flag(1000, "tokens of the prompt to read, after which the time of a token is "
+                       "measured too")
 
 
 PEERS = ("mambapy", "transformers", "mamba_ssm")
+NEEDS_FAST = "left out, needs mamba_fast/"
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Measuring
 
 
 def clock(call, device):
     """(seconds that a call takes until the device has done it, what it returns)"""
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
+    wait = waits.get(device.type, lambda: None)
     wait()
     start, result = time.perf_counter(), call()
     wait()
@@ -97,77 +129,118 @@ def clock_on_gpu(call, device):
 
 
 def clock_and_memory(call, device):
-    """The same, and the MB that it takes on top of what was there before: None where nothing tells."""
+    """As clock, and the MB that it takes on top of what was there: None where nothing tells."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
-        return *clock(call, device), (peak() - before) / 1e6
+        before = torch.cuda.memory_allocated()
+        took, result = clock(call, device)
+        return took, result, (torch.cuda.max_memory_allocated() - before) / 1e6
     try:
         if device.type != "cpu" or sys.platform != "linux":
             raise OSError
-        with contextlib.suppress(AttributeError):           # glibc: memory kept for reuse would hide what is taken
+        # glibc: memory kept for reuse would hide what is taken
+        with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")       # the high-water mark starts again from here
+        # the high-water mark starts again from here
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return *clock(call, device), None
-    before = resident("VmRSS")
-    return *clock(call, device), max(0, resident("VmHWM") - before) / 1e3
+    before = resident_kb("VmRSS")
+    took, result = clock(call, device)
+    return took, result, max(0, resident_kb("VmHWM") - before) / 1e3
 
 
-def resident(key):
-    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1.024
+def resident_kb(key):
+    """Memory of this process by Linux: VmRSS is now, VmHWM the high-water mark."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) * 1.024
+
+
+def warm_up(name, call, device, seconds, error_of):
+    """
+    The row of a variant, without its times: its first calls, their memory, the error of the result.
+    """
+    row = {"variant": name, "times_s": [], "warmup_s": []}
+    # the first call sets up what stays, the second shows what every call takes
+    while len(row["warmup_s"]) < 2:
+        took, result, row["memory_mb"] = clock_and_memory(call, device)
+        row["warmup_s"].append(took)
+        if took > seconds and "compiled" not in name:
+            break
+    row["error"] = error_of(name, result) if error_of else None
+    if error_of and row["memory_mb"] is not None:
+        # less the outputs and gradients, which every way has to make
+        made = sum(t.nbytes for t in result) / 1e6
+        row["memory_mb"] = max(0, row["memory_mb"] - made)
+    return row
 
 
 def measure(variants, device, seconds, error_of, replay=False, queue=False):
     """
-    variants: {name: make}, make() -> call.  Returns a row for each that works, and remarks.
-    All are warmed up first, where memory and errors are looked at too; then they run in turns until their time is up. On CUDA
-    with replay they do so as CUDA graphs, the time of what the GPU does, whatever its launches take; with queue as in a
-    loop that never waits for the GPU.
+    A row for each of the variants that works, and remarks. variants: {name: make}, make() -> call.
+
+    All are warmed up first, where memory and errors are looked at too: error_of(name, result), or
+    None. Then they run in turns until their time is up. On CUDA with replay they do so as CUDA
+    graphs, the time of what the GPU does, whatever its launches take; with queue as in a loop that
+    never waits for the GPU.
     """
-    gc.collect()        # the models of the table before
+    gc.collect()    # the models of the table before
     rows, calls, remarks = [], {}, []
-    timed = clock_on_gpu if (replay or queue) and device.type == "cuda" else clock
+    on_cuda = device.type == "cuda"
+    timed = clock_on_gpu if (replay or queue) and on_cuda else clock
+    if replay and on_cuda and fast is None:
+        remarks.append("CUDA graphs need mamba_fast/: these times are of launches too")
     for name, make in variants.items():
-        row = {"variant": name, "times_s": [], "warmup_s": []}
         try:
             calls[name] = make()
-            while len(row["warmup_s"]) < 2:     # the first call sets up what stays, the second shows what every call takes
-                took, result, row["memory_mb"] = clock_and_memory(calls[name], device)
-                row["warmup_s"].append(took)
-                if took > seconds and "compiled" not in name:
-                    break
-            row["error"] = error_of(name, result) if error_of else None
-            if error_of and row["memory_mb"] is not None:   # the outputs and gradients, which every way has to make
-                row["memory_mb"] = max(0, row["memory_mb"] - sum(t.nbytes for t in result) / 1e6)
-            del result
-            if replay and device.type == "cuda":
-                calls[name] = mamba.recorded(calls[name], torch.empty(0, device=device))[0].replay
+            row = warm_up(name, calls[name], device, seconds, error_of)
+            if replay and on_cuda and fast:
+                where = torch.empty(0, device=device)
+                calls[name] = fast.recorded(calls[name], where)[0].replay
             rows.append(row)
-        except Exception as error:  # noqa: BLE001 (other people's code may fail in any way, and the rest goes on)
-            calls.pop(name, None)       # and the memory that it holds
-            remarks.append(f"{name} failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]}")
-        if device.type == "cuda":   # a failed one has left the GPU full
+        except Exception as error:  # noqa: BLE001
+            # other people's code may fail in any way, and the rest goes on
+            calls.pop(name, None)   # and the memory that it holds
+            reason = (str(error).strip().splitlines() or [""])[0][:150]
+            remarks.append(f"{name} failed: {type(error).__name__}: {reason}")
+        if on_cuda:     # a failed one has left the GPU full
             gc.collect()
             torch.cuda.empty_cache()
     waiting = rows
     while waiting:
         for row in waiting:
             row["times_s"].append(timed(calls[row["variant"]], device)[0])
-        waiting = [row for row in waiting if (t := row["times_s"])[0] < seconds
-                   and (len(t) < 2 or sum(t) < seconds and len(t) < 100)]
-    remarks += [f"{row['variant']}: its first call took {row['warmup_s'][0]:.1f} s" for row in rows if "compiled" in row["variant"]]
+        waiting = [row for row in waiting if goes_on(row["times_s"], seconds)]
+    for row in rows:
+        if "compiled" in row["variant"]:
+            first = row["warmup_s"][0]
+            remarks.append(f"{row['variant']}: its first call took {first:.1f} s")
     once = [row["variant"] for row in rows if len(row["times_s"]) == 1]
-    return rows, remarks + [f"measured once, a call takes longer than --seconds: {'; '.join(once)}"] * bool(once)
+    if once:
+        names = "; ".join(once)
+        remarks.append(f"measured once, a call takes longer than --seconds: {names}")
+    return rows, remarks
 
 
-def table(bench, title, variants, tokens, error_of=None, floor=None, remarks=(), replay=False, queue=False, **about):
-    """Measures, prints and writes one table. tokens: how many a call makes.  floor: {name: least seconds it can take}."""
+def goes_on(times, seconds):
+    """Whether a variant whose calls took these times is called again."""
+    if times[0] >= seconds:
+        return False
+    return len(times) < 2 or (sum(times) < seconds and len(times) < 100)
+
+
+def table(bench, title, variants, tokens, error_of=None, floor=None, remarks=(), replay=False,
+          queue=False, **about):
+    """
+    Measures, prints and writes one table. variants, error_of, replay, queue: as measure takes them.
+    tokens: {name: how many a call makes}.  floor: {name: least seconds it can take}.
+    """
     rows, more = measure(variants, bench.device, bench.cfg.seconds, error_of, replay, queue)
+    remarks = [*remarks, *more]
     peers = []
     for row in rows:
-        name = row["variant"]
-        row["low_s"], row["median_s"], row["high_s"] = np.percentile(row["times_s"], (25, 50, 75)).tolist()
+        name, quartiles = row["variant"], np.percentile(row["times_s"], (25, 50, 75))
+        row["low_s"], row["median_s"], row["high_s"] = quartiles.tolist()
         row["tokens_per_s"] = tokens[name] / row["median_s"]
         row["of_floor"] = floor[name] / row["median_s"] if floor else None
         peers += [row["median_s"]] if name in PEERS else []
@@ -178,20 +251,32 @@ def table(bench, title, variants, tokens, error_of=None, floor=None, remarks=(),
         "median ms": [f"{row['median_s'] * 1e3:.4g}" for row in rows],
         "quartiles": [f"{row['low_s'] * 1e3:.4g}..{row['high_s'] * 1e3:.4g}" for row in rows],
         "calls": [f"{len(row['times_s'])}" for row in rows],
-        "tokens/s": [f"{row['tokens_per_s']:,.{1 if row['tokens_per_s'] < 1000 else 0}f}" for row in rows],
+        "tokens/s": [per_second(row["tokens_per_s"]) for row in rows],
         "us/token": [f"{1e6 / row['tokens_per_s']:.3f}" for row in rows],
-        "extra MB": ["n/a" if row["memory_mb"] is None else f"{row['memory_mb']:,.0f}" for row in rows],
+        "extra MB": [megabytes(row["memory_mb"]) for row in rows],
         "error": [f"{row['error']:.1e}" for row in rows if error_of],
         "x best peer": [f"{row['vs_peer']:.2f}" for row in rows if peers],
         "of floor": [f"{row['of_floor']:.0%}" for row in rows if floor],
     }
-    remarks = [*remarks, *more]
     print(f"\n{title}")
-    for cells in zip(*([header, *column] for header, column in columns.items() if column)):
-        print("  ".join([f"{cells[0]:<26}", *(f"{cell:>{18 if i == 1 else 11}}" for i, cell in enumerate(cells[1:]))]))
-    print(*(f"  {remark}\n" for remark in remarks), sep="", end="", flush=True)
+    there = {header: column for header, column in columns.items() if column}
+    widths = {"variant": "<29", "quartiles": ">18"}
+    for cells in [there, *zip(*there.values())]:
+        padded = (f"{cell:{widths.get(header, '>11')}}" for header, cell in zip(there, cells))
+        print("  ".join(padded))
+    for remark in remarks:
+        print(f"  {remark}")
+    sys.stdout.flush()
     bench.results["tables"].append({"title": title, **about, "rows": rows, "remarks": remarks})
     write(bench)    # after every table, so that Ctrl-C loses only the one it interrupts
+
+
+def per_second(count):
+    return f"{count:,.1f}" if count < 1000 else f"{count:,.0f}"
+
+
+def megabytes(count):
+    return "n/a" if count is None else f"{count:,.0f}"
 
 
 def write(bench):
@@ -199,13 +284,17 @@ def write(bench):
     Path(bench.cfg.out).write_text(json.dumps(bench.results, indent=1), encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The scan. Here the other ways to compute it: log-depth scans over a and x, all decays and inputs, (B, L, D, N) each.
-# Only products and sums of decays, so they are as stable as the loop; autograd makes their backward pass.
+# ----------------------------------------------------------------------------------------------
+# The scan. Here the other ways to compute it: log-depth scans over a and x, all decays and inputs,
+# (B, L, D, N) each. Only products and sums of decays, so they are as stable as the loop; autograd
+# makes their backward pass.
 
 
 def hillis_steele(a, x):
-    """Everyone takes in what is one step before it, then two, then four: log2(L) rounds, each over the whole sequence."""
+    """
+    Everyone takes in what is one step before it, then two, then four: log2(L) rounds, each over the
+    whole sequence.
+    """
     step = 1
     while step < a.shape[1]:
         x = torch.cat([x[:, :step], torch.addcmul(x[:, step:], a[:, step:], x[:, :-step])], 1)
@@ -215,13 +304,15 @@ def hillis_steele(a, x):
 
 
 def blelloch(a, x):
-    """Join neighbours to pairs, scan the pairs, fill in what lies between: about 2 L joins in all."""
+    """Join neighbours to pairs, scan the pairs, fill in what lies between: about 2 L joins."""
     length, pairs = a.shape[1], a.shape[1] // 2
     if length == 1:
         return x
-    a_even, x_even, a_odd, x_odd = a[:, :2 * pairs:2], x[:, :2 * pairs:2], a[:, 1::2], x[:, 1::2]
-    odd = blelloch(a_odd * a_even, torch.addcmul(x_odd, a_odd, x_even))                                 # h_1, h_3, ...
-    even = torch.cat([x[:, :1], torch.addcmul(x[:, 2::2], a[:, 2::2], odd[:, :(length - 1) // 2])], 1)  # h_0, h_2, ...
+    a_even, a_odd = a[:, :2 * pairs:2], a[:, 1::2]
+    x_even, x_odd = x[:, :2 * pairs:2], x[:, 1::2]
+    odd = blelloch(a_odd * a_even, torch.addcmul(x_odd, a_odd, x_even))     # h_1, h_3, ...
+    later = torch.addcmul(x[:, 2::2], a[:, 2::2], odd[:, :(length - 1) // 2])
+    even = torch.cat([x[:, :1], later], 1)                                  # h_0, h_2, ...
     return torch.cat([torch.stack([even[:, :pairs], odd], 2).flatten(1, 2), even[:, pairs:]], 1)
 
 
@@ -229,7 +320,8 @@ def materialised(scan):
     """The selective scan by way of h = scan(a, x), with all of (B, L, D, N) in memory."""
     def selective(u, delta, A, B, C):
         u, delta, B, C = (t.float() for t in (u, delta, B, C))
-        a, x = torch.exp(delta[..., None] * A), (delta * u)[..., None] * B[:, :, None]
+        a = torch.exp(delta[..., None] * A)
+        x = (delta * u)[..., None] * B[:, :, None]
         return (scan(a, x) @ C[..., None]).squeeze(-1)
     return selective
 
@@ -241,49 +333,74 @@ def mambapy_scan(*inputs):
 
 def mamba_ssm_scan(u, delta, A, B, C):
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    u, delta, B, C = (t.transpose(1, 2) for t in (u, delta, B, C))      # (B, D, L) there: scan_inputs stores it like that
+    # (B, D, L) there: scan_inputs stores it like that
+    u, delta, B, C = (t.transpose(1, 2) for t in (u, delta, B, C))
     return selective_scan_fn(u, delta, A, B, C).transpose(1, 2)
 
 
 @functools.cache
-def compiled_scan():
+def compiled_associative():
     from torch._higher_order_ops.associative_scan import associative_scan
-    join = lambda left, right: (left[0] * right[0], right[0] * left[1] + right[1])
-    scan = materialised(lambda a, x: associative_scan(join, (a, x), dim=1, combine_mode="generic")[1])
-    return torch.compile(scan, dynamic=False)
+
+    def join(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    def scan(a, x):
+        return associative_scan(join, (a, x), dim=1, combine_mode="generic")[1]
+    return torch.compile(materialised(scan), dynamic=False)
+
+
+def associative(*inputs):
+    return compiled_associative()(*inputs)
 
 
 @functools.cache
-def compiled_chunked():
+def compiled_scan():
     return torch.compile(selective_scan, dynamic=False)
 
 
-LARGE = "chunked, delta x 100"
-# each scan, and how many tensors of (B, L, D, N) it holds at once in the forward pass and in forward + backward (measured)
+def chunked_compiled(*inputs):
+    return compiled_scan()(*inputs, method="chunked")
+
+
+def ours(method):
+    return functools.partial(selective_scan, method=method)
+
+
+# each scan, and how many tensors of (B, L, D, N) it holds at once in the forward pass and in
+# forward + backward (measured)
 SCANS = {
-    "chunked": (functools.partial(selective_scan, method="chunked"), 0, 0),
-    LARGE: (functools.partial(selective_scan, method="chunked"), 0, 0),
-    "chunked, compiled": (lambda *inputs: compiled_chunked()(*inputs, method="chunked"), 0, 0),
-    "sequential": (functools.partial(selective_scan, method="sequential"), 0, 5),
-    "triton": (functools.partial(selective_scan, method="triton"), 0, 0),
+    "chunked": (ours("chunked"), 0, 0),
+    "chunked, delta x 100": (ours("chunked"), 0, 0),
+    "chunked, compiled": (chunked_compiled, 0, 0),
+    "chunked, compiled, delta x 100": (chunked_compiled, 0, 0),
+    "sequential": (ours("sequential"), 0, 5),
+    "triton": (ours("triton"), 0, 0),
     "Hillis-Steele": (materialised(hillis_steele), 7, 45),
     "Blelloch": (materialised(blelloch), 7, 18),
-    "associative_scan, compiled": (lambda *inputs: compiled_scan()(*inputs), 7, 18),
+    "associative_scan, compiled": (associative, 7, 18),
     "mambapy": (mambapy_scan, 6, 11),
     "mamba_ssm": (mamba_ssm_scan, 0, 0),
 }
 
 
 def scan_inputs(shape, bench, scale=1.0, channels_first=False):
-    """u, delta, A, B, C as a fresh model has them, and a gradient for y. scale multiplies delta."""
-    (batch, length, d_inner, d_state), g = shape, torch.Generator().manual_seed(0)
+    """
+    u, delta, A, B, C as a fresh model has them, and a gradient for y. scale multiplies delta.
+    channels_first: the same shapes and numbers, stored as (B, D, L).
+    """
+    batch, length, d_inner, d_state = shape
+    g = torch.Generator().manual_seed(0)
     u, gy = (torch.randn(batch, length, d_inner, generator=g) for _ in range(2))
-    delta = scale * torch.exp(torch.empty_like(u).uniform_(math.log(0.001), math.log(0.1), generator=g))
+    low, high = math.log(0.001), math.log(0.1)
+    delta = scale * torch.exp(torch.empty_like(u).uniform_(low, high, generator=g))
     B, C = (torch.randn(batch, length, d_state, generator=g) for _ in range(2))
     A = -torch.arange(1.0, d_state + 1).repeat(d_inner, 1).to(bench.device)
-    u, delta, B, C, gy = (t.to(bench.device, getattr(torch, bench.dtype)) for t in (u, delta, B, C, gy))
-    if channels_first:      # the same shapes and numbers, stored as (B, D, L)
-        u, delta, B, C, gy = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (u, delta, B, C, gy))
+    dtype = getattr(torch, bench.dtype)
+    u, delta, B, C, gy = (t.to(bench.device, dtype) for t in (u, delta, B, C, gy))
+    if channels_first:
+        flipped = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (u, delta, B, C, gy))
+        u, delta, B, C, gy = flipped
     return [t.requires_grad_() for t in (u, delta, A, B, C)], gy
 
 
@@ -292,50 +409,77 @@ def scan_call(scan, inputs, gy, backward):
     def call():
         with torch.set_grad_enabled(backward):
             y = scan(*inputs)
+        if not backward:
+            return [y.detach()]
         # one step does not depend on A: materialize_grads makes that gradient zero
-        return [y.detach(), *(torch.autograd.grad(y, inputs, gy.to(y.dtype), materialize_grads=True) if backward else ())]
+        grads = torch.autograd.grad(y, inputs, gy.to(y.dtype), materialize_grads=True)
+        return [y.detach(), *grads]
     return call
 
 
 def exact(inputs, gy):
-    """y and all gradients in float64 by the plain loop, in pieces: autograd over all of it would need far more memory."""
+    """
+    y and all gradients in float64 by the plain loop, in pieces: autograd over all of it would need
+    far more memory.
+    """
     def scan(u, delta, A, B, C):
         state, ys = u.new_zeros(len(u), *A.shape), []
         for u_p, delta_p, B_p, C_p in zip(*(t.split(64, 1) for t in (u, delta, B, C))):
-            y, state = checkpoint(selective_scan, u_p, delta_p, A, B_p, C_p, state=state, return_last_state=True,
-                                  method="sequential", use_reentrant=False)
+            y, state = checkpoint(
+                selective_scan, u_p, delta_p, A, B_p, C_p, state=state, return_last_state=True,
+                method="sequential", use_reentrant=False)
             ys.append(y)
         return torch.cat(ys, 1)
     where = "cpu" if gy.device.type == "mps" else gy.device     # MPS has no float64
-    return scan_call(scan, [t.detach().to(where).double().requires_grad_() for t in inputs], gy.to(where).double(), True)()
+    doubles = [t.detach().to(where).double().requires_grad_() for t in inputs]
+    return scan_call(scan, doubles, gy.to(where).double(), True)()
 
 
 def largest_error(results, expected):
-    """The largest ||result - expected|| / ||expected||; a forward pass alone has only y to compare."""
-    return max(((r.to(e.device).double() - e).norm() / e.norm().clamp(min=1e-30)).item() for r, e in zip(results, expected))
+    """
+    The largest ||result - expected|| / ||expected||; a forward pass alone has only y to compare.
+    """
+    errors = []
+    for r, e in zip(results, expected):
+        difference = (r.to(e.device).double() - e).norm()
+        errors.append((difference / e.norm().clamp(min=1e-30)).item())
+    return max(errors)
 
 
-# What the scan has to do with each of its (B, L, D, N) numbers. Forward: delta A, exp (as exp2, which is faster), x B, the
-# recurrence, C . h. Backward: those again but C . h; gy C, the recurrence in reverse, the sums gx, gB and gC, two products
-# to g a h, the sum into gA, and a product and a sum for gdelta.
+# What the scan has to do with each of its (B, L, D, N) numbers. Forward: delta A, exp (as exp2,
+# which is faster), x B, the recurrence, C . h. Backward: those again but C . h; gy C, the
+# recurrence in reverse, the sums gx, gB and gC, two products to g a h, the sum into gA, and a
+# product and a sum for gdelta.
 FORWARD = {"mul": 2, "exp2": 1, "addcmul": 1, "sum over N": 1}
 BACKWARD = {"mul": 2 + 1 + 2 + 1, "exp2": 1, "addcmul": 1 + 1 + 1, "sum over N": 2, "sum over D": 2}
-OPERATIONS = {"copy": "out.copy_(a)", "exp": "torch.exp(a, out=out)", "exp2": "torch.exp2(a, out=out)",
-              "mul": "torch.mul(a, b, out=out)", "addcmul": "torch.addcmul(a, b, c, out=out)", "sum over N": "torch.bmm(C, a)",
-              "sum over D": "torch.bmm(gy, a.transpose(1, 2))"}
+OPERATIONS = {
+    "copy": "out.copy_(a)",
+    "exp": "torch.exp(a, out=out)",
+    "exp2": "torch.exp2(a, out=out)",
+    "mul": "torch.mul(a, b, out=out)",
+    "addcmul": "torch.addcmul(a, b, c, out=out)",
+    "sum over N": "torch.bmm(C, a)",
+    "sum over D": "torch.bmm(gy, a.transpose(1, 2))",
+}
 
 
 @functools.cache
 def rates(device, d_inner, d_state):
-    """ns per number of each operation, at the best of a few sizes: in the cache, and large enough for all threads."""
+    """
+    ns per number of each operation, at the best of a few sizes: in the cache, and large enough for
+    all threads.
+    """
     best = dict.fromkeys(OPERATIONS, math.inf)
     for size in (2 ** 16, 2 ** 18, 2 ** 20, 2 ** 22):
         steps = max(1, size // (d_inner * d_state))
-        tensors = {name: torch.rand(steps, d_state, d_inner, device=device) for name in ("a", "b", "c", "out")}
-        tensors["C"], tensors["gy"] = (torch.rand(steps, 1, n, device=device) for n in (d_state, d_inner))
         numbers = steps * d_state * d_inner
+        names = {"torch": torch}
+        for name in ("a", "b", "c", "out"):
+            names[name] = torch.rand(steps, d_state, d_inner, device=device)
+        names["C"] = torch.rand(steps, 1, d_state, device=device)
+        names["gy"] = torch.rand(steps, 1, d_inner, device=device)
         for name, operation in OPERATIONS.items():
-            timer = Timer(operation, globals={"torch": torch, **tensors}, num_threads=torch.get_num_threads())
+            timer = Timer(operation, globals=names, num_threads=torch.get_num_threads())
             took = min(timer.timeit(max(1, 2 ** 22 // numbers)).mean for _ in range(5))
             best[name] = min(best[name], took * 1e9 / numbers)
     return best
@@ -344,45 +488,66 @@ def rates(device, d_inner, d_state):
 def scan_tables(bench, shape):
     """Two tables for a shape, the forward pass and forward + backward."""
     batch, length, d_inner, d_state = shape
-    data = {"": scan_inputs(shape, bench), LARGE: scan_inputs(shape, bench, scale=100.0)}
-    exactly = {name: exact(*data[name]) for name in data}
+    data = dict.fromkeys(SCANS, scan_inputs(shape, bench))
+    large = [name for name in SCANS if name.endswith("delta x 100")]
+    data.update(dict.fromkeys(large, scan_inputs(shape, bench, scale=100.0)))
+    expected = dict.fromkeys(SCANS, exact(*data["chunked"]))
+    expected.update(dict.fromkeys(large, exact(*data[large[0]])))
     if "mamba_ssm" in bench.peers:
         data["mamba_ssm"] = scan_inputs(shape, bench, channels_first=True)
     ns, numbers, floor = rates(bench.device, d_inner, d_state), math.prod(shape), 0.0
-    absent = set(PEERS) - set(bench.peers)
-    if "triton" not in mamba.SCAN_METHODS or bench.device.type != "cuda":
-        absent.add("triton")
     if bench.cfg.compile:
         torch.compiler.reset()      # it gives up after some number of shapes
-    for backward, direction, part in ((False, "forward", FORWARD), (True, "forward + backward", BACKWARD)):
+    parts = (("forward", FORWARD), ("forward + backward", BACKWARD))
+    for backward, (direction, part) in enumerate(parts):
         floor += sum(count * ns[name] for name, count in part.items()) * numbers / 1e9
-        remarks = [f"floor {floor * 1e3:.3g} ms: eager operations, each at its best (a fused kernel may go below); ns: "
-                   + ", ".join(f"{name} {value:.3f}" for name, value in ns.items())]
+        each = ", ".join(f"{name} {value:.3f}" for name, value in ns.items())
+        remarks = [f"floor {floor * 1e3:.3g} ms: eager operations, each at its best (a fused "
+                   f"kernel may go below); ns: {each}"]
         variants = {}
         for name, (scan, *held) in SCANS.items():
-            if name.endswith("compiled") and not bench.cfg.compile:
+            gb = held[backward] * numbers * 4 / 1e9
+            if "compiled" in name and not bench.cfg.compile:
                 remarks.append(f"{name}: left out without --compile")
-            elif held[backward] * numbers * 4 > bench.cfg.memory_gb * 1e9:
-                remarks.append(f"{name}: left out, needs {held[backward] * numbers * 4 / 1e9:.0f} GB (--memory_gb)")
-            elif name not in absent:
-                variants[name] = functools.partial(scan_call, scan, *data.get(name, data[""]), backward)
-        table(bench, f"scan, {direction}: B={batch} L={length} D={d_inner} N={d_state}, {bench.dtype}", variants,
-              dict.fromkeys(variants, batch * length), lambda name, got: largest_error(got, exactly.get(name, exactly[""])),
-              dict.fromkeys(variants, floor), remarks, replay=True, shape=shape, direction=direction, rates_ns=ns)
+            elif gb > bench.cfg.memory_gb:
+                remarks.append(f"{name}: left out, needs {gb:.0f} GB (--memory_gb)")
+            elif name == "triton" and fast is None:
+                remarks.append(f"{name}: {NEEDS_FAST}")
+            elif is_there(name, bench):
+                call = functools.partial(scan_call, scan, *data[name], bool(backward))
+                variants[name] = call
+        table(bench, f"scan, {direction}: B={batch} L={length} D={d_inner} N={d_state}, "
+              f"{bench.dtype}", variants, dict.fromkeys(variants, batch * length),
+              lambda name, got: largest_error(got, expected[name]),
+              dict.fromkeys(variants, floor), remarks, replay=True, shape=shape,
+              direction=direction, rates_ns=ns)
+
+
+def is_there(scan, bench):
+    """Whether this scan can run: its package is installed, and its device is the right one."""
+    if scan == "triton":
+        return bench.device.type == "cuda"
+    return scan not in PEERS or scan in bench.peers
 
 
 def cost_per_token(bench, shape):
     """Does a token cost the same at every length?"""
     batch, _, d_inner, d_state = shape
-    lengths = [256 * 4 ** i for i in range(10) if 256 * 4 ** i <= bench.cfg.longest]
-    gb = {length: 8 * 4 * batch * length * d_inner / 1e9 for length in lengths}     # inputs, y and gradients: 8 of (B, L, D)
-    remarks = [f"L={n}: left out, needs {gb[n]:.0f} GB (--memory_gb)" for n in lengths if gb[n] > bench.cfg.memory_gb]
-    lengths = [n for n in lengths if gb[n] <= bench.cfg.memory_gb]
+    lengths, remarks = [], []
+    for n in (256 * 4 ** i for i in range(10)):
+        gb = 8 * 4 * batch * n * d_inner / 1e9  # inputs, y and gradients: 8 of (B, L, D)
+        if n <= bench.cfg.longest and gb <= bench.cfg.memory_gb:
+            lengths.append(n)
+        elif n <= bench.cfg.longest:
+            remarks.append(f"L={n}: left out, needs {gb:.0f} GB (--memory_gb)")
     for backward, direction in ((False, "forward"), (True, "forward + backward")):
-        variants = {f"chunked, L={n}": functools.partial(
-            scan_call, SCANS["chunked"][0], *scan_inputs((batch, n, d_inner, d_state), bench), backward) for n in lengths}
-        table(bench, f"cost per token, {direction}: B={batch} D={d_inner} N={d_state}, {bench.dtype}", variants,
-              dict(zip(variants, (batch * n for n in lengths))), remarks=remarks, replay=True)
+        variants, tokens = {}, {}
+        for n in lengths:
+            name, inputs = f"chunked, L={n}", scan_inputs((batch, n, d_inner, d_state), bench)
+            variants[name] = functools.partial(scan_call, ours("chunked"), *inputs, backward)
+            tokens[name] = batch * n
+        table(bench, f"cost per token, {direction}: B={batch} D={d_inner} N={d_state}, "
+              f"{bench.dtype}", variants, tokens, remarks=remarks, replay=True)
 
 
 def plot(bench, sweep):
@@ -391,47 +556,65 @@ def plot(bench, sweep):
         from matplotlib.figure import Figure  # not pyplot: it may look for a display
     except ImportError:
         return print("no plot: matplotlib is not installed")
-    figure, tables = Figure(figsize=(11, 4.5)), bench.results["tables"]
-    rows = [(table["shape"][1], row) for table in tables if table.get("shape") in sweep and table["direction"] != "forward"
-            for row in table["rows"]]
-    for axis, key, label in zip(figure.subplots(1, 2), ("median_s", "memory_mb"), ("seconds", "MB on top of the inputs")):
+    rows = []
+    for of_shape in bench.results["tables"]:
+        if of_shape.get("shape") in sweep and of_shape["direction"] != "forward":
+            rows += [(of_shape["shape"][1], row) for row in of_shape["rows"]]
+    figure = Figure(figsize=(11, 4.5))
+    axes = figure.subplots(1, 2)
+    shown = (("median_s", "seconds"), ("memory_mb", "MB on top of the inputs"))
+    for axis, (key, label) in zip(axes, shown):
         for name in dict.fromkeys(row["variant"] for _, row in rows):
-            points = sorted((length, row[key]) for length, row in rows if row["variant"] == name and row[key])
-            axis.loglog([length for length, _ in points], [value for _, value in points], "o-", label=name)
+            points = sorted((length, row[key]) for length, row in rows
+                            if row["variant"] == name and row[key])
+            lengths, values = [length for length, _ in points], [value for _, value in points]
+            axis.loglog(lengths, values, "o-", label=name)
         axis.set_xscale("log", base=2)
         axis.set(xlabel="L", ylabel=label)
         axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     batch, _, d_inner, d_state = sweep[0]
-    figure.suptitle(f"selective scan, forward + backward: B={batch} D={d_inner} N={d_state}, {bench.results['machine']['name']}")
+    figure.suptitle(f"selective scan, forward + backward: B={batch} D={d_inner} N={d_state}, "
+                    f"{bench.results['machine']['name']}")
     figure.savefig(bench.cfg.plot, dpi=150, bbox_inches="tight")
     print(f"wrote {bench.cfg.plot}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Whole models
 
 
 class GPT(nn.Module):
-    """The Transformer to compare with, nanoGPT's: learned positions, norms before, causal attention, an MLP 4 times as wide."""
+    """
+    The Transformer to compare with, nanoGPT's: learned positions, norms before, causal attention,
+    an MLP 4 times as wide.
+    """
 
     def __init__(self, vocab_size, d_model, n_layer, block_size):
         super().__init__()
+        norm = functools.partial(nn.LayerNorm, bias=False)
+        linear = functools.partial(nn.Linear, bias=False)
         self.n_head = d_model // 64 if d_model % 64 == 0 else 1
-        self.tokens, self.positions = nn.Embedding(vocab_size, d_model), nn.Embedding(block_size, d_model)
-        norm, linear = functools.partial(nn.LayerNorm, bias=False), functools.partial(nn.Linear, bias=False)
+        self.tokens = nn.Embedding(vocab_size, d_model)
+        self.positions = nn.Embedding(block_size, d_model)
         self.layers = nn.ModuleList(nn.ModuleDict({
-            "norm1": norm(d_model), "qkv": linear(d_model, 3 * d_model), "out": linear(d_model, d_model),
-            "norm2": norm(d_model), "up": linear(d_model, 4 * d_model), "down": linear(4 * d_model, d_model),
+            "norm1": norm(d_model),
+            "qkv": linear(d_model, 3 * d_model),
+            "out": linear(d_model, d_model),
+            "norm2": norm(d_model),
+            "up": linear(d_model, 4 * d_model),
+            "down": linear(4 * d_model, d_model),
         }) for _ in range(n_layer))
         self.norm, self.head = norm(d_model), linear(d_model, vocab_size)
         self.head.weight = self.tokens.weight
 
     def forward(self, idx):
-        x = self.tokens(idx) + self.positions.weight[:idx.shape[1]]
+        x = self.tokens(idx) + self.positions.weight[:idx.shape[1]]         # (B, L, d_model)
         for layer in self.layers:
-            qkv = layer["qkv"](layer["norm1"](x)).unflatten(2, (3, self.n_head, -1))        # (B, L, 3, heads, d)
-            y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)  # (B, heads, L, d)
+            qkv = layer["qkv"](layer["norm1"](x))
+            qkv = qkv.unflatten(2, (3, self.n_head, -1))                    # (B, L, 3, heads, d)
+            qkv = qkv.permute(2, 0, 3, 1, 4)                                # (3, B, heads, L, d)
+            y = F.scaled_dot_product_attention(*qkv, is_causal=True)        # (B, heads, L, d)
             x = x + layer["out"](y.transpose(1, 2).flatten(2))
             x = x + layer["down"](F.gelu(layer["up"](layer["norm2"](x))))
         return self.head(self.norm(x))
@@ -443,7 +626,8 @@ class Mambapy(nn.Module):
     def __init__(self, vocab_size, d_model, n_layer):
         super().__init__()
         from mambapy.mamba import Mamba, MambaConfig, RMSNorm
-        self.embedding, self.layers = nn.Embedding(vocab_size, d_model), Mamba(MambaConfig(d_model=d_model, n_layers=n_layer))
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.layers = Mamba(MambaConfig(d_model=d_model, n_layers=n_layer))
         self.norm, self.head = RMSNorm(d_model), nn.Linear(d_model, vocab_size, bias=False)
         self.head.weight = self.embedding.weight
 
@@ -451,8 +635,9 @@ class Mambapy(nn.Module):
         return self.head(self.norm(self.layers(self.embedding(idx))))
 
     def generate(self, start, n):
-        c, tokens = self.layers.config, list(start.unbind(1))
-        caches = [(None, self.head.weight.new_zeros(len(start), c.d_inner, c.d_conv - 1)) for _ in range(c.n_layers)]
+        config, tokens = self.layers.config, list(start.unbind(1))
+        inputs = self.head.weight.new_zeros(len(start), config.d_inner, config.d_conv - 1)
+        caches = [(None, inputs.clone()) for _ in range(config.n_layers)]
         for i in range(len(tokens) + n - 1):
             x, caches = self.layers.step(self.embedding(tokens[i]), caches)
             if i + 1 >= len(tokens):
@@ -467,8 +652,9 @@ def build(name, vocab_size, d_model, n_layer):
     if name == "transformers":
         import transformers
         transformers.logging.set_verbosity_error()
-        config = transformers.MambaConfig(vocab_size=vocab_size, hidden_size=d_model, num_hidden_layers=n_layer)
-        if hasattr(config, "use_mambapy"):      # its own loop takes 20 times longer to train
+        config = transformers.MambaConfig(vocab_size=vocab_size, hidden_size=d_model,
+                                          num_hidden_layers=n_layer)
+        if hasattr(config, "use_mambapy"):  # its own loop takes 20 times longer to train
             config.use_mambapy = importlib.util.find_spec("mambapy") is not None
         return transformers.MambaForCausalLM(config)
     return Mamba(MambaConfig(vocab_size=vocab_size, d_model=d_model, n_layer=n_layer))
@@ -477,11 +663,14 @@ def build(name, vocab_size, d_model, n_layer):
 def training_step(bench, name, x, y, remarks):
     """A call that does a whole step: forward, loss, backward, AdamW."""
     cfg = bench.cfg
-    if name == "Transformer":   # a Mamba layer has 6 d_model^2 parameters, a Transformer's 12: half as many for the same size
+    if name == "Transformer":
+        # a Mamba layer has 6 d_model^2 parameters, a Transformer's 12: half as many for the same
+        # size
         model = GPT(cfg.vocab_size, cfg.d_model, max(1, cfg.n_layer // 2), cfg.block_size)
     else:
         model = build(name, cfg.vocab_size, cfg.d_model, cfg.n_layer)
-    remarks.append(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
+    parameters = sum(p.numel() for p in model.parameters())
+    remarks.append(f"{name}: {parameters / 1e6:.2f}M parameters")
     model = model.to(bench.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     network = torch.compile(model) if name.endswith("compiled") else model
@@ -496,8 +685,10 @@ def training_step(bench, name, x, y, remarks):
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
         loss.backward()
         return loss.detach()
-    if name.startswith("ours") and pick_scan("auto", bench.device, bench.dtype, 16) == "triton":    # as train.py does it
-        gradients = replayed([gradients], x, y)[0]
+    if name.startswith("ours"):
+        scan = pick_scan("auto", bench.device, bench.dtype, 16)
+        if scan == "triton":    # as train.py does it
+            gradients = fast.replayed([gradients], x, y)[0]
 
     def step():
         gradients(x, y)
@@ -509,23 +700,34 @@ def train_suite(bench):
     cfg, remarks = bench.cfg, []
     if bench.device.type == "cuda":
         repeatable()
-    tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=bench.device)
+    shape = cfg.batch_size, cfg.block_size + 1
+    tokens = torch.randint(cfg.vocab_size, shape, device=bench.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    names = ["ours", *["ours, compiled"] * cfg.compile, *[name for name in bench.peers if name != "mamba_ssm"], "Transformer"]
-    variants = {name: functools.partial(training_step, bench, name, x, y, remarks) for name in names}
-    table(bench, f"training step: d_model {cfg.d_model}, {cfg.n_layer} layers, vocabulary {cfg.vocab_size}, "
-          f"B={cfg.batch_size} L={cfg.block_size}, {bench.dtype}", variants, dict.fromkeys(names, x.numel()), remarks=remarks,
-          queue=True)
+    names = ["ours"]
+    if cfg.compile:
+        names.append("ours, compiled")
+    names += [name for name in bench.peers if name != "mamba_ssm"]
+    names.append("Transformer")
+    variants = {name: functools.partial(training_step, bench, name, x, y, remarks)
+                for name in names}
+    table(bench, f"training step: d_model {cfg.d_model}, {cfg.n_layer} layers, vocabulary "
+          f"{cfg.vocab_size}, B={cfg.batch_size} L={cfg.block_size}, {bench.dtype}",
+          variants, dict.fromkeys(names, x.numel()), remarks=remarks, queue=True)
 
 
 def generating(bench, name, shape, dtype, compiled):
-    """A call that generates cfg.new_tokens tokens, greedily, for cfg.texts texts that begin with cfg.start tokens each."""
-    n, start = bench.cfg.new_tokens, torch.randint(shape[0], (bench.cfg.texts, bench.cfg.start), device=bench.device)
-    model = build(name, *shape).to(bench.device, getattr(torch, bench.dtype if dtype == "int8" else dtype)).eval()
+    """
+    A call that generates cfg.new_tokens tokens, greedily, for cfg.texts texts that begin with
+    cfg.start tokens each.
+    """
+    n = bench.cfg.new_tokens
+    start = torch.randint(shape[0], (bench.cfg.texts, bench.cfg.start), device=bench.device)
+    weights = getattr(torch, bench.dtype if dtype == "int8" else dtype)
+    model = build(name, *shape).to(bench.device, weights).eval()
     if dtype == "int8":
-        quantize_int8(model)
+        fast.quantize_int8(model)
     if name == "transformers":
-        model.generation_config.eos_token_id = None     # random weights would end the text anywhere
+        model.generation_config.eos_token_id = None     # random weights would end it anywhere
         return lambda: model.generate(start, max_new_tokens=n, do_sample=False, pad_token_id=0)
     if name == "mambapy":
         return torch.no_grad()(lambda: model.generate(start, n))
@@ -533,111 +735,163 @@ def generating(bench, name, shape, dtype, compiled):
 
 
 def reading(bench, shape, by_scan):
-    """A call that reads a prompt, up to the logits of the token after it: by the scan, or by the step that generates."""
+    """
+    A call that reads a prompt, up to the logits of the token after it: by the scan, or by the step
+    that generates.
+    """
     model = build("ours", *shape).to(bench.device, getattr(torch, bench.dtype)).eval()
     prompt = torch.randint(shape[0], (1, bench.cfg.prompt), device=bench.device)
 
     @torch.no_grad()
     def call():
-        state = model.init_state(1)
         if by_scan:
-            for part in prompt.split(mamba.PREFILL, 1):
-                model(part, state=state, num_last_tokens=1)
+            for _ in model.read(prompt):
+                pass
         else:
-            with model._decoder(state) as step:
-                for token in prompt.unbind(1):
-                    step(token)
+            # a decoder reads all but the last token of what it is given: here nothing
+            step = model.decoder(prompt[:, :1], model.init_state(1))
+            for token in prompt.unbind(1):
+                step(token)
     return call
 
 
-@torch.no_grad()
 def going_on(bench, shape, position):
-    """A call that generates cfg.new_tokens tokens, after as many as `position` that were read before."""
+    """A call that generates cfg.new_tokens tokens, after `position` that were read before."""
     model = build("ours", *shape).to(bench.device, getattr(torch, bench.dtype)).eval()
-    read, state = torch.randint(shape[0], (1, position), device=bench.device), model.init_state(1)
-    for part in read.split(mamba.PREFILL, 1):
-        model(part, state=state, num_last_tokens=1)
+    text = torch.randint(shape[0], (1, position), device=bench.device)
+    for _, state in model.read(text):
+        pass
     n = bench.cfg.new_tokens
-    return lambda: list(model.stream(read[:, -1:], n, temperature=0, state=[tuple(t.clone() for t in layer) for layer in state]))
+    return lambda: list(model.stream(text[:, -1:], n, temperature=0, state=state))
+
+
+def generation_variants(bench):
+    """{variant: (package, dtype)} of what generates, and remarks on what does not."""
+    compiled = bench.cfg.compile and bench.device.type == "cpu"     # elsewhere there is one step
+    names, remarks = {}, []
+    for name in ("ours", *bench.peers):
+        if name != "mamba_ssm":
+            names[name] = name, bench.dtype
+    names["ours, bfloat16"] = "ours", "bfloat16"
+    if fast:
+        names["ours, int8"] = "ours", "int8"
+    else:
+        remarks.append(f"ours, int8: {NEEDS_FAST}")
+    if compiled and fast:
+        own = {name: of for name, of in names.items() if name.startswith("ours")}
+        names.update({f"{name}, compiled": of for name, of in own.items()})
+    elif compiled:
+        remarks.append(f"ours, compiled: {NEEDS_FAST}")
+    return names, remarks
 
 
 def generate_suite(bench):
-    cfg, memory = bench.cfg, torch.ones(2 ** 26, device=bench.device)       # 256 MB: more than any cache holds
-    bandwidth = memory.numel() * 4 / min(clock(memory.sum, bench.device)[0] for _ in range(6))
+    memory = torch.ones(2 ** 26, device=bench.device)   # 256 MB: more than any cache holds
+    took = min(clock(memory.sum, bench.device)[0] for _ in range(6))
+    bandwidth = memory.nbytes / took
     del memory
-    for size, shape in {"small": (cfg.vocab_size, cfg.d_model, cfg.n_layer), "130m": (50280, 768, 24)}.items():
-        if cfg.size not in (size, "both"):
-            continue
-        with torch.device("meta"):
-            parameters = build("ours", *shape).num_params()
-        what = f"d_model {shape[1]}, {shape[2]} layers, vocabulary {shape[0]}, {parameters / 1e6:.2f}M parameters, {bench.dtype}"
-        names = {name: (name, bench.dtype) for name in ("ours", *bench.peers) if name != "mamba_ssm"}
-        names.update({f"ours, {dtype}": ("ours", dtype) for dtype in ("bfloat16", "int8")})
-        if cfg.compile and bench.device.type == "cpu":     # elsewhere there is one step
-            torch.compiler.reset()
-            names.update({f"{name}, compiled": of for name, of in names.items() if name.startswith("ours")})
-        read_s = {name: parameters * getattr(torch, dtype).itemsize / bandwidth for name, (_, dtype) in names.items()}
-        allowed = ", ".join(f"{1 / read_s[name]:,.0f} tokens/s as {names[name][1]}" for name in names
-                            if name.startswith("ours") and not name.endswith("compiled"))
-        remarks = [f"floor: {bandwidth / 1e9:.1f} GB/s read all weights once per token at {allowed} (more if a cache holds them)"]
-        table(bench, f"generation, {cfg.texts} x {cfg.new_tokens} tokens after {cfg.start}: {what}",
-              {name: functools.partial(generating, bench, which, shape, dtype, name.endswith("compiled"))
-               for name, (which, dtype) in names.items()},
-              dict.fromkeys(names, cfg.texts * cfg.new_tokens), floor={name: cfg.new_tokens * s for name, s in read_s.items()},
-              remarks=remarks)
-        variants = {"ours, by the scan": functools.partial(reading, bench, shape, True)}
-        if cfg.prompt <= 10_000:    # else it would take minutes
-            variants["ours, token by token"] = functools.partial(reading, bench, shape, False)
-        table(bench, f"reading a prompt of {cfg.prompt:,} tokens: {what}", variants, dict.fromkeys(variants, cfg.prompt))
-        variants = {f"ours, after {n:,}": functools.partial(going_on, bench, shape, n) for n in sorted({100, cfg.prompt})}
-        table(bench, f"generation after a prompt: {what}", variants, dict.fromkeys(variants, cfg.new_tokens))
+    small = bench.cfg.vocab_size, bench.cfg.d_model, bench.cfg.n_layer
+    for size, shape in {"small": small, "130m": (50280, 768, 24)}.items():
+        if bench.cfg.size in (size, "both"):
+            generation_tables(bench, shape, bandwidth)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def generation_tables(bench, shape, bandwidth):
+    """Three tables for a model of this (vocab_size, d_model, n_layer). bandwidth: in bytes/s."""
+    cfg = bench.cfg
+    with torch.device("meta"):
+        parameters = build("ours", *shape).num_params()
+    what = (f"d_model {shape[1]}, {shape[2]} layers, vocabulary {shape[0]}, "
+            f"{parameters / 1e6:.2f}M parameters, {bench.dtype}")
+    if cfg.compile and bench.device.type == "cpu":
+        torch.compiler.reset()
+    names, remarks = generation_variants(bench)
+    read_s = {name: parameters * getattr(torch, dtype).itemsize / bandwidth
+              for name, (_, dtype) in names.items()}
+    own = [name for name in names if name.startswith("ours") and not name.endswith("compiled")]
+    allowed = ", ".join(f"{1 / read_s[name]:,.0f} tokens/s as {names[name][1]}" for name in own)
+    floor = (f"floor: {bandwidth / 1e9:.1f} GB/s read all weights once per token at {allowed} "
+             "(more if a cache holds them)")
+    variants = {name: functools.partial(generating, bench, package, shape, dtype,
+                                        name.endswith("compiled"))
+                for name, (package, dtype) in names.items()}
+    table(bench, f"generation, {cfg.texts} x {cfg.new_tokens} tokens after {cfg.start}: {what}",
+          variants, dict.fromkeys(names, cfg.texts * cfg.new_tokens),
+          floor={name: cfg.new_tokens * s for name, s in read_s.items()},
+          remarks=[floor, *remarks])
+    variants = {"ours, by the scan": functools.partial(reading, bench, shape, True)}
+    if cfg.prompt <= 10_000:    # else it would take minutes
+        variants["ours, token by token"] = functools.partial(reading, bench, shape, False)
+    table(bench, f"reading a prompt of {cfg.prompt:,} tokens: {what}", variants,
+          dict.fromkeys(variants, cfg.prompt))
+    variants = {f"ours, after {n:,}": functools.partial(going_on, bench, shape, n)
+                for n in sorted({100, cfg.prompt})}
+    table(bench, f"generation after a prompt: {what}", variants,
+          dict.fromkeys(variants, cfg.new_tokens))
+
+
+# ----------------------------------------------------------------------------------------------
+# The flags, and the suites that they ask for
 
 
 def parse_sizes(name, text, count, example):
     """4x1024x512x16,... as lists of `count` numbers."""
-    if not re.fullmatch("{0}(,{0})*".format("x".join([r"0*[1-9]\d*"] * count)), text):
+    one = "x".join([r"0*[1-9]\d*"] * count)
+    if not re.fullmatch(f"{one}(,{one})*", text):
         raise Problem(f"--{name} takes {example}, not '{text}'")
     return [[int(number) for number in part.split("x")] for part in text.split(",")]
 
 
-def machine_of(device):
+def check(cfg):
+    """Problem for values without a meaning."""
+    suites, sizes = ("scan", "train", "generate", "all"), ("small", "130m", "both")
+    for name, choices in (("suite", suites), ("size", sizes)):
+        if (value := getattr(cfg, name)) not in choices:
+            raise Problem(f"--{name} takes {', '.join(choices)}, not '{value}'"
+                          + nearest(value, choices))
+    for name in ("seconds", "memory_gb", "d_model", "n_layer", "vocab_size", "batch_size",
+                 "block_size", "texts", "start", "new_tokens", "prompt"):
+        if getattr(cfg, name) <= 0:
+            raise Problem(f"--{name} must be above 0, not {getattr(cfg, name)}")
+
+
+def machine_of(device, peers):
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, TypeError):
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    return {"name": torch.cuda.get_device_name() if device.type == "cuda" else cpu, "cpu": cpu, "device": str(device),
-            "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-            "system": platform.platform(), "date": time.strftime("%Y-%m-%d %H:%M")}
+    machine = {"name": torch.cuda.get_device_name() if device.type == "cuda" else cpu, "cpu": cpu,
+               "device": str(device), "threads": torch.get_num_threads(),
+               "torch": torch.__version__, "python": platform.python_version(),
+               "system": platform.platform(), "date": time.strftime("%Y-%m-%d %H:%M")}
+    for name in peers:
+        # a peer that was copied here has no version
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            machine[name] = importlib.metadata.version(name)
+    return machine
 
 
 def main(cfg, given):
-    for name, choices in (("suite", ("scan", "train", "generate", "all")), ("size", ("small", "130m", "both"))):
-        if (value := getattr(cfg, name)) not in choices:
-            raise Problem(f"--{name} takes {', '.join(choices)}, not '{value}'" + nearest(value, choices))
-    for name in ("seconds", "memory_gb", "d_model", "n_layer", "vocab_size", "batch_size", "block_size", "texts", "start",
-                 "new_tokens", "prompt"):
-        if getattr(cfg, name) <= 0:
-            raise Problem(f"--{name} must be above 0, not {getattr(cfg, name)}")
+    check(cfg)
     shapes = parse_sizes("shapes", cfg.shapes, 4, "BxLxDxN, as in 4x1024x512x16,1x4096x512x16")
     lengths = cfg.lengths or ("256,1024,4096" if cfg.plot else "")
-    sweep = parse_sizes("lengths", lengths, 1, "lengths, as in 256,1024,4096") if lengths else []
-    sweep = [[shapes[0][0], length, *shapes[0][2:]] for length, in sweep]
+    sweep = []
+    if lengths:
+        lengths = parse_sizes("lengths", lengths, 1, "lengths, as in 256,1024,4096")
+        sweep = [[shapes[0][0], length, *shapes[0][2:]] for length, in lengths]
     device = pick_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-    peers = [name for name in PEERS if importlib.util.find_spec(name) and (name != "mamba_ssm" or device.type == "cuda")]
-    machine = machine_of(device)
-    for name in peers:      # a peer that was copied here has no version
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            machine[name] = importlib.metadata.version(name)
-    bench = SimpleNamespace(cfg=cfg, device=device, dtype=pick_dtype(cfg.dtype, device), peers=peers,
+    peers = [name for name in PEERS if importlib.util.find_spec(name)
+             and (name != "mamba_ssm" or device.type == "cuda")]
+    machine = machine_of(device, peers)
+    bench = SimpleNamespace(cfg=cfg, device=device, dtype=pick_dtype(cfg.dtype, device),
+                            peers=peers,
                             results={"machine": machine, "flags": asdict(cfg), "tables": []})
     write(bench)    # now, not after minutes, it shows whether the file can be written
     print(", ".join(f"{key} {value}" for key, value in machine.items() if key != "name"))
     absent = [name for name in PEERS if name not in peers]
-    print(f"peers: {', '.join(peers) or 'none'}" + (f"; absent: {', '.join(absent)}" if absent else ""))
+    print(f"peers: {', '.join(peers) or 'none'}"
+          + (f"; absent: {', '.join(absent)}" if absent else ""))
 
     if cfg.suite in ("scan", "all"):
         for shape in [*shapes, *(shape for shape in sweep if shape not in shapes)]:

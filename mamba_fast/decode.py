@@ -1,0 +1,373 @@
+"""
+The step of a token, for generation: what is the same for all tokens is made ready once, and the state is
+updated in place in buffers of its own. On a CPU each weight is read once, in its own type and by all cores;
+on CUDA the whole step is a CUDA graph, and so is the reading of a short prompt.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+import sys
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .int8 import Int8Embedding, Int8Linear
+from .layers import Linear, at_least_float32
+
+try:
+    from . import scan_triton
+except ImportError:
+    scan_triton = None
+
+# what may stand in which place of a model, by the last part of its name
+PRODUCT = (Linear, nn.Linear, Int8Linear)
+PLACES = {"backbone": (nn.ModuleDict,), "layers": (nn.ModuleList,), "embedding": (nn.Embedding, Int8Embedding),
+          "conv1d": (nn.Conv1d,), "dropout": (nn.Dropout,),
+          **dict.fromkeys(("norm", "norm2", "norm_f"), (nn.RMSNorm,)),
+          **dict.fromkeys(("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2", "lm_head"), PRODUCT)}
+
+
+def decoder(model, prompts, state, compile, plain):
+    """
+    step(token) -> logits, (B,) -> (B, vocab_size), with step.state, after all but the last token of each
+    prompt; None if anything in the model is not just as mamba.py made it.
+    plain: the classes of mamba.py, each with its forward.  compile: on a CPU, by torch.compile, unless one
+    line has said that it does not work here.
+    """
+    if not is_plain(model, plain):
+        return None
+    if model.device.type == "cuda":
+        return GraphDecoder(model, prompts, state)
+    return EagerDecoder(model, model.prefill(prompts, state), compile)
+
+
+def is_plain(model, plain):
+    """Whether every module is of the class that belongs in its place, with no hook and plain parameters."""
+    if nn.modules.module._has_any_global_hook():
+        return False
+    for name, module in model.named_modules():
+        place, kind = name.rpartition(".")[2], type(module)
+        known = PLACES.get(place)
+        if (kind not in known if known else plain.get(kind) is not kind.forward):
+            return False
+        if (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+                or (kind is nn.Dropout and module.training and module.p > 0)
+                or any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None)):
+            return False
+    return True
+
+
+def copies(state):
+    return [type(layer)(*(t.clone() for t in layer)) for layer in state]
+
+
+# ----------------------------------------------------------------------------------------------
+# Call by call
+
+
+class EagerDecoder:
+    COMPILES = weakref.WeakKeyDictionary()      # for a model and a number of texts, whether torch.compile works
+
+    def __init__(self, model, state, compile):
+        rows = len(state[0].h)
+        self._state = copies(state)
+        compile = compile and model.device.type == "cpu"
+        if compile:
+            known = self.COMPILES.setdefault(model, {})
+            if rows not in known:
+                known[rows] = compile_works(model, rows)
+            compile = known[rows]
+        self._step = make_step(model, self._state, compile)
+
+    def __call__(self, token):
+        return self._step(token)
+
+    @property
+    def state(self):
+        return copies(self._state)
+
+
+def compile_works(model, rows):
+    """Whether a first compiled step works on this machine; if not, one line says so."""
+    try:
+        token = torch.zeros(rows, dtype=torch.long, device=model.device)
+        make_step(model, model.init_state(rows), True)(token)
+        return True
+    except (RuntimeError, ImportError, OSError) as error:   # no compiler, a device it does not know, ...
+        print(f"torch.compile does not work here ({type(error).__name__}); going on without it", file=sys.stderr)
+        return False
+
+
+def make_step(model, state, compile=False):
+    """step(token) -> logits, for which state, from Mamba.init_state, is updated in place."""
+    embedding, vocab_size, rows = model.backbone["embedding"], model.config.vocab_size, len(state[0].h)
+    ready = functools.partial(made_ready, rows=rows, compile=compile)
+    layers = [layer_step(layer, *of_layer, ready) for layer, of_layer in zip(model.backbone["layers"], state)]
+    norm, head = ready(model.backbone["norm_f"]), ready(model.lm_head)
+
+    def step(token):
+        x = embedding(token)                                                    # (B, d_model)
+        for layer in layers:
+            x = layer(x)
+        return head(norm(x))[:, :vocab_size]                                    # without the padding rows
+    if compile:
+        nested = hasattr(torch.compiler, "nested_compile_region")       # torch 2.8
+        checks = itertools.chain([True], itertools.repeat(not nested))
+
+        def compiled(token):    # what the first call has checked, shapes and types above all, stays as it is
+            unchecked = functools.partial(torch.compiler.set_stance, skip_guard_eval_unsafe=True)
+            with contextlib.nullcontext() if next(checks) else unchecked():
+                return compiled_call()(step, token)
+        return torch.inference_mode()(compiled)
+    return torch.inference_mode()(step)     # calls cost less than without gradients alone
+
+
+@functools.cache
+def compiled_call():    # one function to compile for all streams: code for the same model is found again
+    # the usual limit of the size of a loop would cut it apart
+    return torch.compile(lambda step, token: step(token), dynamic=False,
+                         options={"max_fusion_size": 4096, "size_asserts": False})
+
+
+def layer_step(layer, conv, h, ready):
+    """step(x) -> x, both (B, d_model): a Layer for the next token, without dropout."""
+    norm, mixer, mlp = ready(layer.norm), mixer_step(layer.mixer, conv, h, ready), layer.mlp
+    norm2 = mlp and ready(layer.norm2)
+
+    def step(x):
+        x = x + mixer(norm(x))
+        return x if mlp is None else x + mlp(norm2(x))
+    return step
+
+
+def mixer_step(block, conv_state, h, ready):
+    """step(x) -> y, both (B, d_model): a MambaBlock for the next token. It updates conv_state and h."""
+    in_proj, x_proj, out_proj = ready(block.in_proj), ready(block.x_proj), ready(block.out_proj)
+    taps, bias = block.conv1d.weight[:, 0].t().contiguous(), block.conv1d.bias  # (d_conv, D)
+    A_log2 = -torch.exp(block.A_log) / math.log(2)  # exp(delta A) = 2^(delta A / ln 2): a sixth of the time
+    dt_weight, dt_bias, D = block.dt_proj.weight, block.dt_proj.bias, block.D
+    sizes = block.dt_rank, block.d_state, block.d_state
+
+    def step(x):
+        x, z = in_proj(x).chunk(2, dim=-1)                                      # (B, D) each
+        window = torch.cat([conv_state.to(x.dtype), x[:, None]], dim=1)         # (B, d_conv, D)
+        conv_state.copy_(window[:, 1:])
+        x = (window * taps).sum(1)
+        x = F.silu(x if bias is None else x + bias)
+        dt, B, C = x_proj(x).split(sizes, dim=-1)
+        # a small product: in the compiler's loop, if that is what there is
+        small = torch.compiler.is_compiling()
+        delta = (dt[:, None] * dt_weight).sum(-1) if small else F.linear(dt, dt_weight)
+        delta = F.softplus(delta + dt_bias)             # (B, D), float32 from here on, by dt_bias
+        decay = (delta[..., None] * A_log2).exp2_()                             # (B, D, N)
+        h.mul_(decay).addcmul_((delta * x)[..., None], B[:, None])              # (B, D, N)
+        y = torch.bmm(h, C[..., None].to(h.dtype))[..., 0]                      # (B, D)
+        y = torch.addcmul(y, D, x) * F.silu(z.to(h.dtype))
+        return out_proj(y.to(x.dtype))
+    return step
+
+
+@functools.cache
+def has_amx():
+    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)    # of torch 2.13
+
+
+def made_ready(module, rows, compile):
+    """
+    A linear layer or RMSNorm as a function of x (rows, in), made ready for being called for token after token.
+    A product with one row is bound by memory: each weight should be read once, in its own type, and on a CPU
+    by all cores.
+    """
+    if isinstance(module, nn.RMSNorm):
+        return module if compile else norm_made_ready(module)
+    weight, bias = module.weight, getattr(module, "bias", None)
+    on_cpu, int8 = weight.device.type == "cpu", weight.dtype == torch.int8
+    plus_bias = (lambda y: y) if bias is None else (lambda y: y + bias)
+    if compile and rows <= (8 if int8 else 1):              # becomes one loop over the weights
+        def product(x):
+            wide = at_least_float32(x)
+            y = (x[:, None].to(wide) * weight.to(wide)).sum(-1)
+            y = y * module.scale if int8 else y
+            return plus_bias(y).to(x.dtype)
+    elif on_cpu and rows == 1 and weight.dtype == torch.float32 and weight.numel() >= 2 ** 17:
+        # in blocks, one for each core; a smaller product is faster on one core
+        blocks = math.gcd(len(weight), torch.get_num_threads())
+        parts = weight.unflatten(0, (blocks, -1)).transpose(1, 2)               # (blocks, in, out / blocks)
+
+        def product(x):
+            return plus_bias(torch.bmm(x.expand(blocks, 1, -1), parts).view(1, -1))
+    elif on_cpu and rows == 1 and weight.dtype == torch.bfloat16 and has_amx():
+        def product(x):         # F.linear takes 1.6 times as long there
+            return plus_bias(torch.mv(weight, x[0])[None])
+    elif on_cpu and int8 and rows <= 8 and weight.shape[1] % 32 == 0:
+        scale = module.scale.bfloat16()
+
+        def product(x):         # what Int8Linear computes, with the scale made ready
+            return plus_bias(torch._weight_int8pack_mm(x.bfloat16(), weight, scale).to(x.dtype))
+    elif int8:
+        return module
+    else:
+        return lambda x: F.linear(x, weight, bias)
+    return product
+
+
+def norm_made_ready(norm):
+    """weight sqrt(d) x / sqrt(|x|^2 + d eps): half the calls."""
+    weight = norm.weight.to(at_least_float32(norm.weight)) * math.sqrt(len(norm.weight))
+    d_eps = weight.new_tensor(len(weight) * norm.eps)
+
+    def function(x):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight.dtype)
+        return (x * weight * torch.addcmul(d_eps, length, length).rsqrt_()).to(x.dtype)
+    return function
+
+
+# ----------------------------------------------------------------------------------------------
+# As a CUDA graph
+
+SHORT = 512     # tokens of a prompt that graphs read, LEAST at a time or more, and the rest one by one
+FEW = 64        # prompts that they read at once: with more, launches do not take longer than what they launch
+LEAST = 8
+GRAPHS = weakref.WeakKeyDictionary()    # for a model, the Graph of its last stream
+
+
+class Graph:
+    """
+    The step of a token as a CUDA graph: its launches are recorded once, and replayed for each token by one
+    call. So is the reading of a part of a prompt, when the first one of its length comes. Its state belongs
+    to one decoder at a time; another one that wants it takes it over.
+    """
+
+    def __init__(self, model, rows, reads, fused):
+        self.reads, self.readers, self.owner = reads, {}, lambda: None
+        self.state = model.init_state(rows)
+        self.step = torch.inference_mode()(functools.partial(
+            scan_triton.decode, model.backbone, model.lm_head, model.config.vocab_size, self.state)
+            if fused else make_step(model, self.state))
+        self.token = torch.zeros(rows, dtype=torch.long, device=model.device)
+        self.graph, self.logits = recorded(lambda: self.step(self.token), self.token)
+
+    def __call__(self, token):
+        self.token.copy_(token)
+        self.graph.replay()
+        return self.logits
+
+    def read(self, model, tokens):
+        """model reads tokens (B, L) into the state, in parts whose lengths are powers of two, and the last few
+        one by one."""
+        while tokens.shape[1] >= LEAST:
+            length = 1 << tokens.shape[1].bit_length() - 1
+            part, tokens = tokens[:, :length], tokens[:, length:]
+            if length not in self.readers:
+                held = part.clone()
+                kept = copies(self.state)       # getting ready for the recording reads the part already
+                graph, _ = recorded(functools.partial(self.read_part, model, held), held, self.graph.pool())
+                self.readers[length] = held, graph
+                self.set_state(kept)
+            held, graph = self.readers[length]
+            held.copy_(part)
+            graph.replay()
+        for token in tokens.unbind(1):
+            self(token)
+
+    def read_part(self, model, tokens):
+        _, _, state = model(tokens, state=self.state, num_last_tokens=1)
+        self.set_state(state)
+
+    def disown(self):
+        """The decoder that the state belongs to gets a copy of it."""
+        owner = self.owner()
+        if owner is not None:
+            owner.own = copies(self.state)
+        self.owner = lambda: None
+
+    def set_state(self, state):
+        torch._foreach_copy_([t for layer in self.state for t in layer], [t for layer in state for t in layer])
+
+
+class GraphDecoder:
+    """A stream's use of the model's Graph."""
+
+    def __init__(self, model, prompts, state):
+        rows = len(prompts)
+        fused = fuses(model)
+        reads = [rows, *((t.data_ptr(), t.dtype) for t in (*model.parameters(), *model.buffers()))]
+        self.graph = GRAPHS.get(model)
+        if self.graph is None or not fused or self.graph.reads != reads:
+            if self.graph is not None:
+                self.graph.disown()
+            GRAPHS.pop(model, None)     # its memory may be needed
+            self.graph = Graph(model, rows, reads, fused)
+            if fused:   # the other step has constants made from the weights, which may change until the next one
+                GRAPHS[model] = self.graph
+        by_graph = fused and len({len(p) for p in prompts}) == 1 and len(prompts[0]) <= SHORT and rows <= FEW
+        self.own = state if by_graph else model.prefill(prompts, state)
+        self.take()
+        if by_graph:
+            self.graph.read(model, torch.stack(prompts)[:, :-1])
+
+    def take(self):
+        """Makes the graph's state this decoder's; the one that had it keeps a copy."""
+        if self.graph.owner() is not self:
+            self.graph.disown()
+            self.graph.set_state(self.own)
+            self.graph.owner, self.own = weakref.ref(self), None
+
+    def __call__(self, token):
+        self.take()
+        return self.graph(token)
+
+    @property
+    def state(self):
+        return copies(self.graph.state if self.own is None else self.own)
+
+
+def fuses(model):
+    """Whether the step runs by the kernels of scan_triton.py."""
+    config, weight = model.config, model.lm_head.weight
+    return (config.scan in ("auto", "triton") and scan_triton is not None and scan_triton.runs_on(weight.device)
+            and weight.dtype != torch.float64 and config.d_state <= 256 and scan_triton.decodes(config)
+            and all(p.is_contiguous() for p in model.parameters()))
+
+
+def recorded(call, where, pool=None):
+    """
+    A CUDA graph of what call() launches on the GPU of the tensor `where`, and what it returns. It is called
+    once before, for what the first call alone has to do cannot be recorded; while it is being recorded nothing
+    is done. No autocast from outside, and what is inside keeps no copies of weights: they would be outdated,
+    or gone, when the graph is replayed.
+    pool: of another graph, to work in the same memory; the two must not run at the same time.
+    """
+    with torch.cuda.device_of(where), torch.autocast("cuda", enabled=False, cache_enabled=False):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, pool=pool):
+            result = call()
+    return graph, result
+
+
+def replayed(calls, x, y):
+    """
+    Each of calls, (x, y) -> loss, as a CUDA graph: the CPU asks for all of it at once, instead of
+    kernel by kernel. They share the memory of what each of them needs for itself.
+    """
+    x, y, pool, replays = x.clone(), y.clone(), None, []    # from here the graphs read their batch
+
+    def replay(graph, loss, new_x, new_y):
+        x.copy_(new_x)
+        y.copy_(new_y)
+        graph.replay()
+        return loss
+    for call in calls:
+        graph, loss = recorded(functools.partial(call, x, y), x, pool)
+        pool = graph.pool()
+        replays.append(functools.partial(replay, graph, loss))
+    return replays
