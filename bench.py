@@ -1,6 +1,5 @@
 """
-What costs what: the selective scan in many ways, a training step and generation, next to other
-packages.
+What costs what: the selective scan in many ways, a training step and generation, next to others.
 
 python bench.py                                                 # everything, some minutes
 python bench.py --suite=scan --shapes=4x1024x512x16,1x4096x1536x16      # each shape is BxLxDxN
@@ -34,8 +33,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 if __name__ == "__main__":
-    # As in train.py, so that what is timed here is what happens there. torch reads these two once.
-    # Large pages, on Linux: fresh memory costs a CPU less.
+    # As in train.py: torch reads these two once. Large pages, on Linux: fresh memory costs less.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Without such a workspace PyTorch does not trust cuBLAS to repeat itself; see repeatable.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -47,17 +45,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
-from common import (
-    Problem,
-    autocast,
-    flag,
-    nearest,
-    pick_device,
-    pick_dtype,
-    pick_scan,
-    repeatable,
-    run,
-)
+from common import Problem, autocast, flag, nearest, pick_device, pick_dtype, repeatable, run
 from mamba import Mamba, MambaConfig, selective_scan
 
 try:
@@ -69,8 +57,8 @@ except ImportError:     # what needs it is left out
 @dataclass
 class Config:
     suite: str = flag("all", "scan, train, generate or all")
-    seconds: float = flag(3.0, "time for each variant of a table; it runs at least twice unless "
-                          "one call takes longer")
+    seconds: float = flag(3.0, "time for each variant; it is called at least twice, unless one call "
+                          "takes longer")
     out: str = flag("results.json", "file for all results, raw times included")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16; by default bfloat16 on CUDA, else "
@@ -81,10 +69,8 @@ class Config:
     shapes: str = flag("4x1024x512x16", "BxLxDxN,...: batch, length, channels, numbers remembered "
                        "by each channel")
     lengths: str = flag("", "L,...: also these lengths, with B, D and N of the first shape")
-    plot: str = flag("", "picture of time and memory over the lengths (256,1024,4096 without "
-                     "--lengths)")
-    longest: int = flag(65536, "the cost per token is measured from L = 256 to here; below 256 it "
-                        "is left out")
+    plot: str = flag("", "picture of time and memory over --lengths (256,1024,4096 without)")
+    longest: int = flag(65536, "cost per token from L = 256 to here; below 256 it is left out")
     memory_gb: float = flag(8.0, "a scan that would take more is left out")
     # train and generate
     d_model: int = flag(256, "width of the small model")
@@ -96,12 +82,11 @@ class Config:
     texts: int = flag(1, "texts that are generated at once")
     start: int = flag(1, "tokens that each of them begins with; they are read within the time")
     new_tokens: int = flag(32, "tokens that one call generates for each")
-    prompt: int = flag(1000, "tokens of the prompt to read, after which the time of a token is "
-                       "measured too")
+    prompt: int = flag(1000, "tokens of the prompt that is read, and after which a token is timed")
 
 
 PEERS = ("mambapy", "transformers", "mamba_ssm")
-NEEDS_FAST = "left out, needs mamba_fast/"
+LEFT_OUT = "left out, needs mamba_fast/"
 
 # ----------------------------------------------------------------------------------------------
 # Measuring
@@ -133,44 +118,36 @@ def clock_and_memory(call, device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        took, result = clock(call, device)
-        return took, result, (torch.cuda.max_memory_allocated() - before) / 1e6
+        return *clock(call, device), (torch.cuda.max_memory_allocated() - before) / 1e6
     try:
         if device.type != "cpu" or sys.platform != "linux":
             raise OSError
-        # glibc: memory kept for reuse would hide what is taken
         with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
-        # the high-water mark starts again from here
-        Path("/proc/self/clear_refs").write_text("5")
+            ctypes.CDLL(None).malloc_trim(0)    # glibc: memory kept for reuse hides what is taken
+        Path("/proc/self/clear_refs").write_text("5")   # the high-water mark starts from here
     except OSError:
         return *clock(call, device), None
     before = resident_kb("VmRSS")
-    took, result = clock(call, device)
-    return took, result, max(0, resident_kb("VmHWM") - before) / 1e3
+    return *clock(call, device), max(0, resident_kb("VmHWM") - before) / 1e3
 
 
 def resident_kb(key):
-    """Memory of this process by Linux: VmRSS is now, VmHWM the high-water mark."""
+    """Memory of this process, by Linux: VmRSS now, VmHWM at most."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) * 1.024
 
 
 def warm_up(name, call, device, seconds, error_of):
-    """
-    The row of a variant, without its times: its first calls, their memory, the error of the result.
-    """
+    """The row of a variant before it is timed: its first calls, their memory, and its error."""
     row = {"variant": name, "times_s": [], "warmup_s": []}
-    # the first call sets up what stays, the second shows what every call takes
-    while len(row["warmup_s"]) < 2:
+    while len(row["warmup_s"]) < 2:     # the first sets up what stays, the second shows the usual
         took, result, row["memory_mb"] = clock_and_memory(call, device)
         row["warmup_s"].append(took)
         if took > seconds and "compiled" not in name:
             break
     row["error"] = error_of(name, result) if error_of else None
     if error_of and row["memory_mb"] is not None:
-        # less the outputs and gradients, which every way has to make
-        made = sum(t.nbytes for t in result) / 1e6
+        made = sum(t.nbytes for t in result) / 1e6  # outputs and gradients, which every way makes
         row["memory_mb"] = max(0, row["memory_mb"] - made)
     return row
 
@@ -179,27 +156,24 @@ def measure(variants, device, seconds, error_of, replay=False, queue=False):
     """
     A row for each of the variants that works, and remarks. variants: {name: make}, make() -> call.
 
-    All are warmed up first, where memory and errors are looked at too: error_of(name, result), or
-    None. Then they run in turns until their time is up. On CUDA with replay they do so as CUDA
-    graphs, the time of what the GPU does, whatever its launches take; with queue as in a loop that
-    never waits for the GPU.
+    All are warmed up first, where memory and error_of(name, result) are looked at too; then they
+    run in turns until their time is up. On CUDA with replay they do so as CUDA graphs, the time of
+    what the GPU does, whatever its launches take; with queue as in a loop that never waits for it.
     """
     gc.collect()    # the models of the table before
     rows, calls, remarks = [], {}, []
     on_cuda = device.type == "cuda"
-    timed = clock_on_gpu if (replay or queue) and on_cuda else clock
-    if replay and on_cuda and fast is None:
-        remarks.append("CUDA graphs need mamba_fast/: these times are of launches too")
+    timed = clock_on_gpu if on_cuda and (replay or queue) else clock
+    if on_cuda and replay and not fast:
+        remarks.append("the times include launches: CUDA graphs need mamba_fast/")
     for name, make in variants.items():
         try:
             calls[name] = make()
             row = warm_up(name, calls[name], device, seconds, error_of)
-            if replay and on_cuda and fast:
-                where = torch.empty(0, device=device)
-                calls[name] = fast.recorded(calls[name], where)[0].replay
+            if on_cuda and replay and fast:
+                calls[name] = fast.recorded(calls[name], torch.empty(0, device=device))[0].replay
             rows.append(row)
-        except Exception as error:  # noqa: BLE001
-            # other people's code may fail in any way, and the rest goes on
+        except Exception as error:  # noqa: BLE001 (other people's code may fail in any way)
             calls.pop(name, None)   # and the memory that it holds
             reason = (str(error).strip().splitlines() or [""])[0][:150]
             remarks.append(f"{name} failed: {type(error).__name__}: {reason}")
@@ -210,23 +184,13 @@ def measure(variants, device, seconds, error_of, replay=False, queue=False):
     while waiting:
         for row in waiting:
             row["times_s"].append(timed(calls[row["variant"]], device)[0])
-        waiting = [row for row in waiting if goes_on(row["times_s"], seconds)]
-    for row in rows:
-        if "compiled" in row["variant"]:
-            first = row["warmup_s"][0]
-            remarks.append(f"{row['variant']}: its first call took {first:.1f} s")
-    once = [row["variant"] for row in rows if len(row["times_s"]) == 1]
-    if once:
-        names = "; ".join(once)
-        remarks.append(f"measured once, a call takes longer than --seconds: {names}")
+        waiting = [row for row in waiting if (t := row["times_s"])[0] < seconds
+                   and (len(t) < 2 or (sum(t) < seconds and len(t) < 100))]
+    remarks += [f"{row['variant']}: its first call took {row['warmup_s'][0]:.1f} s"
+                for row in rows if "compiled" in row["variant"]]
+    if once := "; ".join(row["variant"] for row in rows if len(row["times_s"]) == 1):
+        remarks.append(f"measured once, a call takes longer than --seconds: {once}")
     return rows, remarks
-
-
-def goes_on(times, seconds):
-    """Whether a variant whose calls took these times is called again."""
-    if times[0] >= seconds:
-        return False
-    return len(times) < 2 or (sum(times) < seconds and len(times) < 100)
 
 
 def table(bench, title, variants, tokens, error_of=None, floor=None, remarks=(), replay=False,
@@ -237,46 +201,34 @@ def table(bench, title, variants, tokens, error_of=None, floor=None, remarks=(),
     """
     rows, more = measure(variants, bench.device, bench.cfg.seconds, error_of, replay, queue)
     remarks = [*remarks, *more]
-    peers = []
     for row in rows:
         name, quartiles = row["variant"], np.percentile(row["times_s"], (25, 50, 75))
         row["low_s"], row["median_s"], row["high_s"] = quartiles.tolist()
         row["tokens_per_s"] = tokens[name] / row["median_s"]
         row["of_floor"] = floor[name] / row["median_s"] if floor else None
-        peers += [row["median_s"]] if name in PEERS else []
+    peers = [row["median_s"] for row in rows if row["variant"] in PEERS]
     for row in rows:
         row["vs_peer"] = min(peers) / row["median_s"] if peers else None
+    rates, memory = ([row[key] for row in rows] for key in ("tokens_per_s", "memory_mb"))
     columns = {
         "variant": [row["variant"] for row in rows],
         "median ms": [f"{row['median_s'] * 1e3:.4g}" for row in rows],
         "quartiles": [f"{row['low_s'] * 1e3:.4g}..{row['high_s'] * 1e3:.4g}" for row in rows],
         "calls": [f"{len(row['times_s'])}" for row in rows],
-        "tokens/s": [per_second(row["tokens_per_s"]) for row in rows],
-        "us/token": [f"{1e6 / row['tokens_per_s']:.3f}" for row in rows],
-        "extra MB": [megabytes(row["memory_mb"]) for row in rows],
+        "tokens/s": [f"{rate:,.1f}" if rate < 1000 else f"{rate:,.0f}" for rate in rates],
+        "us/token": [f"{1e6 / rate:.3f}" for rate in rates],
+        "extra MB": ["n/a" if mb is None else f"{mb:,.0f}" for mb in memory],
         "error": [f"{row['error']:.1e}" for row in rows if error_of],
         "x best peer": [f"{row['vs_peer']:.2f}" for row in rows if peers],
         "of floor": [f"{row['of_floor']:.0%}" for row in rows if floor],
     }
     print(f"\n{title}")
-    there = {header: column for header, column in columns.items() if column}
-    widths = {"variant": "<29", "quartiles": ">18"}
-    for cells in [there, *zip(*there.values())]:
-        padded = (f"{cell:{widths.get(header, '>11')}}" for header, cell in zip(there, cells))
-        print("  ".join(padded))
-    for remark in remarks:
-        print(f"  {remark}")
-    sys.stdout.flush()
+    shown = [[header, *column] for header, column in columns.items() if column]
+    for name, median, quartiles, *more in zip(*shown):
+        print(f"{name:<30}  {median:>11}  {quartiles:>18}", *(f"{x:>11}" for x in more), sep="  ")
+    print(*(f"  {remark}\n" for remark in remarks), sep="", end="", flush=True)
     bench.results["tables"].append({"title": title, **about, "rows": rows, "remarks": remarks})
     write(bench)    # after every table, so that Ctrl-C loses only the one it interrupts
-
-
-def per_second(count):
-    return f"{count:,.1f}" if count < 1000 else f"{count:,.0f}"
-
-
-def megabytes(count):
-    return "n/a" if count is None else f"{count:,.0f}"
 
 
 def write(bench):
@@ -291,10 +243,7 @@ def write(bench):
 
 
 def hillis_steele(a, x):
-    """
-    Everyone takes in what is one step before it, then two, then four: log2(L) rounds, each over the
-    whole sequence.
-    """
+    """Each takes in what is one step before it, then two, then four: log2(L) rounds over all."""
     step = 1
     while step < a.shape[1]:
         x = torch.cat([x[:, :step], torch.addcmul(x[:, step:], a[:, step:], x[:, :-step])], 1)
@@ -320,8 +269,7 @@ def materialised(scan):
     """The selective scan by way of h = scan(a, x), with all of (B, L, D, N) in memory."""
     def selective(u, delta, A, B, C):
         u, delta, B, C = (t.float() for t in (u, delta, B, C))
-        a = torch.exp(delta[..., None] * A)
-        x = (delta * u)[..., None] * B[:, :, None]
+        a, x = torch.exp(delta[..., None] * A), (delta * u)[..., None] * B[:, :, None]
         return (scan(a, x) @ C[..., None]).squeeze(-1)
     return selective
 
@@ -341,66 +289,48 @@ def mamba_ssm_scan(u, delta, A, B, C):
 @functools.cache
 def compiled_associative():
     from torch._higher_order_ops.associative_scan import associative_scan
-
-    def join(left, right):
-        return left[0] * right[0], right[0] * left[1] + right[1]
-
-    def scan(a, x):
-        return associative_scan(join, (a, x), dim=1, combine_mode="generic")[1]
+    join = lambda left, right: (left[0] * right[0], right[0] * left[1] + right[1])
+    scan = lambda a, x: associative_scan(join, (a, x), dim=1, combine_mode="generic")[1]
     return torch.compile(materialised(scan), dynamic=False)
 
 
-def associative(*inputs):
-    return compiled_associative()(*inputs)
-
-
 @functools.cache
-def compiled_scan():
+def compiled_ours():
     return torch.compile(selective_scan, dynamic=False)
 
 
-def chunked_compiled(*inputs):
-    return compiled_scan()(*inputs, method="chunked")
-
-
-def ours(method):
-    return functools.partial(selective_scan, method=method)
-
-
+chunked, sequential, triton = (functools.partial(selective_scan, method=method)
+                               for method in ("chunked", "sequential", "triton"))
+chunked_compiled = lambda *inputs: compiled_ours()(*inputs, method="chunked")
 # each scan, and how many tensors of (B, L, D, N) it holds at once in the forward pass and in
 # forward + backward (measured)
 SCANS = {
-    "chunked": (ours("chunked"), 0, 0),
-    "chunked, delta x 100": (ours("chunked"), 0, 0),
+    "chunked": (chunked, 0, 0),
+    "chunked, delta x 100": (chunked, 0, 0),
     "chunked, compiled": (chunked_compiled, 0, 0),
     "chunked, compiled, delta x 100": (chunked_compiled, 0, 0),
-    "sequential": (ours("sequential"), 0, 5),
-    "triton": (ours("triton"), 0, 0),
+    "sequential": (sequential, 0, 5),
+    "triton": (triton, 0, 0),
     "Hillis-Steele": (materialised(hillis_steele), 7, 45),
     "Blelloch": (materialised(blelloch), 7, 18),
-    "associative_scan, compiled": (associative, 7, 18),
+    "associative_scan, compiled": (lambda *inputs: compiled_associative()(*inputs), 7, 18),
     "mambapy": (mambapy_scan, 6, 11),
     "mamba_ssm": (mamba_ssm_scan, 0, 0),
 }
 
 
 def scan_inputs(shape, bench, scale=1.0, channels_first=False):
-    """
-    u, delta, A, B, C as a fresh model has them, and a gradient for y. scale multiplies delta.
-    channels_first: the same shapes and numbers, stored as (B, D, L).
-    """
-    batch, length, d_inner, d_state = shape
-    g = torch.Generator().manual_seed(0)
+    """u, delta, A, B, C as a fresh model has them, and a gradient for y. scale multiplies delta."""
+    (batch, length, d_inner, d_state), g = shape, torch.Generator().manual_seed(0)
     u, gy = (torch.randn(batch, length, d_inner, generator=g) for _ in range(2))
-    low, high = math.log(0.001), math.log(0.1)
-    delta = scale * torch.exp(torch.empty_like(u).uniform_(low, high, generator=g))
+    log_delta = torch.empty_like(u).uniform_(math.log(0.001), math.log(0.1), generator=g)
+    delta = scale * torch.exp(log_delta)
     B, C = (torch.randn(batch, length, d_state, generator=g) for _ in range(2))
     A = -torch.arange(1.0, d_state + 1).repeat(d_inner, 1).to(bench.device)
-    dtype = getattr(torch, bench.dtype)
-    u, delta, B, C, gy = (t.to(bench.device, dtype) for t in (u, delta, B, C, gy))
-    if channels_first:
-        flipped = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (u, delta, B, C, gy))
-        u, delta, B, C, gy = flipped
+    tensors = [t.to(bench.device, getattr(torch, bench.dtype)) for t in (u, delta, B, C, gy)]
+    if channels_first:      # the same shapes and numbers, stored as (B, D, L)
+        tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
+    u, delta, B, C, gy = tensors
     return [t.requires_grad_() for t in (u, delta, A, B, C)], gy
 
 
@@ -418,16 +348,12 @@ def scan_call(scan, inputs, gy, backward):
 
 
 def exact(inputs, gy):
-    """
-    y and all gradients in float64 by the plain loop, in pieces: autograd over all of it would need
-    far more memory.
-    """
+    """y and all gradients in float64 by the plain loop; in pieces, which take far less memory."""
     def scan(u, delta, A, B, C):
         state, ys = u.new_zeros(len(u), *A.shape), []
         for u_p, delta_p, B_p, C_p in zip(*(t.split(64, 1) for t in (u, delta, B, C))):
-            y, state = checkpoint(
-                selective_scan, u_p, delta_p, A, B_p, C_p, state=state, return_last_state=True,
-                method="sequential", use_reentrant=False)
+            y, state = checkpoint(sequential, u_p, delta_p, A, B_p, C_p, state=state,
+                                  return_last_state=True, use_reentrant=False)
             ys.append(y)
         return torch.cat(ys, 1)
     where = "cpu" if gy.device.type == "mps" else gy.device     # MPS has no float64
@@ -436,14 +362,9 @@ def exact(inputs, gy):
 
 
 def largest_error(results, expected):
-    """
-    The largest ||result - expected|| / ||expected||; a forward pass alone has only y to compare.
-    """
-    errors = []
-    for r, e in zip(results, expected):
-        difference = (r.to(e.device).double() - e).norm()
-        errors.append((difference / e.norm().clamp(min=1e-30)).item())
-    return max(errors)
+    """The largest ||result - expected|| / ||expected||; of a forward pass alone only y is there."""
+    pairs = [(result.to(e.device).double(), e) for result, e in zip(results, expected)]
+    return max(((result - e).norm() / e.norm().clamp(min=1e-30)).item() for result, e in pairs)
 
 
 # What the scan has to do with each of its (B, L, D, N) numbers. Forward: delta A, exp (as exp2,
@@ -453,33 +374,23 @@ def largest_error(results, expected):
 FORWARD = {"mul": 2, "exp2": 1, "addcmul": 1, "sum over N": 1}
 BACKWARD = {"mul": 2 + 1 + 2 + 1, "exp2": 1, "addcmul": 1 + 1 + 1, "sum over N": 2, "sum over D": 2}
 OPERATIONS = {
-    "copy": "out.copy_(a)",
-    "exp": "torch.exp(a, out=out)",
-    "exp2": "torch.exp2(a, out=out)",
-    "mul": "torch.mul(a, b, out=out)",
-    "addcmul": "torch.addcmul(a, b, c, out=out)",
-    "sum over N": "torch.bmm(C, a)",
-    "sum over D": "torch.bmm(gy, a.transpose(1, 2))",
-}
+    "copy": "out.copy_(a)", "exp": "torch.exp(a, out=out)", "exp2": "torch.exp2(a, out=out)",
+    "mul": "torch.mul(a, b, out=out)", "addcmul": "torch.addcmul(a, b, c, out=out)",
+    "sum over N": "torch.bmm(C, a)", "sum over D": "torch.bmm(gy, a.transpose(1, 2))"}
 
 
 @functools.cache
 def rates(device, d_inner, d_state):
-    """
-    ns per number of each operation, at the best of a few sizes: in the cache, and large enough for
-    all threads.
-    """
+    """ns per number of each operation, at the best of a few sizes: in the cache, and far larger."""
     best = dict.fromkeys(OPERATIONS, math.inf)
     for size in (2 ** 16, 2 ** 18, 2 ** 20, 2 ** 22):
         steps = max(1, size // (d_inner * d_state))
         numbers = steps * d_state * d_inner
-        names = {"torch": torch}
-        for name in ("a", "b", "c", "out"):
-            names[name] = torch.rand(steps, d_state, d_inner, device=device)
-        names["C"] = torch.rand(steps, 1, d_state, device=device)
-        names["gy"] = torch.rand(steps, 1, d_inner, device=device)
+        new = functools.partial(torch.rand, device=device)
+        known = {name: new(steps, d_state, d_inner) for name in ("a", "b", "c", "out")}
+        known.update(torch=torch, C=new(steps, 1, d_state), gy=new(steps, 1, d_inner))
         for name, operation in OPERATIONS.items():
-            timer = Timer(operation, globals=names, num_threads=torch.get_num_threads())
+            timer = Timer(operation, globals=known, num_threads=torch.get_num_threads())
             took = min(timer.timeit(max(1, 2 ** 22 // numbers)).mean for _ in range(5))
             best[name] = min(best[name], took * 1e9 / numbers)
     return best
@@ -488,22 +399,24 @@ def rates(device, d_inner, d_state):
 def scan_tables(bench, shape):
     """Two tables for a shape, the forward pass and forward + backward."""
     batch, length, d_inner, d_state = shape
-    data = dict.fromkeys(SCANS, scan_inputs(shape, bench))
     large = [name for name in SCANS if name.endswith("delta x 100")]
+    data = dict.fromkeys(SCANS, scan_inputs(shape, bench))
     data.update(dict.fromkeys(large, scan_inputs(shape, bench, scale=100.0)))
-    expected = dict.fromkeys(SCANS, exact(*data["chunked"]))
-    expected.update(dict.fromkeys(large, exact(*data[large[0]])))
+    exactly = dict.fromkeys(SCANS, exact(*data["chunked"]))
+    exactly.update(dict.fromkeys(large, exact(*data[large[0]])))
     if "mamba_ssm" in bench.peers:
         data["mamba_ssm"] = scan_inputs(shape, bench, channels_first=True)
     ns, numbers, floor = rates(bench.device, d_inner, d_state), math.prod(shape), 0.0
+    absent = set(PEERS) - set(bench.peers)
+    if fast and bench.device.type != "cuda":
+        absent.add("triton")
     if bench.cfg.compile:
         torch.compiler.reset()      # it gives up after some number of shapes
-    parts = (("forward", FORWARD), ("forward + backward", BACKWARD))
-    for backward, (direction, part) in enumerate(parts):
+    for backward, direction, part in ((False, "forward", FORWARD),
+                                      (True, "forward + backward", BACKWARD)):
         floor += sum(count * ns[name] for name, count in part.items()) * numbers / 1e9
-        each = ", ".join(f"{name} {value:.3f}" for name, value in ns.items())
         remarks = [f"floor {floor * 1e3:.3g} ms: eager operations, each at its best (a fused "
-                   f"kernel may go below); ns: {each}"]
+                   "kernel may go below); ns: " + ", ".join(f"{op} {ns[op]:.3f}" for op in ns)]
         variants = {}
         for name, (scan, *held) in SCANS.items():
             gb = held[backward] * numbers * 4 / 1e9
@@ -511,41 +424,31 @@ def scan_tables(bench, shape):
                 remarks.append(f"{name}: left out without --compile")
             elif gb > bench.cfg.memory_gb:
                 remarks.append(f"{name}: left out, needs {gb:.0f} GB (--memory_gb)")
-            elif name == "triton" and fast is None:
-                remarks.append(f"{name}: {NEEDS_FAST}")
-            elif is_there(name, bench):
-                call = functools.partial(scan_call, scan, *data[name], bool(backward))
-                variants[name] = call
+            elif name == "triton" and not fast:
+                remarks.append(f"{name}: {LEFT_OUT}")
+            elif name not in absent:
+                variants[name] = functools.partial(scan_call, scan, *data[name], backward)
         table(bench, f"scan, {direction}: B={batch} L={length} D={d_inner} N={d_state}, "
               f"{bench.dtype}", variants, dict.fromkeys(variants, batch * length),
-              lambda name, got: largest_error(got, expected[name]),
-              dict.fromkeys(variants, floor), remarks, replay=True, shape=shape,
-              direction=direction, rates_ns=ns)
-
-
-def is_there(scan, bench):
-    """Whether this scan can run: its package is installed, and its device is the right one."""
-    if scan == "triton":
-        return bench.device.type == "cuda"
-    return scan not in PEERS or scan in bench.peers
+              lambda name, got: largest_error(got, exactly[name]), dict.fromkeys(variants, floor),
+              remarks, replay=True, shape=shape, direction=direction, rates_ns=ns)
 
 
 def cost_per_token(bench, shape):
     """Does a token cost the same at every length?"""
     batch, _, d_inner, d_state = shape
     lengths, remarks = [], []
-    for n in (256 * 4 ** i for i in range(10)):
-        gb = 8 * 4 * batch * n * d_inner / 1e9  # inputs, y and gradients: 8 of (B, L, D)
-        if n <= bench.cfg.longest and gb <= bench.cfg.memory_gb:
+    for n in (256 * 4 ** i for i in range(10) if 256 * 4 ** i <= bench.cfg.longest):
+        gb = 8 * 4 * batch * n * d_inner / 1e9      # inputs, y and gradients: 8 of (B, L, D)
+        if gb <= bench.cfg.memory_gb:
             lengths.append(n)
-        elif n <= bench.cfg.longest:
+        else:
             remarks.append(f"L={n}: left out, needs {gb:.0f} GB (--memory_gb)")
     for backward, direction in ((False, "forward"), (True, "forward + backward")):
-        variants, tokens = {}, {}
-        for n in lengths:
-            name, inputs = f"chunked, L={n}", scan_inputs((batch, n, d_inner, d_state), bench)
-            variants[name] = functools.partial(scan_call, ours("chunked"), *inputs, backward)
-            tokens[name] = batch * n
+        data = {n: scan_inputs((batch, n, d_inner, d_state), bench) for n in lengths}
+        variants = {f"chunked, L={n}": functools.partial(scan_call, chunked, *data[n], backward)
+                    for n in lengths}
+        tokens = dict(zip(variants, (batch * n for n in lengths)))
         table(bench, f"cost per token, {direction}: B={batch} D={d_inner} N={d_state}, "
               f"{bench.dtype}", variants, tokens, remarks=remarks, replay=True)
 
@@ -556,19 +459,15 @@ def plot(bench, sweep):
         from matplotlib.figure import Figure  # not pyplot: it may look for a display
     except ImportError:
         return print("no plot: matplotlib is not installed")
-    rows = []
-    for of_shape in bench.results["tables"]:
-        if of_shape.get("shape") in sweep and of_shape["direction"] != "forward":
-            rows += [(of_shape["shape"][1], row) for row in of_shape["rows"]]
-    figure = Figure(figsize=(11, 4.5))
-    axes = figure.subplots(1, 2)
-    shown = (("median_s", "seconds"), ("memory_mb", "MB on top of the inputs"))
-    for axis, (key, label) in zip(axes, shown):
+    figure, tables = Figure(figsize=(11, 4.5)), bench.results["tables"]
+    rows = [(of["shape"][1], row) for of in tables
+            if of.get("shape") in sweep and of["direction"] != "forward" for row in of["rows"]]
+    shown = {"median_s": "seconds", "memory_mb": "MB on top of the inputs"}
+    for axis, (key, label) in zip(figure.subplots(1, 2), shown.items()):
         for name in dict.fromkeys(row["variant"] for _, row in rows):
             points = sorted((length, row[key]) for length, row in rows
                             if row["variant"] == name and row[key])
-            lengths, values = [length for length, _ in points], [value for _, value in points]
-            axis.loglog(lengths, values, "o-", label=name)
+            axis.loglog([x for x, _ in points], [y for _, y in points], "o-", label=name)
         axis.set_xscale("log", base=2)
         axis.set(xlabel="L", ylabel=label)
         axis.grid(alpha=0.3)
@@ -585,34 +484,28 @@ def plot(bench, sweep):
 
 
 class GPT(nn.Module):
-    """
-    The Transformer to compare with, nanoGPT's: learned positions, norms before, causal attention,
-    an MLP 4 times as wide.
-    """
+    """The Transformer to compare with, nanoGPT's: learned positions, norms before, a wide MLP."""
 
     def __init__(self, vocab_size, d_model, n_layer, block_size):
         super().__init__()
-        norm = functools.partial(nn.LayerNorm, bias=False)
-        linear = functools.partial(nn.Linear, bias=False)
         self.n_head = d_model // 64 if d_model % 64 == 0 else 1
         self.tokens = nn.Embedding(vocab_size, d_model)
         self.positions = nn.Embedding(block_size, d_model)
+        norm = functools.partial(nn.LayerNorm, bias=False)
+        linear = functools.partial(nn.Linear, bias=False)
         self.layers = nn.ModuleList(nn.ModuleDict({
             "norm1": norm(d_model),
-            "qkv": linear(d_model, 3 * d_model),
-            "out": linear(d_model, d_model),
+            "qkv": linear(d_model, 3 * d_model), "out": linear(d_model, d_model),
             "norm2": norm(d_model),
-            "up": linear(d_model, 4 * d_model),
-            "down": linear(4 * d_model, d_model),
+            "up": linear(d_model, 4 * d_model), "down": linear(4 * d_model, d_model),
         }) for _ in range(n_layer))
         self.norm, self.head = norm(d_model), linear(d_model, vocab_size)
         self.head.weight = self.tokens.weight
 
     def forward(self, idx):
-        x = self.tokens(idx) + self.positions.weight[:idx.shape[1]]         # (B, L, d_model)
+        x = self.tokens(idx) + self.positions.weight[:idx.shape[1]]
         for layer in self.layers:
-            qkv = layer["qkv"](layer["norm1"](x))
-            qkv = qkv.unflatten(2, (3, self.n_head, -1))                    # (B, L, 3, heads, d)
+            qkv = layer["qkv"](layer["norm1"](x)).unflatten(2, (3, self.n_head, -1))
             qkv = qkv.permute(2, 0, 3, 1, 4)                                # (3, B, heads, L, d)
             y = F.scaled_dot_product_attention(*qkv, is_causal=True)        # (B, heads, L, d)
             x = x + layer["out"](y.transpose(1, 2).flatten(2))
@@ -635,9 +528,9 @@ class Mambapy(nn.Module):
         return self.head(self.norm(self.layers(self.embedding(idx))))
 
     def generate(self, start, n):
-        config, tokens = self.layers.config, list(start.unbind(1))
-        inputs = self.head.weight.new_zeros(len(start), config.d_inner, config.d_conv - 1)
-        caches = [(None, inputs.clone()) for _ in range(config.n_layers)]
+        c, tokens = self.layers.config, list(start.unbind(1))
+        zeros = functools.partial(self.head.weight.new_zeros, len(start), c.d_inner, c.d_conv - 1)
+        caches = [(None, zeros()) for _ in range(c.n_layers)]
         for i in range(len(tokens) + n - 1):
             x, caches = self.layers.step(self.embedding(tokens[i]), caches)
             if i + 1 >= len(tokens):
@@ -654,7 +547,7 @@ def build(name, vocab_size, d_model, n_layer):
         transformers.logging.set_verbosity_error()
         config = transformers.MambaConfig(vocab_size=vocab_size, hidden_size=d_model,
                                           num_hidden_layers=n_layer)
-        if hasattr(config, "use_mambapy"):  # its own loop takes 20 times longer to train
+        if hasattr(config, "use_mambapy"):      # its own loop takes 20 times longer to train
             config.use_mambapy = importlib.util.find_spec("mambapy") is not None
         return transformers.MambaForCausalLM(config)
     return Mamba(MambaConfig(vocab_size=vocab_size, d_model=d_model, n_layer=n_layer))
@@ -664,8 +557,7 @@ def training_step(bench, name, x, y, remarks):
     """A call that does a whole step: forward, loss, backward, AdamW."""
     cfg = bench.cfg
     if name == "Transformer":
-        # a Mamba layer has 6 d_model^2 parameters, a Transformer's 12: half as many for the same
-        # size
+        # a Mamba layer has 6 d_model^2 parameters, a Transformer's 12: for one size half as many
         model = GPT(cfg.vocab_size, cfg.d_model, max(1, cfg.n_layer // 2), cfg.block_size)
     else:
         model = build(name, cfg.vocab_size, cfg.d_model, cfg.n_layer)
@@ -685,10 +577,8 @@ def training_step(bench, name, x, y, remarks):
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
         loss.backward()
         return loss.detach()
-    if name.startswith("ours"):
-        scan = pick_scan("auto", bench.device, bench.dtype, 16)
-        if scan == "triton":    # as train.py does it
-            gradients = fast.replayed([gradients], x, y)[0]
+    if name.startswith("ours") and fast and fast.has_triton(model.lm_head.weight, 16):
+        gradients = fast.replayed([gradients], x, y)[0]     # as train.py does it
 
     def step():
         gradients(x, y)
@@ -700,28 +590,22 @@ def train_suite(bench):
     cfg, remarks = bench.cfg, []
     if bench.device.type == "cuda":
         repeatable()
-    shape = cfg.batch_size, cfg.block_size + 1
+    shape = (cfg.batch_size, cfg.block_size + 1)
     tokens = torch.randint(cfg.vocab_size, shape, device=bench.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    names = ["ours"]
-    if cfg.compile:
-        names.append("ours, compiled")
-    names += [name for name in bench.peers if name != "mamba_ssm"]
-    names.append("Transformer")
+    peers = [name for name in bench.peers if name != "mamba_ssm"]
+    names = ["ours", *["ours, compiled"] * cfg.compile, *peers, "Transformer"]
     variants = {name: functools.partial(training_step, bench, name, x, y, remarks)
                 for name in names}
     table(bench, f"training step: d_model {cfg.d_model}, {cfg.n_layer} layers, vocabulary "
-          f"{cfg.vocab_size}, B={cfg.batch_size} L={cfg.block_size}, {bench.dtype}",
-          variants, dict.fromkeys(names, x.numel()), remarks=remarks, queue=True)
+          f"{cfg.vocab_size}, B={cfg.batch_size} L={cfg.block_size}, {bench.dtype}", variants,
+          dict.fromkeys(names, x.numel()), remarks=remarks, queue=True)
 
 
 def generating(bench, name, shape, dtype, compiled):
-    """
-    A call that generates cfg.new_tokens tokens, greedily, for cfg.texts texts that begin with
-    cfg.start tokens each.
-    """
-    n = bench.cfg.new_tokens
-    start = torch.randint(shape[0], (bench.cfg.texts, bench.cfg.start), device=bench.device)
+    """A call that generates, greedily, cfg.new_tokens for each of cfg.texts of cfg.start tokens."""
+    n, size = bench.cfg.new_tokens, (bench.cfg.texts, bench.cfg.start)
+    start = torch.randint(shape[0], size, device=bench.device)
     weights = getattr(torch, bench.dtype if dtype == "int8" else dtype)
     model = build(name, *shape).to(bench.device, weights).eval()
     if dtype == "int8":
@@ -735,10 +619,7 @@ def generating(bench, name, shape, dtype, compiled):
 
 
 def reading(bench, shape, by_scan):
-    """
-    A call that reads a prompt, up to the logits of the token after it: by the scan, or by the step
-    that generates.
-    """
+    """A call that reads a prompt, up to the next logits: by the scan, or by the step of a token."""
     model = build("ours", *shape).to(bench.device, getattr(torch, bench.dtype)).eval()
     prompt = torch.randint(shape[0], (1, bench.cfg.prompt), device=bench.device)
 
@@ -747,8 +628,7 @@ def reading(bench, shape, by_scan):
         if by_scan:
             for _ in model.read(prompt):
                 pass
-        else:
-            # a decoder reads all but the last token of what it is given: here nothing
+        else:       # the decoder has read all but the last token of its prompt: here nothing yet
             step = model.decoder(prompt[:, :1], model.init_state(1))
             for token in prompt.unbind(1):
                 step(token)
@@ -758,67 +638,53 @@ def reading(bench, shape, by_scan):
 def going_on(bench, shape, position):
     """A call that generates cfg.new_tokens tokens, after `position` that were read before."""
     model = build("ours", *shape).to(bench.device, getattr(torch, bench.dtype)).eval()
-    text = torch.randint(shape[0], (1, position), device=bench.device)
-    for _, state in model.read(text):
-        pass
-    n = bench.cfg.new_tokens
+    text, n = torch.randint(shape[0], (1, position), device=bench.device), bench.cfg.new_tokens
+    *_, (_, state) = model.read(text)
     return lambda: list(model.stream(text[:, -1:], n, temperature=0, state=state))
-
-
-def generation_variants(bench):
-    """{variant: (package, dtype)} of what generates, and remarks on what does not."""
-    compiled = bench.cfg.compile and bench.device.type == "cpu"     # elsewhere there is one step
-    names, remarks = {}, []
-    for name in ("ours", *bench.peers):
-        if name != "mamba_ssm":
-            names[name] = name, bench.dtype
-    names["ours, bfloat16"] = "ours", "bfloat16"
-    if fast:
-        names["ours, int8"] = "ours", "int8"
-    else:
-        remarks.append(f"ours, int8: {NEEDS_FAST}")
-    if compiled and fast:
-        own = {name: of for name, of in names.items() if name.startswith("ours")}
-        names.update({f"{name}, compiled": of for name, of in own.items()})
-    elif compiled:
-        remarks.append(f"ours, compiled: {NEEDS_FAST}")
-    return names, remarks
 
 
 def generate_suite(bench):
     memory = torch.ones(2 ** 26, device=bench.device)   # 256 MB: more than any cache holds
-    took = min(clock(memory.sum, bench.device)[0] for _ in range(6))
-    bandwidth = memory.nbytes / took
+    bandwidth = memory.nbytes / min(clock(memory.sum, bench.device)[0] for _ in range(6))
     del memory
-    small = bench.cfg.vocab_size, bench.cfg.d_model, bench.cfg.n_layer
+    small = (bench.cfg.vocab_size, bench.cfg.d_model, bench.cfg.n_layer)
     for size, shape in {"small": small, "130m": (50280, 768, 24)}.items():
         if bench.cfg.size in (size, "both"):
             generation_tables(bench, shape, bandwidth)
 
 
 def generation_tables(bench, shape, bandwidth):
-    """Three tables for a model of this (vocab_size, d_model, n_layer). bandwidth: in bytes/s."""
-    cfg = bench.cfg
+    """Three tables for a model of this (vocab_size, d_model, n_layer). bandwidth: bytes/s."""
+    cfg, remarks = bench.cfg, []
     with torch.device("meta"):
         parameters = build("ours", *shape).num_params()
     what = (f"d_model {shape[1]}, {shape[2]} layers, vocabulary {shape[0]}, "
             f"{parameters / 1e6:.2f}M parameters, {bench.dtype}")
-    if cfg.compile and bench.device.type == "cpu":
+
+    # {variant: (package, dtype)}
+    names = {name: (name, bench.dtype) for name in ("ours", *bench.peers) if name != "mamba_ssm"}
+    names.update({f"ours, {dtype}": ("ours", dtype) for dtype in ("bfloat16", "int8")})
+    if cfg.compile and bench.device.type == "cpu":      # elsewhere there is one step
         torch.compiler.reset()
-    names, remarks = generation_variants(bench)
+        names.update({f"{name}, compiled": names[name] for name in list(names)
+                      if name.startswith("ours")})
+    if not fast:
+        needy = [name for name in names if "int8" in name or "compiled" in name]
+        remarks = [f"{name}: {LEFT_OUT}" for name in needy]
+        names = {name: of for name, of in names.items() if name not in needy}
     read_s = {name: parameters * getattr(torch, dtype).itemsize / bandwidth
               for name, (_, dtype) in names.items()}
-    own = [name for name in names if name.startswith("ours") and not name.endswith("compiled")]
-    allowed = ", ".join(f"{1 / read_s[name]:,.0f} tokens/s as {names[name][1]}" for name in own)
-    floor = (f"floor: {bandwidth / 1e9:.1f} GB/s read all weights once per token at {allowed} "
-             "(more if a cache holds them)")
+    allowed = ", ".join(f"{1 / read_s[name]:,.0f} tokens/s as {names[name][1]}" for name in names
+                        if name.startswith("ours") and not name.endswith("compiled"))
+    remarks = [f"floor: {bandwidth / 1e9:.1f} GB/s read all weights once per token at {allowed} "
+               + "(more if a cache holds them)", *remarks]
     variants = {name: functools.partial(generating, bench, package, shape, dtype,
-                                        name.endswith("compiled"))
+                                        compiled=name.endswith("compiled"))
                 for name, (package, dtype) in names.items()}
     table(bench, f"generation, {cfg.texts} x {cfg.new_tokens} tokens after {cfg.start}: {what}",
           variants, dict.fromkeys(names, cfg.texts * cfg.new_tokens),
-          floor={name: cfg.new_tokens * s for name, s in read_s.items()},
-          remarks=[floor, *remarks])
+          floor={name: cfg.new_tokens * s for name, s in read_s.items()}, remarks=remarks)
+
     variants = {"ours, by the scan": functools.partial(reading, bench, shape, True)}
     if cfg.prompt <= 10_000:    # else it would take minutes
         variants["ours, token by token"] = functools.partial(reading, bench, shape, False)
@@ -842,56 +708,47 @@ def parse_sizes(name, text, count, example):
     return [[int(number) for number in part.split("x")] for part in text.split(",")]
 
 
-def check(cfg):
-    """Problem for values without a meaning."""
-    suites, sizes = ("scan", "train", "generate", "all"), ("small", "130m", "both")
-    for name, choices in (("suite", suites), ("size", sizes)):
+def machine_of(device):
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, TypeError):
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    return {"name": torch.cuda.get_device_name() if device.type == "cuda" else cpu, "cpu": cpu,
+            "device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": platform.python_version(), "system": platform.platform(),
+            "date": time.strftime("%Y-%m-%d %H:%M")}
+
+
+def main(cfg, given):
+    for name, choices in (("suite", ("scan", "train", "generate", "all")),
+                          ("size", ("small", "130m", "both"))):
         if (value := getattr(cfg, name)) not in choices:
-            raise Problem(f"--{name} takes {', '.join(choices)}, not '{value}'"
-                          + nearest(value, choices))
+            hint = nearest(value, choices)
+            raise Problem(f"--{name} takes {', '.join(choices)}, not '{value}'{hint}")
     for name in ("seconds", "memory_gb", "d_model", "n_layer", "vocab_size", "batch_size",
                  "block_size", "texts", "start", "new_tokens", "prompt"):
         if getattr(cfg, name) <= 0:
             raise Problem(f"--{name} must be above 0, not {getattr(cfg, name)}")
-
-
-def machine_of(device, peers):
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, TypeError):
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    machine = {"name": torch.cuda.get_device_name() if device.type == "cuda" else cpu, "cpu": cpu,
-               "device": str(device), "threads": torch.get_num_threads(),
-               "torch": torch.__version__, "python": platform.python_version(),
-               "system": platform.platform(), "date": time.strftime("%Y-%m-%d %H:%M")}
-    for name in peers:
-        # a peer that was copied here has no version
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            machine[name] = importlib.metadata.version(name)
-    return machine
-
-
-def main(cfg, given):
-    check(cfg)
     shapes = parse_sizes("shapes", cfg.shapes, 4, "BxLxDxN, as in 4x1024x512x16,1x4096x512x16")
     lengths = cfg.lengths or ("256,1024,4096" if cfg.plot else "")
-    sweep = []
     if lengths:
         lengths = parse_sizes("lengths", lengths, 1, "lengths, as in 256,1024,4096")
-        sweep = [[shapes[0][0], length, *shapes[0][2:]] for length, in lengths]
+    sweep = [[shapes[0][0], length, *shapes[0][2:]] for length, in lengths]
     device = pick_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
     peers = [name for name in PEERS if importlib.util.find_spec(name)
              and (name != "mamba_ssm" or device.type == "cuda")]
-    machine = machine_of(device, peers)
+    machine = machine_of(device)
+    for name in peers:      # a peer that was copied here has no version
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            machine[name] = importlib.metadata.version(name)
+    results = {"machine": machine, "flags": asdict(cfg), "tables": []}
     bench = SimpleNamespace(cfg=cfg, device=device, dtype=pick_dtype(cfg.dtype, device),
-                            peers=peers,
-                            results={"machine": machine, "flags": asdict(cfg), "tables": []})
+                            peers=peers, results=results)
     write(bench)    # now, not after minutes, it shows whether the file can be written
     print(", ".join(f"{key} {value}" for key, value in machine.items() if key != "name"))
-    absent = [name for name in PEERS if name not in peers]
-    print(f"peers: {', '.join(peers) or 'none'}"
-          + (f"; absent: {', '.join(absent)}" if absent else ""))
+    absent = ", ".join(name for name in PEERS if name not in peers)
+    print(f"peers: {', '.join(peers) or 'none'}" + (f"; absent: {absent}" if absent else ""))
 
     if cfg.suite in ("scan", "all"):
         for shape in [*shapes, *(shape for shape in sweep if shape not in shapes)]:

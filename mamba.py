@@ -1,24 +1,24 @@
 """
-Mamba, the selective state space language model (S6, arXiv 2312.00752), in one file that needs torch
-alone. Notable:
+Mamba, the selective state space language model (S6, arXiv 2312.00752), in one file that needs
+torch alone. What is notable here:
 - the selective scan twice: as the paper's plain loop, and in tiles, the same function made fast
-- the decay over a stretch of time is exp(A * sum of delta), never a quotient of products: it cannot overflow
+- the decay over a stretch of time is exp(A * sum of delta), never a quotient, which overflows
 - everything is (batch, length, channels): no tensor of the model is transposed in memory
-- a state is a value: a call with a state returns the next one, and does not change what it was given
-- parameters have the names of the released state-spaces/mamba-* weights, which from_pretrained reads
-- mamba_fast/ beside this file computes the same numbers sooner; without it everything here still works
+- a state is a value: a call with a state returns the next one and leaves the given one as it is
+- parameters have the names of the released state-spaces/mamba-* weights
+Optional beside it: mamba_fast/ computes the same numbers sooner, mamba_files.py reads more layouts.
 
 Glossary, with the paper's names:
-    B (size)      batch                                L       length of the sequence
-    d_model       width of the residual stream         D       d_inner = expand * d_model, channels of the scan
-    N             d_state, numbers remembered for each channel
-    dt_rank       rank of the projection that makes delta
-    u             input of the scan, (B, L, D)         z       gate, (B, L, D)
-    delta         step size, (B, L, D): large = take in this token and forget, near 0 = skip it
-    A             (D, N), negative: rate of forgetting; the decay of one step is exp(delta * A)
-    B, C          (B, L, N): what each token writes to the state, and what it reads from it
-    D             (D,): weight of the direct path from u to y
-    h             (B, D, N): the state, all that the scan remembers of the tokens before
+    B (size)    batch                             L    length of the sequence
+    d_model     width of the residual stream      D    d_inner = expand * d_model, scan's channels
+    N           d_state, numbers remembered for each channel
+    dt_rank     rank of the projection that makes delta
+    u           input of the scan, (B, L, D)      z    gate, (B, L, D)
+    delta       step size, (B, L, D): large = take in this token and forget, near 0 = skip it
+    A           (D, N), negative: rate of forgetting; the decay of one step is exp(delta * A)
+    B, C        (B, L, N): what each token writes to the state, and what it reads from it
+    D           (D,): weight of the direct path from u to y
+    h           (B, D, N): the state, all that the scan remembers of the tokens before
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 
 try:
-    import mamba_fast as fast   # every answer of it is None where it has nothing faster
+    import mamba_fast as fast       # each of its answers is None where it has nothing faster
 except ImportError:
     fast = None
 try:
@@ -42,15 +42,12 @@ try:
 except ImportError:
     files = None
 
-# ----------------------------------------------------------------------------------------------
-# Config
-
 SCAN_METHODS = ("auto", "sequential", "chunked", "triton")
 
 
 @dataclass
 class MambaConfig:
-    """Shape of a model; the defaults are mamba-130m. A bad value is a ValueError at construction."""
+    """Shape of a model; the defaults are mamba-130m. A bad value is a ValueError."""
     vocab_size: int = 50277
     d_model: int = 768
     n_layer: int = 24
@@ -66,7 +63,7 @@ class MambaConfig:
     dropout: float = 0.0                # on the embedding, and on what enters and leaves each mixer
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
-    pad_vocab_size_multiple: int = 8    # rows of the embedding are rounded up, for the matrix units
+    pad_vocab_size_multiple: int = 8    # rows of the embedding are rounded up, for matrix units
     d_intermediate: int = 0             # > 0 adds a gated MLP of this width after each mixer
     scan: str = "auto"                  # method of selective_scan
 
@@ -77,13 +74,13 @@ class MambaConfig:
                      "pad_vocab_size_multiple", "d_intermediate"):
             value, least = getattr(self, name), 0 if name == "d_intermediate" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        for right, need in ((0 <= self.dropout < 1, "0 <= dropout < 1"), (self.norm_eps > 0, "norm_eps > 0"),
+                raise ValueError(f"{name} must be a whole number from {least} on, not {value!r}")
+        for right, need in ((0 <= self.dropout < 1, "0 <= dropout < 1"),
+                            (self.norm_eps > 0 and self.dt_init_floor > 0, "norm_eps > 0, dt_init_floor > 0"),
                             (0 < self.dt_min <= self.dt_max, "0 < dt_min <= dt_max"),
-                            (self.dt_init_floor > 0, "dt_init_floor > 0"),
                             (self.scan in SCAN_METHODS, f"a scan of {', '.join(SCAN_METHODS)}")):
             if not right:
-                raise ValueError(f"a model needs {need}, not {self}")
+                raise ValueError(f"needed is {need}, not {self}")
 
     @property
     def d_inner(self):
@@ -91,18 +88,19 @@ class MambaConfig:
 
     @property
     def padded_vocab_size(self):
-        return math.ceil(self.vocab_size / self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+        multiple = self.pad_vocab_size_multiple
+        return math.ceil(self.vocab_size / multiple) * multiple
 
 
-# ----------------------------------------------------------------------------------------------
-# The selective scan: what it computes, and the plain loop
+# ------------------------------------------------------------------------------------------------
+# The selective scan
 
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
                    state=None, return_last_state=False, method="auto"):
     """
-    The recurrence at the heart of Mamba (paper, section 3.2 and Algorithm 2; zero-order hold for A,
-    Euler for B):
+    The recurrence at the heart of Mamba (paper, section 3.2 and Algorithm 2; zero-order hold for
+    A, Euler for B):
 
         delta_t = softplus(delta_t + delta_bias)                  if delta_softplus
         h_t     = exp(delta_t A) h_{t-1} + delta_t B_t u_t        h_0 = state, or zeros
@@ -111,32 +109,33 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     u, delta, z: (B, L, D).  A: (D, N).  B, C: (B, L, N).  D, delta_bias: (D,).  state: (B, D, N).
     Returns y (B, L, D) in the type of u, or (y, last_state) with last_state (B, D, N) in float32,
     so that scan(x) equals scan(x[:, :k]) followed by scan(x[:, k:]) with that state. Computes in
-    float32 (float64 if u is float64) whatever the inputs are. Differentiable in every tensor, once.
-    method: "sequential" (the loop) | "chunked" (tiles) | "triton" (fused kernels of mamba_fast/, on
-    CUDA) | "auto", the best there is. ValueError: shapes that do not fit, a method that cannot run.
-    Names and meaning are those of mamba_ssm's selective_scan_fn; the layout is (B, L, D) throughout.
+    float32 (float64 if u is float64) whatever the inputs are. Differentiable in every tensor.
+    method: "sequential" (the loop) | "chunked" (tiles) | "triton" (kernels of mamba_fast/, on
+    CUDA) | "auto", the best there is. ValueError: shapes that do not fit; it cannot run here.
+    Names and meaning are those of mamba_ssm's selective_scan_fn; the layout is (B, L, D).
     """
     if u.dim() != 3 or A.dim() != 2:
-        raise ValueError(f"u must be (B, L, D), A (D, N), not {tuple(u.shape)} and {tuple(A.shape)}")
+        raise ValueError(f"u must be (B, L, D), A (D, N), not {[*u.shape]} and {[*A.shape]}")
     (batch, length, d_inner), d_state = u.shape, A.shape[1]
     if length == 0:
         raise ValueError("the sequence is empty: u must have at least one step")
     wide, narrow = (batch, length, d_inner), (batch, length, d_state)
-    for name, tensor, shape in (("delta", delta, wide), ("z", z, wide), ("B", B, narrow), ("C", C, narrow),
-                                ("A", A, (d_inner, d_state)), ("state", state, (batch, d_inner, d_state)),
-                                ("D", D, (d_inner,)), ("delta_bias", delta_bias, (d_inner,))):
+    for name, tensor, shape in (
+            ("delta", delta, wide), ("z", z, wide), ("B", B, narrow), ("C", C, narrow),
+            ("A", A, (d_inner, d_state)), ("state", state, (batch, d_inner, d_state)),
+            ("D", D, (d_inner,)), ("delta_bias", delta_bias, (d_inner,))):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {shape} to fit u {wide}, not {tuple(tensor.shape)}")
 
-    number = torch.promote_types(u.dtype, torch.float32)
+    dtype, number = u.dtype, torch.promote_types(u.dtype, torch.float32)
     if state is None:
         state = u.new_zeros(batch, d_inner, d_state, dtype=number)
-    method = "sequential" if method == "auto" and length == 1 else scan_method(method, u, d_state)
+    one_step = method == "auto" and length == 1
+    method = "sequential" if one_step else scan_method(method, u, d_state)
     with torch.autocast(u.device.type, enabled=False):      # it would run the products in 16 bits
         if method == "triton":
             y, h = fast.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
             return (y, h) if return_last_state else y
-        dtype_in = u.dtype
         u, delta, A, B, C, state = (t.to(number) for t in (u, delta, A, B, C, state))
         if delta_bias is not None:
             delta = delta + delta_bias
@@ -150,44 +149,44 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
             y = y + D * u
         if z is not None:
             y = y * F.silu(z.to(number))
-    return (y.to(dtype_in), h) if return_last_state else y.to(dtype_in)
+    return (y.to(dtype), h) if return_last_state else y.to(dtype)
 
 
 def scan_method(method, u, d_state):
-    """What selective_scan uses for a sequence like u: what "auto" stands for. ValueError: it cannot run."""
+    """What selective_scan does for a sequence like u: what "auto" is. ValueError: it cannot run."""
     if method not in SCAN_METHODS:
         raise ValueError(f"method must be one of {', '.join(SCAN_METHODS)}, not {method!r}")
     able = method in ("auto", "triton") and fast is not None and fast.has_triton(u, d_state)
     if method == "triton" and not able:
-        raise ValueError("scan 'triton' needs mamba_fast/, CUDA on Ampere or later, Triton 3.6 (which comes with "
-                         "torch 2.11), d_state <= 256 and no float64; 'auto' takes the best there is")
+        raise ValueError("scan 'triton' needs mamba_fast/, CUDA on Ampere or later, Triton 3.6 (of "
+                         "torch 2.11), d_state <= 256, no float64; 'auto' takes the best there is")
     return method if method != "auto" else "triton" if able else "chunked"
 
 
 def one_by_one(u, delta, A, B, C, h):
-    """Algorithm 2 as written: one step after the other. The reference that all other ways are tested against."""
+    """Algorithm 2 as written: one step after the other. All other ways are tested against it."""
     ys = []
-    # unbind, not u[:, t]: each indexing would make a full-size gradient, and the backward pass quadratic in L
+    # unbind, not u[:, t]: each indexing would make a full-size gradient, so backward quadratic in L
     for u_t, delta_t, B_t, C_t in zip(*(t.unbind(1) for t in (u, delta, B, C))):
-        decay = torch.exp(delta_t[:, :, None] * A)                              # (B, D, N)
-        h = decay * h + (delta_t * u_t)[:, :, None] * B_t[:, None, :]           # (B, D, N)
-        ys.append((h * C_t[:, None, :]).sum(-1))                                # (B, D)
-    return torch.stack(ys, dim=1), h                                            # (B, L, D), (B, D, N)
+        decay = torch.exp(delta_t[:, :, None] * A)                          # (B, D, N)
+        h = decay * h + (delta_t * u_t)[:, :, None] * B_t[:, None, :]       # (B, D, N)
+        ys.append((h * C_t[:, None, :]).sum(-1))                            # (B, D)
+    return torch.stack(ys, dim=1), h                                        # (B, L, D), (B, D, N)
 
 
-# ----------------------------------------------------------------------------------------------
-# The same recurrence in tiles of some steps
+# ------------------------------------------------------------------------------------------------
+# The same recurrence in tiles of T steps
 #
-# The states of all steps, (B, L, N, D), are 2N times larger than the input and never in memory at once:
-# the buffers a, h and g hold the steps of one tile and are used again for the next, so that they stay in
-# the cache. Only the state that enters each tile is kept; the backward pass makes the others again.
+# The states of all steps, (B, L, N, D), are 2N times larger than the input and never in memory at
+# once: the buffers a, h and g hold the steps of one tile and are used again for the next, so that
+# they stay in the cache. Kept is the state that enters each tile; backward makes the others again.
 #
-#     forward, per tile      a_t = exp(delta_t A)     h_t = a_t h_{t-1} + x_t B_t     y_t = C_t . h_t
-#     backward, in reverse   g_t = C_t gy_t + a_{t+1} g_{t+1}                         g_t is dLoss/dh_t
-#                            gC_t = h_t . gy_t    gB_t = g_t . x_t    gx_t = B_t . g_t    x = delta u
-#                            dLoss/d(delta_t A) = g_t a_t h_{t-1}, which gives delta's gradient and A's
+#     forward, per tile     a_t = exp(delta_t A)    h_t = a_t h_{t-1} + x_t B_t    y_t = C_t . h_t
+#     backward, in reverse  g_t = C_t gy_t + a_{t+1} g_{t+1}                       g_t is dLoss/dh_t
+#                           gC_t = h_t . gy_t   gB_t = g_t . x_t   gx_t = B_t . g_t    x = delta u
+#                           dLoss/d(delta_t A) = g_t a_t h_{t-1}: delta's gradient, and A's
 #
-# The state is (N, D) inside, channels innermost: products and sums over N then read it in order.
+# The state is (N, D) inside, channels innermost: products and sums over N read it in order.
 
 
 def in_tiles(u, delta, A, B, C, state):
@@ -197,28 +196,30 @@ def in_tiles(u, delta, A, B, C, state):
 
 
 def operator(inputs, outputs):
-    """Makes of a function one that torch.compile and torch.export take as it is, not looking inside."""
+    """Makes a function one that torch.compile and torch.export do not look into."""
     schema = f"({inputs}) -> ({', '.join(['Tensor'] * outputs)})"
-    return lambda f: torch.library.custom_op(f"mamba_py::{f.__name__}", f, mutates_args=(), schema=schema)
+    return lambda f: torch.library.custom_op(f"mamba_py::{f.__name__}", f, mutates_args=(),
+                                             schema=schema)
 
 
 @operator("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor state, bool keep", 3)
 def tiles_forward(u, delta, A, B, C, state, keep):
-    """y, the last state, and (if keep) the states that enter the tiles and the last, (B, N, D) each."""
+    """y, the last state and, if keep, the states (B, N, D) that enter the tiles, and the last."""
     tiles = Tiles(u, delta, A, "ah")
     y, last = tiles.empty_like(u), torch.empty_like(state)
     starts = A.new_empty(tiles.count + 1 if keep else 1, *state.transpose(1, 2).shape)
     with torch.inference_mode():        # a call costs a fifth less than without gradients alone
         starts[0] = state.transpose(1, 2)
         for i, (delta_s, u_s, B_s, C_s, y_s) in enumerate(tiles.cut(delta, u, B, C, y)):
-            h = tiles.states(delta_s, delta_s * u_s, B_s, starts[i if keep else 0])         # (B, T, N, D)
-            y_s.copy_(dot(C_s, h))
+            h = tiles.states(delta_s, delta_s * u_s, B_s, starts[i if keep else 0])
+            y_s.copy_(dot(C_s, h))                                          # (B, T, D)
             starts[i + 1 if keep else 0] = h[:, -1]
         last.copy_(starts[-1].transpose(1, 2))
     return tiles.whole(y), last, starts
 
 
-@operator("Tensor gy, Tensor glast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor starts", 6)
+@operator("Tensor gy, Tensor glast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+          "Tensor starts", 6)
 def tiles_backward(gy, glast, u, delta, A, B, C, starts):
     """The gradients of u, delta, A, B, C and state."""
     tiles = Tiles(u, delta, A, "ahg")
@@ -226,24 +227,25 @@ def tiles_backward(gy, glast, u, delta, A, B, C, starts):
     gA, gstate, carry = torch.empty_like(A), torch.empty_like(glast), glast.transpose(1, 2)
     with torch.autocast(u.device.type, enabled=False), torch.inference_mode():
         gdelta_A, ones = torch.zeros_like(tiles.a), torch.ones_like(tiles.a[..., 0])
-        cut = tiles.cut(delta, u, B, C, gy, gdelta, gu, gB, gC)
-        for before, (delta_s, u_s, B_s, C_s, gy_s, gdelta_s, gu_s, gB_s, gC_s) in reversed([*zip(starts, cut)]):
+        pieces = zip(starts, *(tiles.cut(t) for t in (delta, u, B, C, gy, gdelta, gu, gB, gC)))
+        for start, delta_s, u_s, B_s, C_s, gy_s, gdelta_s, gu_s, gB_s, gC_s in [*pieces][::-1]:
             x_s = delta_s * u_s
-            h = tiles.states(delta_s, x_s, B_s, before)                         # (B, T, N, D)
+            h = tiles.states(delta_s, x_s, B_s, start)                      # (B, T, N, D)
             g = tiles.adjoints(gy_s, C_s, carry)
             gx_s = dot(B_s, g)
             gC_s.copy_(dot(gy_s, h.transpose(2, 3)))
             gB_s.copy_(dot(x_s, g.transpose(2, 3)))
             ag = tiles.a.mul_(g)
-            carry = ag[:, 0].clone()                # a_t g_t of the first step, for the tile before
-            ag[:, 0].mul_(before)
-            ag[:, 1:].mul_(h[:, :-1])               # now dLoss/d(delta A)
+            carry = ag[:, 0].clone()            # a_t g_t of the first step, for the tile before
+            ag[:, 0].mul_(start)
+            ag[:, 1:].mul_(h[:, :-1])           # now dLoss/d(delta A)
             gdelta_A.addcmul_(ag, delta_s[:, :, None])
             gdelta_s.copy_(dot(ones, ag.mul_(tiles.A))).addcmul_(gx_s, u_s)
             torch.mul(gx_s, delta_s, out=gu_s)
         gA.copy_(gdelta_A.flatten(0, 1).sum(0).t())
         gstate.copy_(carry.transpose(1, 2))
-    return *(tiles.whole(t) for t in (gu, gdelta)), gA, tiles.whole(gB), tiles.whole(gC), gstate
+    gu, gdelta, gB, gC = (tiles.whole(t) for t in (gu, gdelta, gB, gC))
+    return gu, gdelta, gA, gB, gC, gstate
 
 
 # the shapes of what comes out, for a compiler
@@ -261,17 +263,17 @@ class Tiles:
     """How a sequence is cut into tiles of T steps, and the buffers of one of them, (B, T, N, D)."""
 
     def __init__(self, u, delta, A, buffers):
-        batch, self.length, _ = u.shape
-        self.A = A.t().contiguous()                                             # (N, D)
+        (batch, self.length, _), on_cpu = u.shape, u.device.type == "cpu"
+        self.A = A.t().contiguous()                                         # (N, D)
         self.A_log2 = self.A / math.log(2)      # exp(delta A) as 2^(delta A / ln 2): exp2 is faster
-        size = batch * A.numel()                # numbers in the states of one step
-        # on a CPU 2 MB a buffer, which stays in the cache
-        steps = 2 ** max(2, min(6, round(math.log2((2 ** 19 if u.device.type == "cpu" else 2 ** 26) / size))))
+        # on a CPU a buffer has 2 MB, to stay in the cache
+        steps = math.log2((2 ** 19 if on_cpu else 2 ** 26) / (batch * A.numel()))
+        steps = 2 ** max(2, min(6, round(steps)))
         self.count = math.ceil(self.length / steps)
-        self.steps = math.ceil(self.length / self.count)
-        # On a CPU exp is some 100 times slower where the result is denormal (below -87), and so are
-        # products with it. exp(-64) is 0 to any sum in float32, and products with it are not denormal.
-        self.clamp = u.device.type == "cpu" and bool(delta.amax() * A.amin() < -64)
+        self.steps = math.ceil(self.length / self.count)                    # T
+        # On a CPU exp is some 100 times slower where the result is denormal (below -87), and so
+        # are products with it. exp(-64) is 0 to any sum in float32 and has normal products.
+        self.clamp = on_cpu and bool(delta.amax() * A.amin() < -64)
         for name in buffers:
             buffer = A.new_empty(batch, self.steps, *self.A.shape)
             vars(self).update({name: buffer, f"{name}_steps": buffer.unbind(1)})
@@ -283,11 +285,12 @@ class Tiles:
         return x[:, :self.length].contiguous()
 
     def cut(self, *tensors):
-        """The tensors (B, L, X) as a list of tiles, which have a view (B, T, X) of each. The last one is
-        filled up with steps whose delta is 0: they change nothing."""
-        missing = [self.count * self.steps - t.shape[1] for t in tensors]       # in inputs, not in outputs
+        """The tensors (B, L, X) in tiles, views (B, T, X). What an input lacks for the last one
+        becomes steps with delta = 0, which change nothing."""
+        missing = [self.count * self.steps - t.shape[1] for t in tensors]
         tensors = [F.pad(t, (0, 0, 0, n)) if n else t for t, n in zip(tensors, missing)]
-        return list(zip(*(t.split(self.steps, dim=1) for t in tensors)))
+        tiles = [t.split(self.steps, dim=1) for t in tensors]
+        return tiles[0] if len(tiles) == 1 else zip(*tiles)
 
     def states(self, delta, x, B, h):
         """The decays and the states of a tile into the buffers a and h; h (B, N, D) enters it."""
@@ -311,35 +314,37 @@ class Tiles:
 
 def dot(weights, x):
     """(B, T, N) . (B, T, N, D) -> (B, T, D), as one batch of products."""
-    return torch.bmm(weights.reshape(-1, 1, weights.shape[2]), x.flatten(0, 1)).view(*weights.shape[:2], -1)
+    y = torch.bmm(weights.reshape(-1, 1, weights.shape[2]), x.flatten(0, 1))
+    return y.view(*weights.shape[:2], -1)
 
 
-# ----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The convolution and the block
 
 
 def conv_silu(x, weight, bias=None, state=None, scan="auto"):
     """
-    silu of a depthwise causal convolution, silu(bias + sum_k weight[:, 0, k] x_{t - (d_conv - 1) + k}).
-    x: (B, L, D).  weight: (D, 1, d_conv).  bias: (D,).  state: (B, d_conv - 1, D), the inputs before x, or
-    None for zeros. Returns (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d, which wants (B, D, L).
+    silu of a causal convolution, silu(bias + sum_k weight[:, 0, k] x_{t - (d_conv - 1) + k}).
+    x: (B, L, D).  weight: (D, 1, d_conv).  bias: (D,).  state: (B, d_conv - 1, D), the inputs
+    before x, or None for zeros.  scan: the method of the scan, whose kernels there may be.
+    Returns (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d, which wants (B, D, L).
     """
     length, before = x.shape[1], weight.shape[2] - 1
     y = fast and fast.conv_silu(x, weight, bias, state, scan)
     state = x.new_zeros(len(x), before, x.shape[2]) if state is None else state.to(x.dtype)
     seen = torch.cat([state, x if y is None else x[:, max(0, length - before):]], dim=1)
     if y is None:
-        taps = torch.stack(weight[:, 0].unbind(1))                              # (d_conv, D)
+        taps = torch.stack(weight[:, 0].unbind(1))                          # (d_conv, D)
         y = sum(seen[:, k:k + length] * tap for k, tap in enumerate(taps))
         y = F.silu((y if bias is None else y + bias).to(x.dtype))
     return y, seen[:, seen.shape[1] - before:]
 
 
-Linear = fast.Linear if fast else nn.Linear     # the same but where a CPU has a faster way
+Linear = fast.Linear if fast else nn.Linear     # the same, but where a CPU has a faster way
 
 
 def is_plain(linear):
-    """Whether calling it is F.linear with its weight and bias: no adapter, hook or quantiser is on it."""
+    """Whether it is F.linear with its weight and bias: no adapter, hook or quantiser is on it."""
     hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not hooks
 
@@ -352,8 +357,7 @@ class MambaState(NamedTuple):
 
 class MambaBlock(nn.Module):
     """
-    The mixer (paper, figure 3): project up, short causal convolution, selective scan, gate, project
-    down.
+    The mixer (paper, figure 3): project up, short convolution, selective scan, gate, project down.
 
     block(x) -> y, both (B, L, d_model). Stands alone: put it where a Transformer has attention.
     block(x, state) -> (y, state after x) continues where the call ended that returned the state;
@@ -366,7 +370,8 @@ class MambaBlock(nn.Module):
         self.scan, self.dt_range = config.scan, (config.dt_min, config.dt_max, config.dt_init_floor)
         self.in_proj = Linear(config.d_model, 2 * d_inner, bias=config.bias)
         # holds the weights under their released names; the convolution itself is in conv_silu
-        self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner, bias=config.conv_bias)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner,
+                                bias=config.conv_bias)
         self.x_proj = Linear(d_inner, self.dt_rank + 2 * self.d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner, bias=True)
         self.A_log = nn.Parameter(torch.empty(d_inner, self.d_state, dtype=torch.float32))
@@ -376,7 +381,7 @@ class MambaBlock(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """What is special about a Mamba's first weights; call it after a host network's apply(init)."""
+        """What is special about the first weights; call it after a host network's apply(init)."""
         self.A_log.copy_(torch.log(torch.arange(1, self.d_state + 1, dtype=torch.float32)))
         self.D.fill_(1)
         # the steps delta start log-uniform in [dt_min, dt_max]: the bias is the inverse of softplus
@@ -393,49 +398,53 @@ class MambaBlock(nn.Module):
 
     def mark_parameters(self):
         """Flags that other code bases honour, so that they leave these as they are."""
-        self.dt_proj.bias._no_reinit = self.A_log._no_weight_decay = self.D._no_weight_decay = True
+        self.dt_proj.bias._no_reinit = True
+        self.A_log._no_weight_decay = self.D._no_weight_decay = True
 
     def init_state(self, batch):
         """The state before the first token: zeros."""
-        weight = self.conv1d.weight
-        zeros = functools.partial(torch.zeros, device=weight.device)
-        return MambaState(zeros(batch, weight.shape[2] - 1, len(weight), dtype=weight.dtype),
-                          zeros(batch, len(weight), self.d_state, dtype=self.A_log.dtype))
+        weight, h = self.conv1d.weight, (batch, *self.A_log.shape)
+        conv = torch.zeros(batch, weight.shape[2] - 1, len(weight), dtype=weight.dtype,
+                           device=weight.device)
+        return MambaState(conv, torch.zeros(h, dtype=self.A_log.dtype, device=weight.device))
 
     def forward(self, x, state=None):
         conv, h = (None, None) if state is None else state
-        x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, L, D) each
+        x, z = self.in_proj(x).chunk(2, dim=-1)                             # (B, L, D) each
         x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv, self.scan)
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        sizes = self.dt_rank, self.d_state, self.d_state
+        dt, B, C = self.x_proj(x).split(sizes, dim=-1)
         if is_plain(self.dt_proj):      # then its bias is added inside the scan, in float32
-            delta, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias  # (B, L, D)
+            delta, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias      # (B, L, D)
         else:
             delta, bias = self.dt_proj(dt), None
-        A = -torch.exp(self.A_log)                                              # (D, N)
+        A = -torch.exp(self.A_log)                                          # (D, N)
         y, h = selective_scan(x, delta, A, B, C, self.D, z, bias, delta_softplus=True, state=h,
                               return_last_state=True, method=self.scan)
         y = self.out_proj(y)
         return y if state is None else (y, MambaState(conv, h))
 
     def _apply(self, fn, recurse=True):
-        # model.bfloat16() and .half() leave these in float32: rounding A or delta's bias changes how
-        # long the model remembers by up to 1 %, at every step again
+        # model.bfloat16() and .half() leave these in float32: rounding A or delta's bias changes
+        # how long the model remembers by up to 1 %, at every step again
         exact = [self.A_log, self.D, self.dt_proj.bias]
         exact += [p.grad for p in exact if p.grad is not None]
 
         def keep_exact(tensor):
             result = fn(tensor)
-            rounded = result.dtype in (torch.float16, torch.bfloat16) and any(tensor is t for t in exact)
-            return tensor.to(result.device) if rounded else result
+            rounded = result.dtype in (torch.float16, torch.bfloat16)
+            if rounded and any(tensor is t for t in exact):
+                return tensor.to(result.device)
+            return result
         return super()._apply(keep_exact, recurse)
 
 
-# ----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The model
 
 
 class GatedMLP(nn.Module):
-    """fc2(value * silu(gate)), the MLP that mamba_ssm has under this name. (B, L, d_model) -> the same."""
+    """fc2(value * silu(gate)), the MLP that mamba_ssm has: (B, L, d_model) -> the same."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
@@ -452,12 +461,11 @@ class Layer(nn.Module):
 
     def __init__(self, config: MambaConfig):
         super().__init__()
-        self.norm, self.mixer = nn.RMSNorm(config.d_model, eps=config.norm_eps), MambaBlock(config)
-        self.dropout = nn.Dropout(config.dropout)
+        norm = functools.partial(nn.RMSNorm, config.d_model, eps=config.norm_eps)
+        self.norm, self.mixer, self.dropout = norm(), MambaBlock(config), nn.Dropout(config.dropout)
         self.mlp = None
         if config.d_intermediate > 0:
-            self.norm2 = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-            self.mlp = GatedMLP(config)
+            self.norm2, self.mlp = norm(), GatedMLP(config)
 
     def forward(self, x, state=None):
         y = self.mixer(self.dropout(self.norm(x)), state)
@@ -475,8 +483,8 @@ class Mamba(nn.Module):
     """
     embedding -> n_layer x Layer -> RMSNorm -> head, tied to the embedding.
 
-    model(idx) -> (logits, None);  model(idx, targets) -> (None, loss);  model.generate(idx, 100) -> idx
-    and 100 more. With a state, model(idx, state=state) -> (logits, None, state after idx).
+    model(idx) -> (logits, None);  model(idx, targets) -> (None, loss);  with a state, which comes
+    back as a third, after idx.  model.generate(idx, 100) -> idx and 100 more.
     """
 
     def __init__(self, config: MambaConfig):
@@ -492,7 +500,7 @@ class Mamba(nn.Module):
         nn.init.normal_(self.backbone["embedding"].weight, std=0.02)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone["embedding"].weight
-        # what each layer adds to the residual stream is scaled, so that the sum does not grow with depth
+        # what each layer adds to the residual stream is scaled, or the sum would grow with depth
         residuals = config.n_layer * (2 if config.d_intermediate > 0 else 1)
         with torch.no_grad():
             for layer in self.backbone["layers"]:
@@ -502,26 +510,26 @@ class Mamba(nn.Module):
 
     def forward(self, idx, targets=None, state=None, num_last_tokens=0):
         """
-        idx: (B, L) token ids.  targets: (B, L), negative ones are ignored.  state: from init_state, or what
-        a call returned; any split of a text gives the logits of one call.
-        Without targets: logits (B, L, vocab_size), or of the last num_last_tokens positions, and None.
-        With targets: None, and the mean cross-entropy in nats. With a state, the new one as a third.
+        idx: (B, L) token ids.  targets: (B, L), negative ones are ignored.  state: from init_state,
+        or what a call returned; any split of a text gives the logits of one call.
+        Returns logits (B, L, vocab_size), or those of the last num_last_tokens, and None; with
+        targets None, and the mean cross-entropy in nats; with a state the next state as a third.
         """
         if targets is not None and targets.shape != idx.shape:
-            raise ValueError(f"targets must be {tuple(idx.shape)} as idx, not {tuple(targets.shape)}")
+            raise ValueError(f"targets must be {[*idx.shape]} as idx, not {[*targets.shape]}")
         x = self.hidden(idx, state)
-        x, *new_state = (x,) if state is None else x
+        x, *after = (x,) if state is None else x
         if targets is not None:
-            return None, self._loss(x, targets), *new_state
-        return self._logits(x[:, -num_last_tokens:]), None, *new_state
+            return None, self._loss(x, targets), *after
+        return self._logits(x[:, -num_last_tokens:]), None, *after
 
     def hidden(self, idx, state=None):
-        """What the head reads, (B, L, d_model), of token ids (B, L); with a state, (hidden, new state)."""
+        """(B, L, d_model) of token ids (B, L), for the head; with a state, (it, the next state)."""
         layers = self.backbone["layers"]
         states = [None] * len(layers) if state is None else state
         if len(states) != len(layers):
             raise ValueError(f"the state must have {len(layers)} layers, not {len(states)}")
-        x, after = self.dropout(self.backbone["embedding"](idx)), []            # (B, L, d_model)
+        x, after = self.dropout(self.backbone["embedding"](idx)), []        # (B, L, d_model)
         for layer, layer_state in zip(layers, states):
             x, layer_state = layer(x, layer_state)
             after.append(layer_state)
@@ -529,65 +537,68 @@ class Mamba(nn.Module):
         return x if state is None else (x, after)
 
     def _logits(self, x):
-        return self.lm_head(x)[..., :self.config.vocab_size]                    # without the padding rows
+        return self.lm_head(x)[..., :self.config.vocab_size]                # without padding rows
 
     def _loss(self, x, targets):
-        x, targets = x.flatten(0, 1), targets.flatten()
-        count = (targets >= 0).sum().clamp(min=1)
-        # logits of a large vocabulary take more memory than the rest of the model, so not all at once
-        rows = math.ceil(len(x) / max(1, math.ceil(len(x) * self.config.padded_vocab_size / LOGITS)))
+        x, targets = x.flatten(0, 1), targets.flatten().clamp(min=-1)
+        # logits of a large vocabulary take more memory than all the rest, so never all at once
+        parts = math.ceil(len(x) * self.config.padded_vocab_size / LOGITS)
+        rows = math.ceil(len(x) / max(1, parts))
         loss = fast and fast.cross_entropy(x, self.lm_head, targets, self.config.vocab_size, rows)
         if loss is None:
-            loss = sum(F.cross_entropy(self._logits(x_p).float(), targets_p.clamp(min=-1), ignore_index=-1,
+            loss = sum(F.cross_entropy(self._logits(x_p).float(), targets_p, ignore_index=-1,
                                        reduction="sum")
                        for x_p, targets_p in zip(x.split(rows), targets.split(rows)))
-        return loss / count
+        return loss / (targets >= 0).sum().clamp(min=1)
 
     @property
     def device(self):
         return next(self.parameters()).device
 
     def init_state(self, batch):
-        """What the model remembers before the first token: a MambaState for each layer, of fixed size."""
+        """The state before the first token: a MambaState for each layer. Its size never grows."""
         return [layer.mixer.init_state(batch) for layer in self.backbone["layers"]]
 
     def num_params(self, embedding=True):
-        """Number of parameters; with embedding=False without the embedding table (and an untied head)."""
+        """Number of parameters; with embedding=False without its table (and an untied head)."""
         tables = {id(self.backbone["embedding"].weight), id(self.lm_head.weight)}
         return sum(p.numel() for p in self.parameters() if embedding or id(p) not in tables)
 
     def configure_optimizers(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95)):
-        """AdamW with decay on the projection matrices alone: decay would pull A_log, D, delta's bias and
-        the norms to a wrong place (A to -1 for every state, D to 0), and an embedding row that is rarely
-        used would just fade."""
-        decay = [m.weight for m in self.modules() if isinstance(m, nn.Linear) and m is not self.lm_head]
-        decayed = {id(p) for p in decay}
-        rest = [p for p in self.parameters() if id(p) not in decayed]
-        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        """AdamW with decay on the projection matrices alone: decay would pull A_log, D, delta's
+        bias and the norms to a wrong place (A to -1 for every state, D to 0), and an embedding row
+        that is rarely used would just fade."""
+        decay = [m.weight for m in self.modules()
+                 if isinstance(m, nn.Linear) and m is not self.lm_head]
+        rest = [p for p in self.parameters() if all(p is not d for d in decay)]
+        groups = [{"params": decay, "weight_decay": weight_decay},
+                  {"params": rest, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     @torch.no_grad()
     def read(self, idx, state=None, num_last_tokens=1, part=2048):
-        """Reads token ids (B, L) in parts, so that memory does not grow with L. Yields (logits, state)
-        after each: those of the part's last num_last_tokens positions (0: of all), and what it left."""
+        """Reads token ids (B, L) in parts, so that memory does not grow with L. Yields (logits,
+        state) after each: of the part's last num_last_tokens (0: of all), and what it left."""
         state = self.init_state(len(idx)) if state is None else state
         for some in idx.split(part, dim=1):
             logits, _, state = self(some, state=state, num_last_tokens=num_last_tokens)
             yield logits, state
 
     def prefill(self, prompts, state):
-        """The state after all but the last token of each prompt; those of one length are read together."""
+        """The state after all but the last token of each prompt; those of one length together."""
         for length in {len(p) for p in prompts} - {1}:
-            rows = torch.tensor([i for i, p in enumerate(prompts) if len(p) == length], device=self.device)
+            rows = [i for i, p in enumerate(prompts) if len(p) == length]
+            idx = torch.stack([prompts[i][:-1] for i in rows])
+            rows = torch.tensor(rows, device=idx.device)
             part = [MambaState(*(t[rows] for t in layer)) for layer in state]
-            for _, after in self.read(torch.stack([prompts[i][:-1] for i in rows.tolist()]), part):
+            for _, after in self.read(idx, part):
                 part = after
             state = [MambaState(*(old.index_copy(0, rows, new) for old, new in zip(*layers)))
                      for layers in zip(state, part)]
         return state
 
     def decoder(self, prompts, state, compile=False):
-        """step(token) -> logits, (B,) -> (B, vocab_size), for what comes after the last tokens of the
+        """step(token) -> logits, (B,) -> (B, vocab_size), for what follows the last tokens of the
         prompts, which it has not read yet; step.state is what it has read."""
         step = fast and fast.decoder(self, prompts, state, compile, PLAIN)
         return step or Decoder(self, self.prefill(prompts, state))
@@ -596,22 +607,23 @@ class Mamba(nn.Module):
         """The tokens of generate, (B,) each, as they are made: see Stream."""
         return Stream(self, prompts, max_new_tokens, **settings)
 
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None,
-                 min_p=None, repetition_penalty=None, stop=(), compile=False):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+                 generator=None, min_p=None, repetition_penalty=None, stop=(), compile=False):
         """
-        prompts: (B, L) token ids, or a list of B prompts of any lengths. Returns them with max_new_tokens
-        more each, as one tensor, or as a list; at temperature 0 each prompt gives what it gives alone.
-        temperature, ..., generator: see sample.  stop: ids that end a row. In the list each row ends with
-        its stop token; in the tensor, which is as long as the longest row, a shorter row repeats it.
-        compile: on a CPU, the step of a token by torch.compile, some ten seconds the first time for a
-        number of prompts.  ValueError: settings without a meaning.
+        prompts: (B, L) token ids, or a list of B prompts of any lengths. Returns them with
+        max_new_tokens more each, as one tensor, or as a list; at temperature 0 each prompt gives
+        what it gives alone.  temperature to repetition_penalty: see sample.
+        stop: ids that end a row. In the list each row ends with its stop token; in the tensor,
+        which is as long as the longest row, a shorter row repeats it.
+        compile: on a CPU, the step of a token by torch.compile, some ten seconds the first time for
+        a number of prompts.  ValueError: settings without a meaning.
         """
-        new = list(self.stream(prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                               generator=generator, min_p=min_p, repetition_penalty=repetition_penalty,
-                               stop=stop, compile=compile))
+        new = list(self.stream(prompts, max_new_tokens, temperature=temperature, top_k=top_k,
+                               top_p=top_p, generator=generator, min_p=min_p, stop=stop,
+                               repetition_penalty=repetition_penalty, compile=compile))
         new = torch.stack(new, dim=1) if new else torch.empty(len(prompts), 0, dtype=torch.long)
-        repeats = (new[..., None] == torch.tensor(stop, dtype=torch.long, device=new.device)).any(-1).sum(1)
-        ends = [new.shape[1] - max(0, n - 1) for n in repeats.tolist()]     # one stop token is enough
+        repeats = is_among(new, torch.tensor(stop, dtype=torch.long, device=new.device)).sum(1)
+        ends = [new.shape[1] - max(0, n - 1) for n in repeats.tolist()]     # one of them is enough
         if isinstance(prompts, torch.Tensor):
             return torch.cat([prompts.to(new.device), new[:, :max(ends)]], dim=1)
         prompts = [torch.as_tensor(p, device=new.device) for p in prompts]
@@ -619,15 +631,17 @@ class Mamba(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_pretrained(cls, name_or_folder, device=None, dtype=None, cache_dir=None, **config_changes):
+    def from_pretrained(cls, name_or_folder, device=None, dtype=None, cache_dir=None,
+                        **config_changes):
         """
-        A trained model, in eval mode: from a folder that save_pretrained wrote or, with mamba_files.py, from
-        any folder in the layout of mamba_ssm or transformers, or by its name on Hugging Face, such as
-        state-spaces/mamba-130m. dtype: of the weights, by default as in the file; what MambaBlock keeps in
-        float32 stays so.  cache_dir: for downloads.  config_changes: options that leave the shapes alone.
-        ValueError: not such a model, or damaged.  OSError: not found, or no download.
+        A trained model, in eval mode: from a folder that save_pretrained wrote or, by
+        mamba_files.py, from any in the layout of mamba_ssm or transformers, or by its name on
+        Hugging Face, such as state-spaces/mamba-130m.  dtype: of the weights, by default as in the
+        file; what MambaBlock keeps in float32 stays so.  cache_dir: for downloads.
+        config_changes: options that leave the shapes alone, as dropout=0.1.
+        ValueError: no such model, or damaged.  OSError: not found, no download.
         """
-        options, tensors = (files or PlainFiles).read(name_or_folder, cache_dir)
+        options, tensors = (files.read if files else read_folder)(name_or_folder, cache_dir)
         config, weights = MambaConfig(**{**options, **config_changes}), {}
         with torch.device("meta"):
             model = cls(config)
@@ -647,74 +661,76 @@ class Mamba(nn.Module):
 
     def save_pretrained(self, folder):
         """
-        Write config.json and pytorch_model.bin into folder, in the layout of the released weights, which
-        from_pretrained and mamba_ssm read; with mamba_files.py both whole, or none. mamba_ssm refuses
-        options that it does not know (norm_eps, dropout, scan): they are written only if not the default.
-        OSError: the disk is full, ...; folder holds weights under another name.  ValueError: int8 weights.
+        Writes config.json and pytorch_model.bin into folder, in the layout of the released weights,
+        which from_pretrained and mamba_ssm read; by mamba_files.py, both whole or none. mamba_ssm
+        refuses options that it does not know (norm_eps, dropout, scan): they are left out if they
+        are the default.  OSError: the disk is full, ...; the folder holds other weights.
+        ValueError: int8 weights.
         """
         if self.lm_head.weight.dtype == torch.int8:
-            raise ValueError("the layout of the released weights has no int8; save before quantize_int8")
+            raise ValueError("the layout of the released weights has no int8; save it before that")
         options, defaults = asdict(self.config), asdict(MambaConfig())
         config = {k: v for k, v in options.items()
                   if k not in SSM_CFG and (k in ALWAYS_SAVED or v != defaults[k])}
-        config.update(ssm_cfg={k: options[k] for k in SSM_CFG}, rms_norm=True, residual_in_fp32=True,
-                      fused_add_norm=True)
+        config.update(ssm_cfg={k: options[k] for k in SSM_CFG}, rms_norm=True,
+                      residual_in_fp32=True, fused_add_norm=True)
         weights = {key: tensor.cpu() for key, tensor in self.state_dict().items()}
         if self.config.tie_embeddings:      # one tensor in the file, wherever the model is
             weights["lm_head.weight"] = weights["backbone.embedding.weight"]
-        (files or PlainFiles).write(Path(folder), config, weights)
-
-
-SSM_CFG = ("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init_floor", "conv_bias", "bias")
-ALWAYS_SAVED = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
-
-
-class PlainFiles:
-    """What mamba.py does where mamba_files.py is not beside it."""
-
-    def read(folder, cache_dir=None):
-        """The options of a MambaConfig, and a function that gives pairs of a key and its tensor."""
-        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-        weights = torch.load(Path(folder, "pytorch_model.bin"), map_location="cpu", weights_only=True)
-        config.update(config["ssm_cfg"])
-        options = {f.name: config[f.name] for f in fields(MambaConfig) if f.name in config}
-        return options, lambda model: weights.items()
-
-    def write(folder, config, weights):
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(weights, folder / "pytorch_model.bin")
-        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (files.write if files else write_folder)(Path(folder), config, weights)
 
 
 # what mamba_fast/ may take over: objects of these very classes, as they are here
 PLAIN = {cls: cls.forward for cls in (Mamba, Layer, MambaBlock, GatedMLP)}
 
-# ----------------------------------------------------------------------------------------------
+SSM_CFG = ("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init_floor",
+           "conv_bias", "bias")
+ALWAYS_SAVED = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
+
+
+def read_folder(folder, cache_dir=None):
+    """What write_folder wrote: options of a MambaConfig, a function that gives (key, tensor)."""
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    config.update(config["ssm_cfg"])
+    weights = torch.load(Path(folder, "pytorch_model.bin"), map_location="cpu", weights_only=True)
+    options = {f.name: config[f.name] for f in fields(MambaConfig) if f.name in config}
+    return options, lambda model: weights.items()
+
+
+def write_folder(folder, config, weights):
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------
 # Generation: one token after the other
 
 
 class Decoder:
-    """Mamba.decoder by the model itself, so that hooks, adapters and whatever else is in it act."""
+    """Mamba.decoder by the model itself, so that hooks, adapters and all that is in it act."""
 
     def __init__(self, model, state):
         self.model, self.state = model, state
 
     def __call__(self, token):
-        logits, _, self.state = self.model(token[:, None], state=self.state)    # (B, 1, vocab_size)
-        return logits[:, 0]
+        logits, _, self.state = self.model(token[:, None], state=self.state)
+        return logits[:, 0]                                                 # (B, vocab_size)
 
 
 class Stream:
     """
-    An iterator over the next tokens of some prompts, (B,) each, in constant time and memory. Its state is
-    what has been read so far, all but the last token. A row that has made a stop token repeats it until all
-    rows have; then the stream ends, on a GPU up to 16 tokens later, because asking makes it wait.
-    Arguments as in Mamba.generate.  state: what the prompts continue, from init_state or another stream; it
-    is not changed.  seen: (B, vocab_size) bool, more tokens for repetition_penalty; new ones are added.
+    An iterator over the next tokens of some prompts, (B,) each, in constant time and memory. Its
+    state is what has been read so far, all but the last token. A row that has made a stop token
+    repeats it until all rows have; then the stream ends, on a GPU up to 16 tokens later, because
+    asking makes it wait.  Arguments as in Mamba.generate.
+    state: what the prompts continue, from init_state or another stream; it is not changed.
+    seen: (B, vocab_size) bool, more tokens for repetition_penalty; the new ones are added to it.
     """
 
-    def __init__(self, model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None,
-                 state=None, min_p=None, repetition_penalty=None, stop=(), seen=None, compile=False):
+    def __init__(self, model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+                 generator=None, state=None, min_p=None, repetition_penalty=None, stop=(),
+                 seen=None, compile=False):
         check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         vocab_size, device = model.config.vocab_size, model.device
         if not all(0 <= token < vocab_size for token in stop):
@@ -724,11 +740,13 @@ class Stream:
             raise ValueError("each prompt needs at least one token")
         if seen is None and repetition_penalty is not None:
             seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-        draw = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, seen=seen,
-                                 generator=generator, min_p=min_p, repetition_penalty=repetition_penalty)
-        self._state, self._step = model.init_state(len(prompts)) if state is None else state, None
+        draw = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p,
+                                 generator=generator, min_p=min_p, seen=seen,
+                                 repetition_penalty=repetition_penalty)
+        self._state = model.init_state(len(prompts)) if state is None else state
+        self._step = None
         stop = torch.tensor(stop, dtype=torch.long, device=device) if len(stop) > 0 else None
-        self._tokens = self._generate(model, prompts, max_new_tokens, draw, stop, seen, compile)
+        self._tokens = self._make(model, prompts, max_new_tokens, draw, stop, seen, compile)
 
     def __iter__(self):
         return self._tokens
@@ -741,10 +759,10 @@ class Stream:
         return self._state if self._step is None else self._step.state
 
     @torch.no_grad()
-    def _generate(self, model, prompts, max_new_tokens, draw, stop, seen, compile):
+    def _make(self, model, prompts, max_new_tokens, draw, stop, seen, compile):
         for row, prompt in zip(() if seen is None else seen, prompts):
             row.scatter_(0, prompt, True)
-        training = [module for module in model.modules() if module.training] if model.training else []
+        training = [m for m in model.modules() if m.training] if model.training else []
         for module in training:
             module.training = False
         try:
@@ -756,8 +774,8 @@ class Stream:
                 if seen is not None:
                     seen.scatter_(1, token[:, None], True)
                 yield token
-                if stop is not None:    # not torch.isin, for which the host may wait for a GPU
-                    ended = (token[:, None] == stop).any(1)
+                if stop is not None:
+                    ended = is_among(token, stop)
                     if (token.device.type == "cpu" or left % 16 == 0) and ended.all():
                         return
         finally:
@@ -765,14 +783,20 @@ class Stream:
                 module.training = True
 
 
+def is_among(tokens, ids):
+    """Which of tokens (...) are among ids (K,). Not torch.isin, which may wait for a GPU."""
+    return (tokens[..., None] == ids).any(-1)
+
+
 def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None):
-    """ValueError for settings of sample() that have no meaning."""
-    for right, need in ((temperature >= 0, f"temperature at least 0, not {temperature}"),
-                        (top_k is None or top_k >= 1, f"top_k at least 1, not {top_k}"),
-                        (top_p is None or 0 < top_p <= 1, f"top_p above 0 and at most 1, not {top_p}"),
-                        (min_p is None or 0 <= min_p <= 1, f"min_p from 0 to 1, not {min_p}"),
-                        (repetition_penalty is None or 0 < repetition_penalty < math.inf,
-                         f"repetition_penalty above 0, not {repetition_penalty}")):
+    """ValueError for settings of sample that have no meaning."""
+    for right, need in (
+            (temperature >= 0, f"temperature at least 0, not {temperature}"),
+            (top_k is None or top_k >= 1, f"top_k at least 1, not {top_k}"),
+            (top_p is None or 0 < top_p <= 1, f"top_p above 0 and at most 1, not {top_p}"),
+            (min_p is None or 0 <= min_p <= 1, f"min_p from 0 to 1, not {min_p}"),
+            (repetition_penalty is None or 0 < repetition_penalty < math.inf,
+             f"repetition_penalty above 0, not {repetition_penalty}")):
         if not right:
             raise ValueError(f"sampling needs {need}")
 
@@ -780,20 +804,20 @@ def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetiti
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None,
            repetition_penalty=None, seen=None):
     """
-    Draw one token id for each row of logits (B, V); returns (B,), without waiting for a GPU.
-    temperature: 0 takes the likeliest token.  top_k: only among the k likeliest.  top_p: only among the
-    fewest that together have this probability.  min_p: only among those at least min_p times as likely as
-    the likeliest.  repetition_penalty: above 1 makes the tokens in seen, (B, V) bool, less likely: their
-    logits are divided by it where positive, multiplied where negative (CTRL, arXiv 1909.05858).
-    generator: a torch.Generator, to draw the same again; one on the CPU makes a GPU wait.
+    Draws one token id for each row of logits (B, V); returns (B,), without waiting for a GPU.
+    temperature: 0 takes the likeliest token.  top_k: only among the k likeliest.  top_p: only among
+    the fewest that together have this probability.  min_p: only among those at least min_p times
+    as likely as the likeliest.  repetition_penalty: above 1 makes the tokens in seen, (B, V) bool,
+    less likely: their logits are divided by it where positive, else multiplied (CTRL, arXiv
+    1909.05858).  generator: to draw the same again; one on the CPU makes a GPU wait.
     """
     if repetition_penalty is not None and seen is not None:
-        logits = logits.float()
-        penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits, penalty = logits.float(), repetition_penalty
+        penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalized, logits)
     if temperature == 0:
         return logits.argmax(-1)
-    logits, temperature = logits.float(), min(temperature, 1e30)    # times the noise it must not overflow
+    logits = logits.float()
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -802,13 +826,13 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_
         probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
         if top_p is not None:
             ordered, order = probs.sort(descending=True)
-            enough = ordered.cumsum(-1) - ordered >= top_p          # those before it reach top_p already
+            enough = ordered.cumsum(-1) - ordered >= top_p      # those before it reach it already
             probs = probs.masked_fill(enough.scatter(-1, order, enough), 0)
         if min_p is not None:
             probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
         logits = logits.masked_fill(probs == 0, -math.inf)
-    # argmax of p / Exponential(1) is a draw from p, here as its logarithm times the temperature. Not
-    # multinomial, which returns impossible indices on MPS. The noise comes from the generator's device
+    # argmax of p / Exponential(1) is a draw from p, here as its logarithm times the temperature
+    # (at most 1e30, not to overflow). Not multinomial, which draws impossible indices on MPS
     noise = torch.empty(logits.shape, device=generator.device if generator else logits.device)
     noise = noise.exponential_(generator=generator).clamp_(min=1e-20).log_()
-    return torch.sub(logits, noise.to(logits.device), alpha=temperature).argmax(-1)
+    return torch.sub(logits, noise.to(logits.device), alpha=min(temperature, 1e30)).argmax(-1)

@@ -18,7 +18,6 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -415,8 +414,8 @@ def prepare(cfg, block_size=0):
     Problem: what the person gave is not a text, a tokenizer or a name, or too short for block_size;
     a failed download.
     """
-    # Without a network huggingface_hub would tell of each of its attempts, before we do in one line.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # or huggingface_hub tells of each attempt without a network, before one line here says it all
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     name = dataset_name(cfg.dataset, cfg.tokenizer, cfg.name)
     folder = Path(cfg.data_dir) / name
     if Path(name).name != name or name == "..":

@@ -20,7 +20,6 @@ import functools
 import hashlib
 import html
 import itertools
-import logging
 import os
 import re
 import signal
@@ -182,8 +181,8 @@ def load_pretrained(name, device, dtype, scan, cache_dir=None):
     (model, tokenizer) of a folder or a name on Hugging Face. The tokenizer is the tokenizer.json
     beside the weights, or else that of GPT-NeoX, as for all released ones.
     """
-    # Without a network huggingface_hub would tell of each of its attempts, before we do in one line.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # or huggingface_hub tells of each attempt without a network, before one line here says it all
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         model = Mamba.from_pretrained(name, device, dtype, cache_dir, scan=scan)
         path = tokenizer_file(name, cache_dir)
