@@ -57,8 +57,7 @@ except ImportError:     # what needs it is left out
 @dataclass
 class Config:
     suite: str = flag("all", "scan, train, generate or all")
-    seconds: float = flag(3.0, "time for each variant; it is called at least twice, unless one call "
-                          "takes longer")
+    seconds: float = flag(3.0, "time for each variant; two calls at least, unless one takes longer")
     out: str = flag("results.json", "file for all results, raw times included")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16; by default bfloat16 on CUDA, else "
@@ -86,7 +85,6 @@ class Config:
 
 
 PEERS = ("mambapy", "transformers", "mamba_ssm")
-LEFT_OUT = "left out, needs mamba_fast/"
 
 # ----------------------------------------------------------------------------------------------
 # Measuring
@@ -155,10 +153,8 @@ def warm_up(name, call, device, seconds, error_of):
 def measure(variants, device, seconds, error_of, replay=False, queue=False):
     """
     A row for each of the variants that works, and remarks. variants: {name: make}, make() -> call.
-
-    All are warmed up first, where memory and error_of(name, result) are looked at too; then they
-    run in turns until their time is up. On CUDA with replay they do so as CUDA graphs, the time of
-    what the GPU does, whatever its launches take; with queue as in a loop that never waits for it.
+    All are warmed up, then run in turns until their time is up. On CUDA with replay as CUDA graphs,
+    so that launches take no time; with queue as in a loop that never waits for the GPU.
     """
     gc.collect()    # the models of the table before
     rows, calls, remarks = [], {}, []
@@ -407,9 +403,7 @@ def scan_tables(bench, shape):
     if "mamba_ssm" in bench.peers:
         data["mamba_ssm"] = scan_inputs(shape, bench, channels_first=True)
     ns, numbers, floor = rates(bench.device, d_inner, d_state), math.prod(shape), 0.0
-    absent = set(PEERS) - set(bench.peers)
-    if fast and bench.device.type != "cuda":
-        absent.add("triton")
+    has_triton = fast and bench.device.type == "cuda"
     if bench.cfg.compile:
         torch.compiler.reset()      # it gives up after some number of shapes
     for backward, direction, part in ((False, "forward", FORWARD),
@@ -424,9 +418,9 @@ def scan_tables(bench, shape):
                 remarks.append(f"{name}: left out without --compile")
             elif gb > bench.cfg.memory_gb:
                 remarks.append(f"{name}: left out, needs {gb:.0f} GB (--memory_gb)")
-            elif name == "triton" and not fast:
-                remarks.append(f"{name}: {LEFT_OUT}")
-            elif name not in absent:
+            elif name == "triton" and not has_triton:
+                remarks.append("triton: left out, needs mamba_fast/ and CUDA")
+            elif name in bench.peers or name not in PEERS:
                 variants[name] = functools.partial(scan_call, scan, *data[name], backward)
         table(bench, f"scan, {direction}: B={batch} L={length} D={d_inner} N={d_state}, "
               f"{bench.dtype}", variants, dict.fromkeys(variants, batch * length),
@@ -437,18 +431,18 @@ def scan_tables(bench, shape):
 def cost_per_token(bench, shape):
     """Does a token cost the same at every length?"""
     batch, _, d_inner, d_state = shape
-    lengths, remarks = [], []
-    for n in (256 * 4 ** i for i in range(10) if 256 * 4 ** i <= bench.cfg.longest):
-        gb = 8 * 4 * batch * n * d_inner / 1e9      # inputs, y and gradients: 8 of (B, L, D)
-        if gb <= bench.cfg.memory_gb:
-            lengths.append(n)
-        else:
-            remarks.append(f"L={n}: left out, needs {gb:.0f} GB (--memory_gb)")
+    lengths = [256 * 4 ** i for i in range(10) if 256 * 4 ** i <= bench.cfg.longest]
+    gb = 8 * 4 * batch * d_inner / 1e9  # for a step: inputs, y and gradients are 8 of (B, D)
+    most = bench.cfg.memory_gb
+    remarks = [f"L={n}: left out, needs {gb * n:.0f} GB (--memory_gb)"
+               for n in lengths if gb * n > most]
+    lengths = [n for n in lengths if gb * n <= most]
     for backward, direction in ((False, "forward"), (True, "forward + backward")):
-        data = {n: scan_inputs((batch, n, d_inner, d_state), bench) for n in lengths}
-        variants = {f"chunked, L={n}": functools.partial(scan_call, chunked, *data[n], backward)
-                    for n in lengths}
-        tokens = dict(zip(variants, (batch * n for n in lengths)))
+        variants, tokens = {}, {}
+        for n in lengths:
+            name, inputs = f"chunked, L={n}", scan_inputs((batch, n, d_inner, d_state), bench)
+            variants[name] = functools.partial(scan_call, chunked, *inputs, backward)
+            tokens[name] = batch * n
         table(bench, f"cost per token, {direction}: B={batch} D={d_inner} N={d_state}, "
               f"{bench.dtype}", variants, tokens, remarks=remarks, replay=True)
 
@@ -484,15 +478,14 @@ def plot(bench, sweep):
 
 
 class GPT(nn.Module):
-    """The Transformer to compare with, nanoGPT's: learned positions, norms before, a wide MLP."""
+    """nanoGPT's Transformer, to compare with: learned positions, norms before, causal attention."""
 
     def __init__(self, vocab_size, d_model, n_layer, block_size):
         super().__init__()
         self.n_head = d_model // 64 if d_model % 64 == 0 else 1
         self.tokens = nn.Embedding(vocab_size, d_model)
         self.positions = nn.Embedding(block_size, d_model)
-        norm = functools.partial(nn.LayerNorm, bias=False)
-        linear = functools.partial(nn.Linear, bias=False)
+        norm, linear = (functools.partial(of, bias=False) for of in (nn.LayerNorm, nn.Linear))
         self.layers = nn.ModuleList(nn.ModuleDict({
             "norm1": norm(d_model),
             "qkv": linear(d_model, 3 * d_model), "out": linear(d_model, d_model),
@@ -670,7 +663,7 @@ def generation_tables(bench, shape, bandwidth):
                       if name.startswith("ours")})
     if not fast:
         needy = [name for name in names if "int8" in name or "compiled" in name]
-        remarks = [f"{name}: {LEFT_OUT}" for name in needy]
+        remarks = [f"{name}: left out, needs mamba_fast/" for name in needy]
         names = {name: of for name, of in names.items() if name not in needy}
     read_s = {name: parameters * getattr(torch, dtype).itemsize / bandwidth
               for name, (_, dtype) in names.items()}

@@ -62,6 +62,8 @@ def run(main, Config):
         message, status = ": ".join(parts), 2
         if nobody_reads(error):
             message, status = None, 141  # as a program that SIGPIPE ends
+    except ModuleNotFoundError as error:
+        message, status = f"this needs a package: pip install {error.name}", 2
     except KeyboardInterrupt:
         message, status = first_here and "interrupted", 130
     finally:

@@ -34,11 +34,11 @@ import torch.nn.functional as F
 from torch import nn
 
 try:
-    import mamba_fast as fast       # each of its answers is None where it has nothing faster
+    import mamba_fast as fast  # each of its answers is None where it has nothing faster
 except ImportError:
     fast = None
 try:
-    import mamba_files as files     # released weights: names on Hugging Face, other layouts
+    import mamba_files as files  # released weights: names on Hugging Face, other layouts
 except ImportError:
     files = None
 

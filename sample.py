@@ -654,7 +654,7 @@ span {{ background: rgb(255 110 0 / var(--a, 0)) }}
     yield "</main>\n</body>\n</html>\n"
 
 
-COLUMNS = 72  # of the text in a picture
+COLUMNS = 72  # of the text in a picture, at most
 COLUMN, ROW, MARGIN = 9, 22, 12  # pixels: of a character, of a row, and around all of it
 
 
@@ -662,7 +662,8 @@ def as_svg(what, low, high, spans, shares):
     """The same as a picture in pieces, for a README: it follows the reader's light or dark mode."""
     text = [(text.replace("\n", "↵\n"), share) for (text, _), share in zip(spans, shares)]
     rows = list(in_rows([(f"{what}\n", None), *scale(low, high), ("\n\n", None), *text]))
-    width, height = 2 * MARGIN + COLUMNS * COLUMN, 2 * MARGIN + len(rows) * ROW
+    widest = min(COLUMNS, max(columns(row) for row in rows))  # of short lines a narrow picture
+    width, height = 2 * MARGIN + widest * COLUMN, 2 * MARGIN + len(rows) * ROW
     size = f'width="{width}" height="{height}"'
     yield f"""<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}">
 <title>{what}</title>

@@ -13,6 +13,7 @@ log.csv.
 """
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
@@ -421,7 +422,8 @@ class Stop:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        say("stopping after this step; once more to stop at once")
+        with contextlib.suppress(RuntimeError):  # Python cannot print in the middle of a print
+            say("stopping after this step; once more to stop at once")
 
     def __bool__(self):
         if say.unread and not self.signal:

@@ -1,7 +1,8 @@
 """
-The step of a token, for generation: what is the same for all tokens is made ready once, and the state is
-updated in place in buffers of its own. On a CPU each weight is read once, in its own type and by all cores;
-on CUDA the whole step is a CUDA graph, and so is the reading of a short prompt.
+The step of a token, for generation. What is the same for all tokens is made ready once, and the
+state is updated in place, in buffers of its own. On a CPU each weight is read once, in its own
+type and by all cores. On CUDA the whole step is a CUDA graph, and so is the reading of a short
+prompt; by `replayed` a step of training can be one too.
 """
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import itertools
 import math
 import sys
 import weakref
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,19 +27,26 @@ except ImportError:
     scan_triton = None
 
 # what may stand in which place of a model, by the last part of its name
-PRODUCT = (Linear, nn.Linear, Int8Linear)
-PLACES = {"backbone": (nn.ModuleDict,), "layers": (nn.ModuleList,), "embedding": (nn.Embedding, Int8Embedding),
-          "conv1d": (nn.Conv1d,), "dropout": (nn.Dropout,),
-          **dict.fromkeys(("norm", "norm2", "norm_f"), (nn.RMSNorm,)),
-          **dict.fromkeys(("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2", "lm_head"), PRODUCT)}
+LINEARS = ("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2", "lm_head")
+PLACES = {
+    "backbone": (nn.ModuleDict,),
+    "layers": (nn.ModuleList,),
+    "embedding": (nn.Embedding, Int8Embedding),
+    "conv1d": (nn.Conv1d,),
+    "dropout": (nn.Dropout,),
+    **dict.fromkeys(("norm", "norm2", "norm_f"), (nn.RMSNorm,)),
+    **dict.fromkeys(LINEARS, (Linear, nn.Linear, Int8Linear)),
+}
 
 
 def decoder(model, prompts, state, compile, plain):
     """
-    step(token) -> logits, (B,) -> (B, vocab_size), with step.state, after all but the last token of each
-    prompt; None if anything in the model is not just as mamba.py made it.
-    plain: the classes of mamba.py, each with its forward.  compile: on a CPU, by torch.compile, unless one
-    line has said that it does not work here.
+    What Mamba.decoder returns: step(token) -> logits, (B,) -> (B, vocab_size), that has read all
+    but the last token of each of the B prompts, and step.state. None if anything in the model is
+    not just as mamba.py made it.
+    state: a list of MambaState, before the prompts; it is not changed.
+    plain: the classes of mamba.py, each with its forward.
+    compile: on a CPU, by torch.compile; if it does not work here, one line says so.
     """
     if not is_plain(model, plain):
         return None
@@ -47,17 +56,21 @@ def decoder(model, prompts, state, compile, plain):
 
 
 def is_plain(model, plain):
-    """Whether every module is of the class that belongs in its place, with no hook and plain parameters."""
+    """Whether every module is of the class that belongs in its place, without hooks, and has plain
+    parameters."""
     if nn.modules.module._has_any_global_hook():
         return False
     for name, module in model.named_modules():
-        place, kind = name.rpartition(".")[2], type(module)
-        known = PLACES.get(place)
-        if (kind not in known if known else plain.get(kind) is not kind.forward):
+        kind, known = type(module), PLACES.get(name.rpartition(".")[2])
+        belongs = kind in known if known else plain.get(kind) is kind.forward
+        if not belongs or "forward" in vars(module):
             return False
-        if (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-                or (kind is nn.Dropout and module.training and module.p > 0)
-                or any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None)):
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if kind is nn.Dropout and module.training and module.p > 0:
+            return False
+        parameters = [p for p in module._parameters.values() if p is not None]
+        if any(type(p) is not nn.Parameter for p in parameters):
             return False
     return True
 
@@ -66,12 +79,15 @@ def copies(state):
     return [type(layer)(*(t.clone() for t in layer)) for layer in state]
 
 
-# ----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Call by call
 
 
 class EagerDecoder:
-    COMPILES = weakref.WeakKeyDictionary()      # for a model and a number of texts, whether torch.compile works
+    """The step of a token by a call for each operation, or compiled; see decoder."""
+
+    # whether torch.compile works: {model: {number of prompts: bool}}
+    COMPILES: ClassVar = weakref.WeakKeyDictionary()
 
     def __init__(self, model, state, compile):
         rows = len(state[0].h)
@@ -98,37 +114,45 @@ def compile_works(model, rows):
         token = torch.zeros(rows, dtype=torch.long, device=model.device)
         make_step(model, model.init_state(rows), True)(token)
         return True
-    except (RuntimeError, ImportError, OSError) as error:   # no compiler, a device it does not know, ...
-        print(f"torch.compile does not work here ({type(error).__name__}); going on without it", file=sys.stderr)
+    except (RuntimeError, ImportError, OSError) as error:   # no compiler, an unknown device, ...
+        print(f"torch.compile does not work here ({type(error).__name__}); going on without it",
+              file=sys.stderr)
         return False
 
 
 def make_step(model, state, compile=False):
-    """step(token) -> logits, for which state, from Mamba.init_state, is updated in place."""
-    embedding, vocab_size, rows = model.backbone["embedding"], model.config.vocab_size, len(state[0].h)
-    ready = functools.partial(made_ready, rows=rows, compile=compile)
-    layers = [layer_step(layer, *of_layer, ready) for layer, of_layer in zip(model.backbone["layers"], state)]
+    """step(token) -> logits, (B,) -> (B, vocab_size). It updates in place state, which is like that
+    of Mamba.init_state(B)."""
+    embedding, vocab_size = model.backbone["embedding"], model.config.vocab_size
+    ready = functools.partial(made_ready, rows=len(state[0].h), compile=compile)
+    layers = [layer_step(layer, conv, h, ready)
+              for layer, (conv, h) in zip(model.backbone["layers"], state)]
     norm, head = ready(model.backbone["norm_f"]), ready(model.lm_head)
 
     def step(token):
         x = embedding(token)                                                    # (B, d_model)
         for layer in layers:
             x = layer(x)
-        return head(norm(x))[:, :vocab_size]                                    # without the padding rows
-    if compile:
-        nested = hasattr(torch.compiler, "nested_compile_region")       # torch 2.8
-        checks = itertools.chain([True], itertools.repeat(not nested))
+        return head(norm(x))[:, :vocab_size]                                    # no padding rows
 
-        def compiled(token):    # what the first call has checked, shapes and types above all, stays as it is
-            unchecked = functools.partial(torch.compiler.set_stance, skip_guard_eval_unsafe=True)
-            with contextlib.nullcontext() if next(checks) else unchecked():
-                return compiled_call()(step, token)
-        return torch.inference_mode()(compiled)
-    return torch.inference_mode()(step)     # calls cost less than without gradients alone
+    if not compile:
+        return torch.inference_mode()(step)     # calls cost less than without gradients alone
+    # what the first call has checked, shapes and types above all, stays as it is: from torch 2.8 on
+    # the others do not check it again
+    always = not hasattr(torch.compiler, "nested_compile_region")
+    checks = itertools.chain([True], itertools.repeat(always))
+
+    def compiled_step(token):
+        unchecked = functools.partial(torch.compiler.set_stance, skip_guard_eval_unsafe=True)
+        with contextlib.nullcontext() if next(checks) else unchecked():
+            return compiled_call()(step, token)
+    return torch.inference_mode()(compiled_step)
 
 
 @functools.cache
-def compiled_call():    # one function to compile for all streams: code for the same model is found again
+def compiled_call():
+    """(step, token) -> step(token), compiled: one function for all streams, so that the code for
+    the same model is found again."""
     # the usual limit of the size of a loop would cut it apart
     return torch.compile(lambda step, token: step(token), dynamic=False,
                          options={"max_fusion_size": 4096, "size_asserts": False})
@@ -136,7 +160,8 @@ def compiled_call():    # one function to compile for all streams: code for the 
 
 def layer_step(layer, conv, h, ready):
     """step(x) -> x, both (B, d_model): a Layer for the next token, without dropout."""
-    norm, mixer, mlp = ready(layer.norm), mixer_step(layer.mixer, conv, h, ready), layer.mlp
+    norm, mixer = ready(layer.norm), mixer_step(layer.mixer, conv, h, ready)
+    mlp = layer.mlp
     norm2 = mlp and ready(layer.norm2)
 
     def step(x):
@@ -146,10 +171,14 @@ def layer_step(layer, conv, h, ready):
 
 
 def mixer_step(block, conv_state, h, ready):
-    """step(x) -> y, both (B, d_model): a MambaBlock for the next token. It updates conv_state and h."""
-    in_proj, x_proj, out_proj = ready(block.in_proj), ready(block.x_proj), ready(block.out_proj)
+    """
+    step(x) -> y, both (B, d_model): a MambaBlock for the next token. It updates in place
+    conv_state, (B, d_conv - 1, D), and h, (B, D, N).
+    """
+    in_proj, x_proj, out_proj = (ready(m) for m in (block.in_proj, block.x_proj, block.out_proj))
     taps, bias = block.conv1d.weight[:, 0].t().contiguous(), block.conv1d.bias  # (d_conv, D)
-    A_log2 = -torch.exp(block.A_log) / math.log(2)  # exp(delta A) = 2^(delta A / ln 2): a sixth of the time
+    # exp(delta A) = 2^(delta A / ln 2), in a sixth of the time
+    A_log2 = -torch.exp(block.A_log) / math.log(2)
     dt_weight, dt_bias, D = block.dt_proj.weight, block.dt_proj.bias, block.D
     sizes = block.dt_rank, block.d_state, block.d_state
 
@@ -160,9 +189,10 @@ def mixer_step(block, conv_state, h, ready):
         x = (window * taps).sum(1)
         x = F.silu(x if bias is None else x + bias)
         dt, B, C = x_proj(x).split(sizes, dim=-1)
-        # a small product: in the compiler's loop, if that is what there is
-        small = torch.compiler.is_compiling()
-        delta = (dt[:, None] * dt_weight).sum(-1) if small else F.linear(dt, dt_weight)
+        if torch.compiler.is_compiling():       # so small a product can be part of a loop
+            delta = (dt[:, None] * dt_weight).sum(-1)
+        else:
+            delta = F.linear(dt, dt_weight)
         delta = F.softplus(delta + dt_bias)             # (B, D), float32 from here on, by dt_bias
         decay = (delta[..., None] * A_log2).exp2_()                             # (B, D, N)
         h.mul_(decay).addcmul_((delta * x)[..., None], B[:, None])              # (B, D, N)
@@ -174,32 +204,32 @@ def mixer_step(block, conv_state, h, ready):
 
 @functools.cache
 def has_amx():
-    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)    # of torch 2.13
+    """Whether this CPU has Intel's matrix unit; False before torch 2.13, which cannot tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 
 def made_ready(module, rows, compile):
     """
-    A linear layer or RMSNorm as a function of x (rows, in), made ready for being called for token after token.
-    A product with one row is bound by memory: each weight should be read once, in its own type, and on a CPU
-    by all cores.
+    A linear layer or RMSNorm as a function (rows, in) -> (rows, out), made ready for being called
+    for token after token. A product with one row is bound by memory: each weight should be read
+    once, in its own type, and on a CPU by all cores.
     """
     if isinstance(module, nn.RMSNorm):
         return module if compile else norm_made_ready(module)
     weight, bias = module.weight, getattr(module, "bias", None)
     on_cpu, int8 = weight.device.type == "cpu", weight.dtype == torch.int8
     plus_bias = (lambda y: y) if bias is None else (lambda y: y + bias)
-    if compile and rows <= (8 if int8 else 1):              # becomes one loop over the weights
-        def product(x):
+    if compile and rows <= (8 if int8 else 1):
+        def product(x):         # becomes one loop over the weights
             wide = at_least_float32(x)
             y = (x[:, None].to(wide) * weight.to(wide)).sum(-1)
             y = y * module.scale if int8 else y
             return plus_bias(y).to(x.dtype)
     elif on_cpu and rows == 1 and weight.dtype == torch.float32 and weight.numel() >= 2 ** 17:
-        # in blocks, one for each core; a smaller product is faster on one core
         blocks = math.gcd(len(weight), torch.get_num_threads())
-        parts = weight.unflatten(0, (blocks, -1)).transpose(1, 2)               # (blocks, in, out / blocks)
+        parts = weight.unflatten(0, (blocks, -1)).transpose(1, 2)       # (blocks, in, out / blocks)
 
-        def product(x):
+        def product(x):         # a block for each core; a smaller product is faster on one core
             return plus_bias(torch.bmm(x.expand(blocks, 1, -1), parts).view(1, -1))
     elif on_cpu and rows == 1 and weight.dtype == torch.bfloat16 and has_amx():
         def product(x):         # F.linear takes 1.6 times as long there
@@ -227,30 +257,38 @@ def norm_made_ready(norm):
     return function
 
 
-# ----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # As a CUDA graph
 
-SHORT = 512     # tokens of a prompt that graphs read, LEAST at a time or more, and the rest one by one
-FEW = 64        # prompts that they read at once: with more, launches do not take longer than what they launch
-LEAST = 8
-GRAPHS = weakref.WeakKeyDictionary()    # for a model, the Graph of its last stream
+# Prompts that are read by graphs: of at most so many tokens, and at most so many at once; with more
+# of them launches do not take longer than what they launch
+LONGEST_PROMPT, MOST_PROMPTS = 512, 64
+SHORTEST_PART = 8       # tokens that one graph reads, at least
+GRAPHS = weakref.WeakKeyDictionary()    # {model: the Graph of its last stream}
 
 
 class Graph:
     """
-    The step of a token as a CUDA graph: its launches are recorded once, and replayed for each token by one
-    call. So is the reading of a part of a prompt, when the first one of its length comes. Its state belongs
-    to one decoder at a time; another one that wants it takes it over.
+    The step of a token as a CUDA graph: its launches are recorded once, and replayed for each token
+    by one call. So is the reading of a part of a prompt, when the first one of its length comes.
+
+    Its state belongs to one decoder at a time, its owner; another one that wants it takes it over.
+    made_for: the number of prompts and the weights, by their addresses.  fused: by the kernels of
+    scan_triton.py.
     """
 
-    def __init__(self, model, rows, reads, fused):
-        self.reads, self.readers, self.owner = reads, {}, lambda: None
+    def __init__(self, model, rows, made_for, fused):
+        self.made_for, self.owner = made_for, lambda: None
         self.state = model.init_state(rows)
-        self.step = torch.inference_mode()(functools.partial(
-            scan_triton.decode, model.backbone, model.lm_head, model.config.vocab_size, self.state)
-            if fused else make_step(model, self.state))
+        if fused:
+            step = functools.partial(scan_triton.decode, model.backbone, model.lm_head,
+                                     model.config.vocab_size, self.state)
+        else:
+            step = make_step(model, self.state)
+        self.step = torch.inference_mode()(step)
         self.token = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.graph, self.logits = recorded(lambda: self.step(self.token), self.token)
+        self.readers = {}       # {length: (the tokens (B, length) that the graph reads, the graph)}
 
     def __call__(self, token):
         self.token.copy_(token)
@@ -258,19 +296,20 @@ class Graph:
         return self.logits
 
     def read(self, model, tokens):
-        """model reads tokens (B, L) into the state, in parts whose lengths are powers of two, and the last few
-        one by one."""
-        while tokens.shape[1] >= LEAST:
+        """model reads tokens (B, L) into the state, in parts whose lengths are powers of two, and
+        the last few one by one."""
+        while tokens.shape[1] >= SHORTEST_PART:
             length = 1 << tokens.shape[1].bit_length() - 1
             part, tokens = tokens[:, :length], tokens[:, length:]
             if length not in self.readers:
-                held = part.clone()
-                kept = copies(self.state)       # getting ready for the recording reads the part already
-                graph, _ = recorded(functools.partial(self.read_part, model, held), held, self.graph.pool())
-                self.readers[length] = held, graph
-                self.set_state(kept)
-            held, graph = self.readers[length]
-            held.copy_(part)
+                before = copies(self.state)     # `recorded` reads the part once already
+                buffer = part.clone()
+                read = functools.partial(self.read_part, model, buffer)
+                graph, _ = recorded(read, buffer, self.graph.pool())
+                self.readers[length] = buffer, graph
+                self.set_state(before)
+            buffer, graph = self.readers[length]
+            buffer.copy_(part)
             graph.replay()
         for token in tokens.unbind(1):
             self(token)
@@ -280,32 +319,39 @@ class Graph:
         self.set_state(state)
 
     def disown(self):
-        """The decoder that the state belongs to gets a copy of it."""
+        """The decoder that the state belongs to gets a copy of it, and is no longer its owner."""
         owner = self.owner()
         if owner is not None:
             owner.own = copies(self.state)
         self.owner = lambda: None
 
     def set_state(self, state):
-        torch._foreach_copy_([t for layer in self.state for t in layer], [t for layer in state for t in layer])
+        torch._foreach_copy_([*itertools.chain(*self.state)], [*itertools.chain(*state)])
 
 
 class GraphDecoder:
-    """A stream's use of the model's Graph."""
+    """
+    A stream's use of the model's Graph; see decoder. The logits of a call are overwritten by the
+    next one.
+    own: the state of this decoder while it is not the owner of the graph's, else None.
+    """
 
     def __init__(self, model, prompts, state):
-        rows = len(prompts)
-        fused = fuses(model)
-        reads = [rows, *((t.data_ptr(), t.dtype) for t in (*model.parameters(), *model.buffers()))]
+        rows, fused = len(prompts), fuses(model)
+        weights = (*model.parameters(), *model.buffers())
+        made_for = [rows, *((t.data_ptr(), t.dtype) for t in weights)]
         self.graph = GRAPHS.get(model)
-        if self.graph is None or not fused or self.graph.reads != reads:
+        if self.graph is None or not fused or self.graph.made_for != made_for:
             if self.graph is not None:
                 self.graph.disown()
             GRAPHS.pop(model, None)     # its memory may be needed
-            self.graph = Graph(model, rows, reads, fused)
-            if fused:   # the other step has constants made from the weights, which may change until the next one
+            self.graph = Graph(model, rows, made_for, fused)
+            # not to keep: the other step has constants made from the weights, which may change
+            if fused:
                 GRAPHS[model] = self.graph
-        by_graph = fused and len({len(p) for p in prompts}) == 1 and len(prompts[0]) <= SHORT and rows <= FEW
+        lengths = {len(p) for p in prompts}
+        by_graph = (fused and len(lengths) == 1 and max(lengths) <= LONGEST_PROMPT
+                    and rows <= MOST_PROMPTS)
         self.own = state if by_graph else model.prefill(prompts, state)
         self.take()
         if by_graph:
@@ -330,17 +376,21 @@ class GraphDecoder:
 def fuses(model):
     """Whether the step runs by the kernels of scan_triton.py."""
     config, weight = model.config, model.lm_head.weight
-    return (config.scan in ("auto", "triton") and scan_triton is not None and scan_triton.runs_on(weight.device)
-            and weight.dtype != torch.float64 and config.d_state <= 256 and scan_triton.decodes(config)
+    return (config.scan in ("auto", "triton")
+            and scan_triton is not None and scan_triton.runs_on(weight.device)
+            and weight.dtype != torch.float64 and config.d_state <= 256
+            and scan_triton.decodes(config)
             and all(p.is_contiguous() for p in model.parameters()))
 
 
 def recorded(call, where, pool=None):
     """
-    A CUDA graph of what call() launches on the GPU of the tensor `where`, and what it returns. It is called
-    once before, for what the first call alone has to do cannot be recorded; while it is being recorded nothing
-    is done. No autocast from outside, and what is inside keeps no copies of weights: they would be outdated,
-    or gone, when the graph is replayed.
+    A CUDA graph of what call() launches on the GPU of the tensor `where`, and what call returns,
+    which each replay of the graph fills anew.
+
+    It is called once before, for what the first call alone has to do cannot be recorded; while it
+    is being recorded nothing is done. An autocast around it is off, and one inside keeps no copies
+    of weights: they would be outdated, or gone, when the graph is replayed.
     pool: of another graph, to work in the same memory; the two must not run at the same time.
     """
     with torch.cuda.device_of(where), torch.autocast("cuda", enabled=False, cache_enabled=False):
@@ -357,9 +407,11 @@ def recorded(call, where, pool=None):
 def replayed(calls, x, y):
     """
     Each of calls, (x, y) -> loss, as a CUDA graph: the CPU asks for all of it at once, instead of
-    kernel by kernel. They share the memory of what each of them needs for itself.
+    kernel by kernel. They share the memory of what each of them needs for itself. Returns functions
+    like calls, for any x and y of these shapes; each call fills its loss anew.
     """
-    x, y, pool, replays = x.clone(), y.clone(), None, []    # from here the graphs read their batch
+    x, y = x.clone(), y.clone()     # from here the graphs read their batch
+    pool, replays = None, []
 
     def replay(graph, loss, new_x, new_y):
         x.copy_(new_x)

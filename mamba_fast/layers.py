@@ -1,4 +1,7 @@
-"""Parts of a model on a CPU, and the loss, with the work done in a better way than autograd or PyTorch would."""
+"""
+Layers and the loss, with the work done in a better way than PyTorch or autograd would: products of
+many rows on some CPUs, the short convolution, the loss of a large vocabulary.
+"""
 from __future__ import annotations
 
 import platform
@@ -10,24 +13,25 @@ from torch import nn
 
 
 def at_least_float32(x):
+    """The dtype to compute in for x: its own, or float32 for 16 bits."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-# ----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Products of many rows on AMD CPUs with AVX-512
 
 
 def mkl_is_slow():
-    """Whether PyTorch leaves products to MKL, which does without AVX-512 on CPUs that are not Intel's."""
-    cpuinfo = Path("/proc/cpuinfo")     # Windows names the maker in platform, Linux here
+    """Whether products go to MKL on a CPU that is not Intel's, where MKL does without AVX-512."""
+    cpuinfo = Path("/proc/cpuinfo")     # names the maker on Linux; on Windows platform does
     about = cpuinfo.read_text()[:1024] if cpuinfo.exists() else platform.processor()
     return ("AuthenticAMD" in about and torch.backends.cpu.get_cpu_capability() == "AVX512"
             and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available())
 
 
 class LinearByConvolution(nn.Linear):
-    """nn.Linear, at twice the speed for many float32 rows there: as a convolution of width 1, which
-    PyTorch leaves to oneDNN."""
+    """nn.Linear, but many float32 rows on a CPU go through a convolution of width 1: PyTorch leaves
+    it to oneDNN, which is twice as fast where mkl_is_slow."""
 
     def forward(self, x):
         weight, rows = self.weight, x.numel() // x.shape[-1]
@@ -35,19 +39,23 @@ class LinearByConvolution(nn.Linear):
                 or type(weight) is not nn.Parameter or torch.is_autocast_enabled("cpu")):
             return F.linear(x, weight, self.bias)
         image = x.reshape(1, 1, rows, -1).permute(0, 3, 1, 2)   # (1, in, 1, rows), still row by row
-        y = F.conv2d(image, weight[..., None, None], self.bias)
+        y = F.conv2d(image, weight[..., None, None], self.bias)                 # (1, out, 1, rows)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 Linear = LinearByConvolution if mkl_is_slow() else nn.Linear
 
-# ----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The convolution
 
 
 def causal_conv(x, weight, bias, state):
-    """The causal convolution of conv_silu in mamba.py, (B, L, D), or None in what torch.compile compiles:
-    it fuses the plain one, and torch 2.11 would lose gradients of a Function that works in place."""
+    """
+    The convolution of conv_silu in mamba.py, without the silu: x (B, L, D), weight (D, 1, d_conv),
+    bias (D,) or None, state (B, d_conv - 1, D) or None -> (B, L, D).
+    None in what torch.compile compiles: it fuses the plain way, and torch 2.11 would lose the
+    gradients of a Function that works in place.
+    """
     if torch.compiler.is_compiling():
         return None
     before = weight.shape[2] - 1
@@ -58,7 +66,8 @@ def causal_conv(x, weight, bias, state):
 
 
 class CausalConv(torch.autograd.Function):
-    """With a backward of its own: autograd would make a full-size gradient for each of the shifted x."""
+    """y_t = bias + sum_k taps[k] x_{t - (d_conv - 1) + k}, with a backward pass of its own:
+    autograd would make a full-size gradient for each of the shifted x."""
 
     @staticmethod
     def forward(ctx, x, taps, bias, state):
@@ -73,10 +82,11 @@ class CausalConv(torch.autograd.Function):
     def backward(ctx, gy):
         (x, taps, state), gy = ctx.saved_tensors, gy.to(at_least_float32(gy))
         before, length = state.shape[1], x.shape[1]
-        later = F.pad(gy, (0, 0, before, before))
-        gseen = later[:, before:] * taps[0]             # of state and x: tap k meets gy k steps later
+        # the gradient of state and x, one after the other: tap k meets the gy of k steps later
+        padded = F.pad(gy, (0, 0, before, before))
+        gseen = padded[:, before:] * taps[0]
         for k, tap in enumerate(taps[1:], 1):
-            gseen.addcmul_(later[:, before - k:][:, :before + length], tap)
+            gseen.addcmul_(padded[:, before - k:][:, :before + length], tap)
         gtaps = [(gy * x_k).sum((0, 1)) for x_k in (*CausalConv.shifted(x, taps, state), x)]
         gx, gstate = gseen[:, before:], gseen[:, :before]
         return (gx.to(x.dtype), torch.stack(gtaps).to(taps.dtype), gy.sum((0, 1)).to(taps.dtype),
@@ -84,43 +94,50 @@ class CausalConv(torch.autograd.Function):
 
     @staticmethod
     def shifted(x, taps, state):
-        """What each tap but the last, which meets x, meets: state and x, d_conv - 1, ... 1 steps back."""
+        """What each tap meets, (B, L, D): state and x, d_conv - 1, ... 1 steps back. Without the
+        last tap, which meets x."""
         seen = torch.cat([state, x], dim=1)
         return [seen[:, k:k + x.shape[1]] for k in range(len(taps) - 1)]
 
 
-# ----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The loss
 
 
 def cross_entropy(x, head, targets, vocab_size, rows):
     """
-    The sum of the cross-entropies of head(x)[:, :vocab_size], for some rows at a time, or None where the
-    plain way is as good: all rows at once, no gradients, or a head that is more than its weight.
+    The sum of the cross-entropies of head(x)[:, :vocab_size], a number, `rows` rows at a time.
+    None where the plain way is as good (all rows at once, no gradients), or where the head is more
+    than a matrix.
     x: (R, d_model).  targets: (R,), negative ones are ignored.
     """
+    if rows >= len(x) or not torch.is_grad_enabled():
+        return None
     hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
-    plain = type(head) is Linear and type(head.weight) is nn.Parameter and head.bias is None and not hooks
-    if rows >= len(x) or not plain or not torch.is_grad_enabled():
+    plain = type(head) is Linear and type(head.weight) is nn.Parameter and head.bias is None
+    if hooks or not plain:
         return None
     return LinearCrossEntropy.apply(x, head.weight[:vocab_size], targets, rows)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are computed with the losses, so that logits are neither kept nor computed twice."""
+    """The gradients are computed with the losses: logits are neither kept nor computed twice."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, rows):
         losses, gx, gweight = [], [], 0
         for x_p, targets_p in zip(x.split(rows), targets.split(rows)):
-            logits, target = F.linear(x_p, weight), targets_p[:, None]          # (rows, V), (rows, 1)
-            there, target = target >= 0, target.clamp(min=0)
+            logits = F.linear(x_p, weight)                                      # (rows, V)
+            target = targets_p[:, None]                                         # (rows, 1)
+            counts, target = target >= 0, target.clamp(min=0)
             logp = F.log_softmax(logits, dim=-1, dtype=at_least_float32(logits))
-            right = logp.gather(1, target)
-            losses.append((right * there).sum())
-            glogits = logp.exp_().to(logits.dtype).scatter_(1, target, (right.exp() - 1).to(logits.dtype))
-            gx.append((glogits @ weight) * there)
-            gweight = gweight + (glogits.t() @ (x_p * there)).to(weight.dtype)
+            logp_target = logp.gather(1, target)                                # (rows, 1)
+            losses.append((logp_target * counts).sum())
+            # the gradient of the logits: the probabilities, less 1 at the target
+            at_target = (logp_target.exp() - 1).to(logits.dtype)
+            glogits = logp.exp_().to(logits.dtype).scatter_(1, target, at_target)
+            gx.append((glogits @ weight) * counts)
+            gweight = gweight + (glogits.t() @ (x_p * counts)).to(weight.dtype)
         ctx.save_for_backward(torch.cat(gx).to(x.dtype), gweight)
         return -torch.stack(losses).sum()
 
