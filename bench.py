@@ -205,14 +205,14 @@ def table(bench, title, variants, tokens, error_of=None, floor=None, remarks=(),
     peers = [row["median_s"] for row in rows if row["variant"] in PEERS]
     for row in rows:
         row["vs_peer"] = min(peers) / row["median_s"] if peers else None
-    rates, memory = ([row[key] for row in rows] for key in ("tokens_per_s", "memory_mb"))
+    speeds, memory = ([row[key] for row in rows] for key in ("tokens_per_s", "memory_mb"))
     columns = {
         "variant": [row["variant"] for row in rows],
         "median ms": [f"{row['median_s'] * 1e3:.4g}" for row in rows],
         "quartiles": [f"{row['low_s'] * 1e3:.4g}..{row['high_s'] * 1e3:.4g}" for row in rows],
         "calls": [f"{len(row['times_s'])}" for row in rows],
-        "tokens/s": [f"{rate:,.1f}" if rate < 1000 else f"{rate:,.0f}" for rate in rates],
-        "us/token": [f"{1e6 / rate:.3f}" for rate in rates],
+        "tokens/s": [f"{x:,.1f}" if x < 1000 else f"{x:,.0f}" for x in speeds],
+        "us/token": [f"{1e6 / x:.3f}" for x in speeds],
         "extra MB": ["n/a" if mb is None else f"{mb:,.0f}" for mb in memory],
         "error": [f"{row['error']:.1e}" for row in rows if error_of],
         "x best peer": [f"{row['vs_peer']:.2f}" for row in rows if peers],
@@ -220,8 +220,8 @@ def table(bench, title, variants, tokens, error_of=None, floor=None, remarks=(),
     }
     print(f"\n{title}")
     shown = [[header, *column] for header, column in columns.items() if column]
-    for name, median, quartiles, *more in zip(*shown):
-        print(f"{name:<30}  {median:>11}  {quartiles:>18}", *(f"{x:>11}" for x in more), sep="  ")
+    for name, median, quartiles, *rest in zip(*shown):
+        print(f"{name:<30}  {median:>11}  {quartiles:>18}", *(f"{x:>11}" for x in rest), sep="  ")
     print(*(f"  {remark}\n" for remark in remarks), sep="", end="", flush=True)
     bench.results["tables"].append({"title": title, **about, "rows": rows, "remarks": remarks})
     write(bench)    # after every table, so that Ctrl-C loses only the one it interrupts

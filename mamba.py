@@ -3,7 +3,7 @@ Mamba, the selective state space language model (S6, arXiv 2312.00752), in one f
 torch alone. What is notable here:
 - the selective scan twice: as the paper's plain loop, and in tiles, the same function made fast
 - the decay over a stretch of time is exp(A * sum of delta), never a quotient, which overflows
-- everything is (batch, length, channels): no tensor of the model is transposed in memory
+- activations are (batch, length, channels) throughout: none is transposed in memory
 - a state is a value: a call with a state returns the next one and leaves the given one as it is
 - parameters have the names of the released state-spaces/mamba-* weights
 Optional beside it: mamba_fast/ computes the same numbers sooner, mamba_files.py reads more layouts.
@@ -25,6 +25,8 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -33,17 +35,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-try:
-    import mamba_fast as fast  # each of its answers is None where it has nothing faster
-except ImportError:
-    fast = None
-try:
-    import mamba_files as files  # released weights: names on Hugging Face, other layouts
-except ImportError:
-    files = None
+fast = files = None
+with suppress(ImportError):
+    import mamba_fast as fast       # each of its answers is None where it has nothing faster
+with suppress(ImportError):
+    import mamba_files as files     # released weights: names on Hugging Face, other layouts
 
 SCAN_METHODS = ("auto", "sequential", "chunked", "triton")
-
+LOGITS = 2 ** 28    # numbers that are computed at once for a loss; as float32, 1 GB
+Linear = fast.Linear if fast else nn.Linear     # the same, but where a CPU has a faster way
 
 @dataclass
 class MambaConfig:
@@ -70,17 +70,18 @@ class MambaConfig:
     def __post_init__(self):
         if self.dt_rank == "auto":
             self.dt_rank = math.ceil(self.d_model / 16)
-        for name in ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand", "dt_rank",
-                     "pad_vocab_size_multiple", "d_intermediate"):
-            value, least = getattr(self, name), 0 if name == "d_intermediate" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number from {least} on, not {value!r}")
-        for right, need in ((0 <= self.dropout < 1, "0 <= dropout < 1"),
-                            (self.norm_eps > 0 and self.dt_init_floor > 0, "norm_eps > 0, dt_init_floor > 0"),
-                            (0 < self.dt_min <= self.dt_max, "0 < dt_min <= dt_max"),
-                            (self.scan in SCAN_METHODS, f"a scan of {', '.join(SCAN_METHODS)}")):
+        for f in fields(self):
+            value, least = getattr(self, f.name), 0 if f.name == "d_intermediate" else 1
+            if f.type.startswith("int") and (type(value) is not int or value < least):
+                raise ValueError(f"{f.name} must be a whole number from {least} on, not {value!r}")
+        for name, right, need in (
+                ("dropout", 0 <= self.dropout < 1, "at least 0 and below 1"),
+                ("dt_min", 0 < self.dt_min <= self.dt_max, f"above 0 and up to {self.dt_max}"),
+                ("dt_init_floor", self.dt_init_floor > 0, "above 0"),
+                ("norm_eps", self.norm_eps > 0, "above 0"),
+                ("scan", self.scan in SCAN_METHODS, f"one of {', '.join(SCAN_METHODS)}")):
             if not right:
-                raise ValueError(f"needed is {need}, not {self}")
+                raise ValueError(f"{name} must be {need}, not {getattr(self, name)!r}")
 
     @property
     def d_inner(self):
@@ -88,18 +89,13 @@ class MambaConfig:
 
     @property
     def padded_vocab_size(self):
-        multiple = self.pad_vocab_size_multiple
-        return math.ceil(self.vocab_size / multiple) * multiple
+        return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
-
-# ------------------------------------------------------------------------------------------------
-# The selective scan
-
+# ---- The selective scan --------------------------------------------------------------------------
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
                    state=None, return_last_state=False, method="auto"):
-    """
-    The recurrence at the heart of Mamba (paper, section 3.2 and Algorithm 2; zero-order hold for
+    """The recurrence at the heart of Mamba (paper, section 3.2 and Algorithm 2; zero-order hold for
     A, Euler for B):
 
         delta_t = softplus(delta_t + delta_bias)                  if delta_softplus
@@ -112,13 +108,11 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     float32 (float64 if u is float64) whatever the inputs are. Differentiable in every tensor.
     method: "sequential" (the loop) | "chunked" (tiles) | "triton" (kernels of mamba_fast/, on
     CUDA) | "auto", the best there is. ValueError: shapes that do not fit; it cannot run here.
-    Names and meaning are those of mamba_ssm's selective_scan_fn; the layout is (B, L, D).
-    """
-    if u.dim() != 3 or A.dim() != 2:
-        raise ValueError(f"u must be (B, L, D), A (D, N), not {[*u.shape]} and {[*A.shape]}")
+    Names and meaning are those of mamba_ssm's selective_scan_fn; the layout is (B, L, D)."""
+    if u.dim() != 3 or A.dim() != 2 or u.shape[1] == 0:
+        raise ValueError("u must be (B, L, D) with L > 0, and A (D, N), not "
+                         f"{tuple(u.shape)} and {tuple(A.shape)}")
     (batch, length, d_inner), d_state = u.shape, A.shape[1]
-    if length == 0:
-        raise ValueError("the sequence is empty: u must have at least one step")
     wide, narrow = (batch, length, d_inner), (batch, length, d_state)
     for name, tensor, shape in (
             ("delta", delta, wide), ("z", z, wide), ("B", B, narrow), ("C", C, narrow),
@@ -151,7 +145,6 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
             y = y * F.silu(z.to(number))
     return (y.to(dtype), h) if return_last_state else y.to(dtype)
 
-
 def scan_method(method, u, d_state):
     """What selective_scan does for a sequence like u: what "auto" is. ValueError: it cannot run."""
     if method not in SCAN_METHODS:
@@ -161,7 +154,6 @@ def scan_method(method, u, d_state):
         raise ValueError("scan 'triton' needs mamba_fast/, CUDA on Ampere or later, Triton 3.6 (of "
                          "torch 2.11), d_state <= 256, no float64; 'auto' takes the best there is")
     return method if method != "auto" else "triton" if able else "chunked"
-
 
 def one_by_one(u, delta, A, B, C, h):
     """Algorithm 2 as written: one step after the other. All other ways are tested against it."""
@@ -173,9 +165,7 @@ def one_by_one(u, delta, A, B, C, h):
         ys.append((h * C_t[:, None, :]).sum(-1))                            # (B, D)
     return torch.stack(ys, dim=1), h                                        # (B, L, D), (B, D, N)
 
-
-# ------------------------------------------------------------------------------------------------
-# The same recurrence in tiles of T steps
+# ---- The same recurrence in tiles of T steps -----------------------------------------------------
 #
 # The states of all steps, (B, L, N, D), are 2N times larger than the input and never in memory at
 # once: the buffers a, h and g hold the steps of one tile and are used again for the next, so that
@@ -184,16 +174,14 @@ def one_by_one(u, delta, A, B, C, h):
 #     forward, per tile     a_t = exp(delta_t A)    h_t = a_t h_{t-1} + x_t B_t    y_t = C_t . h_t
 #     backward, in reverse  g_t = C_t gy_t + a_{t+1} g_{t+1}                       g_t is dLoss/dh_t
 #                           gC_t = h_t . gy_t   gB_t = g_t . x_t   gx_t = B_t . g_t    x = delta u
-#                           dLoss/d(delta_t A) = g_t a_t h_{t-1}: delta's gradient, and A's
+#                           dLoss/d(delta_t A) = g_t a_t h_{t-1}: for the gradients of delta and A
 #
 # The state is (N, D) inside, channels innermost: products and sums over N read it in order.
-
 
 def in_tiles(u, delta, A, B, C, state):
     """What one_by_one computes, with memory for one tile alone and a backward pass of its own."""
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B, C, state))
     return tiles_forward(u, delta, A, B, C, state, keep)[:2]
-
 
 def operator(inputs, outputs):
     """Makes a function one that torch.compile and torch.export do not look into."""
@@ -201,52 +189,49 @@ def operator(inputs, outputs):
     return lambda f: torch.library.custom_op(f"mamba_py::{f.__name__}", f, mutates_args=(),
                                              schema=schema)
 
-
 @operator("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor state, bool keep", 3)
 def tiles_forward(u, delta, A, B, C, state, keep):
     """y, the last state and, if keep, the states (B, N, D) that enter the tiles, and the last."""
-    tiles = Tiles(u, delta, A, "ah")
-    y, last = tiles.empty_like(u), torch.empty_like(state)
-    starts = A.new_empty(tiles.count + 1 if keep else 1, *state.transpose(1, 2).shape)
+    tiles = Tiles(u, delta, A, 2)
+    y, last = torch.empty_like(u), torch.empty_like(state)
+    starts = A.new_empty(tiles.count + 1 if keep else 1, len(u), *tiles.A.shape)
     with torch.inference_mode():        # a call costs a fifth less than without gradients alone
         starts[0] = state.transpose(1, 2)
         for i, (delta_s, u_s, B_s, C_s, y_s) in enumerate(tiles.cut(delta, u, B, C, y)):
-            h = tiles.states(delta_s, delta_s * u_s, B_s, starts[i if keep else 0])
+            _, h = tiles.states(delta_s, delta_s * u_s, B_s, starts[i if keep else 0])
             y_s.copy_(dot(C_s, h))                                          # (B, T, D)
             starts[i + 1 if keep else 0] = h[:, -1]
         last.copy_(starts[-1].transpose(1, 2))
-    return tiles.whole(y), last, starts
-
+    return y, last, starts
 
 @operator("Tensor gy, Tensor glast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
           "Tensor starts", 6)
 def tiles_backward(gy, glast, u, delta, A, B, C, starts):
     """The gradients of u, delta, A, B, C and state."""
-    tiles = Tiles(u, delta, A, "ahg")
-    gu, gdelta, gB, gC = (tiles.empty_like(t) for t in (u, delta, B, C))
-    gA, gstate, carry = torch.empty_like(A), torch.empty_like(glast), glast.transpose(1, 2)
+    tiles = Tiles(u, delta, A, 3)
+    gu, gdelta, gA, gB, gC, gstate = map(torch.empty_like, (u, delta, A, B, C, glast))
+    carry = glast.transpose(1, 2)
     with torch.autocast(u.device.type, enabled=False), torch.inference_mode():
-        gdelta_A, ones = torch.zeros_like(tiles.a), torch.ones_like(tiles.a[..., 0])
-        pieces = zip(starts, *(tiles.cut(t) for t in (delta, u, B, C, gy, gdelta, gu, gB, gC)))
-        for start, delta_s, u_s, B_s, C_s, gy_s, gdelta_s, gu_s, gB_s, gC_s in [*pieces][::-1]:
-            x_s = delta_s * u_s
-            h = tiles.states(delta_s, x_s, B_s, start)                      # (B, T, N, D)
+        gdelta_A = torch.zeros_like(tiles.buffers[0])
+        ones = torch.ones_like(gdelta_A[..., 0])
+        pieces = zip(starts, tiles.cut(delta, u, B, C, gy, gdelta, gu, gB, gC))
+        for start, (delta_s, u_s, B_s, C_s, gy_s, gdelta_s, gu_s, gB_s, gC_s) in [*pieces][::-1]:
+            x_s, T = delta_s * u_s, u_s.shape[1]
+            a, h = tiles.states(delta_s, x_s, B_s, start)                   # (B, T, N, D)
             g = tiles.adjoints(gy_s, C_s, carry)
             gx_s = dot(B_s, g)
             gC_s.copy_(dot(gy_s, h.transpose(2, 3)))
             gB_s.copy_(dot(x_s, g.transpose(2, 3)))
-            ag = tiles.a.mul_(g)
-            carry = ag[:, 0].clone()            # a_t g_t of the first step, for the tile before
-            ag[:, 0].mul_(start)
-            ag[:, 1:].mul_(h[:, :-1])           # now dLoss/d(delta A)
-            gdelta_A.addcmul_(ag, delta_s[:, :, None])
-            gdelta_s.copy_(dot(ones, ag.mul_(tiles.A))).addcmul_(gx_s, u_s)
+            a.mul_(g)
+            carry = a[:, 0].clone()             # for the tile before
+            a[:, 0].mul_(start)
+            a[:, 1:].mul_(h[:, :-1])            # now a has dLoss/d(delta A)
+            gdelta_A[:, :T].addcmul_(a, delta_s[:, :, None])
+            gdelta_s.copy_(dot(ones[:, :T], a.mul_(tiles.A))).addcmul_(gx_s, u_s)
             torch.mul(gx_s, delta_s, out=gu_s)
         gA.copy_(gdelta_A.flatten(0, 1).sum(0).t())
         gstate.copy_(carry.transpose(1, 2))
-    gu, gdelta, gB, gC = (tiles.whole(t) for t in (gu, gdelta, gB, gC))
     return gu, gdelta, gA, gB, gC, gstate
-
 
 # the shapes of what comes out, for a compiler
 tiles_forward.register_fake(lambda u, delta, A, B, C, state, keep: (
@@ -258,77 +243,61 @@ tiles_forward.register_autograd(
     lambda ctx, gy, glast, _: (*tiles_backward(gy, glast, *ctx.saved_tensors), None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:5], output[2]))
 
-
 class Tiles:
-    """How a sequence is cut into tiles of T steps, and the buffers of one of them, (B, T, N, D)."""
+    """The number T of steps in a tile, and the buffers of one tile, (B, T, N, D)."""
 
     def __init__(self, u, delta, A, buffers):
-        (batch, self.length, _), on_cpu = u.shape, u.device.type == "cpu"
+        (batch, length, _), on_cpu = u.shape, u.device.type == "cpu"
         self.A = A.t().contiguous()                                         # (N, D)
         self.A_log2 = self.A / math.log(2)      # exp(delta A) as 2^(delta A / ln 2): exp2 is faster
         # on a CPU a buffer has 2 MB, to stay in the cache
-        steps = math.log2((2 ** 19 if on_cpu else 2 ** 26) / (batch * A.numel()))
-        steps = 2 ** max(2, min(6, round(steps)))
-        self.count = math.ceil(self.length / steps)
-        self.steps = math.ceil(self.length / self.count)                    # T
+        steps = (2 ** 19 if on_cpu else 2 ** 26) / max(1, batch * A.numel())
+        self.count = math.ceil(length / 2 ** max(2, min(6, round(math.log2(steps)))))
+        self.steps = math.ceil(length / self.count)                         # T
         # On a CPU exp is some 100 times slower where the result is denormal (below -87), and so
         # are products with it. exp(-64) is 0 to any sum in float32 and has normal products.
         self.clamp = on_cpu and bool(delta.amax() * A.amin() < -64)
-        for name in buffers:
-            buffer = A.new_empty(batch, self.steps, *self.A.shape)
-            vars(self).update({name: buffer, f"{name}_steps": buffer.unbind(1)})
-
-    def empty_like(self, x):
-        return x.new_empty(len(x), self.count * self.steps, x.shape[2])
-
-    def whole(self, x):
-        return x[:, :self.length].contiguous()
+        self.buffers = A.new_empty(buffers, batch, self.steps, *self.A.shape)
+        self.each_step = [buffer.unbind(1) for buffer in self.buffers]      # T times (B, N, D)
 
     def cut(self, *tensors):
-        """The tensors (B, L, X) in tiles, views (B, T, X). What an input lacks for the last one
-        becomes steps with delta = 0, which change nothing."""
-        missing = [self.count * self.steps - t.shape[1] for t in tensors]
-        tensors = [F.pad(t, (0, 0, 0, n)) if n else t for t, n in zip(tensors, missing)]
-        tiles = [t.split(self.steps, dim=1) for t in tensors]
-        return tiles[0] if len(tiles) == 1 else zip(*tiles)
+        """The tensors (B, L, X) in tiles, views (B, T, X); the last tile may be shorter."""
+        return zip(*(t.split(self.steps, dim=1) for t in tensors))
 
     def states(self, delta, x, B, h):
-        """The decays and the states of a tile into the buffers a and h; h (B, N, D) enters it."""
-        torch.mul(delta[:, :, None], self.A_log2, out=self.a)
+        """The decays a and the states h of a tile, (B, T, N, D) each; h (B, N, D) enters it."""
+        a, hs = self.buffers[:2, :, :x.shape[1]]
+        torch.mul(delta[:, :, None], self.A_log2, out=a)
         if self.clamp:
-            self.a.clamp_(min=-64 / math.log(2))
-        self.a.exp2_()
-        torch.mul(x[:, :, None], B[..., None], out=self.h)
-        for a_t, h_t in zip(self.a_steps, self.h_steps):
+            a.clamp_(min=-64 / math.log(2))
+        a.exp2_()
+        torch.mul(x[:, :, None], B[..., None], out=hs)
+        for a_t, h_t, _ in zip(*self.each_step[:2], range(x.shape[1])):
             h = h_t.addcmul_(a_t, h)
-        return self.h
+        return a, hs
 
     def adjoints(self, gy, C, carry):
-        """dLoss/dh of a tile into the buffer g; carry (B, N, D) comes from the tile after."""
-        torch.mul(gy[:, :, None], C[..., None], out=self.g)
-        g = self.g_steps[-1].add_(carry)
-        for a_later, g_t in zip(self.a_steps[:0:-1], self.g_steps[-2::-1]):
-            g = g_t.addcmul_(a_later, g)
-        return self.g
-
+        """g of a tile; carry, a_{t+1} g_{t+1} of its last step, comes from the tile after."""
+        gs, last = self.buffers[2, :, :C.shape[1]], C.shape[1] - 1
+        torch.mul(gy[:, :, None], C[..., None], out=gs)
+        a_steps, _, g_steps = self.each_step
+        g = g_steps[last].add_(carry)
+        for t in reversed(range(last)):
+            g = g_steps[t].addcmul_(a_steps[t + 1], g)
+        return gs
 
 def dot(weights, x):
     """(B, T, N) . (B, T, N, D) -> (B, T, D), as one batch of products."""
     y = torch.bmm(weights.reshape(-1, 1, weights.shape[2]), x.flatten(0, 1))
     return y.view(*weights.shape[:2], -1)
 
-
-# ------------------------------------------------------------------------------------------------
-# The convolution and the block
-
+# ---- The convolution and the block ---------------------------------------------------------------
 
 def conv_silu(x, weight, bias=None, state=None, scan="auto"):
-    """
-    silu of a causal convolution, silu(bias + sum_k weight[:, 0, k] x_{t - (d_conv - 1) + k}).
+    """silu of a causal convolution, silu(bias + sum_k weight[:, 0, k] x_{t - (d_conv - 1) + k}).
     x: (B, L, D).  weight: (D, 1, d_conv).  bias: (D,).  state: (B, d_conv - 1, D), the inputs
     before x, or None for zeros.  scan: the method of the scan, whose kernels there may be.
-    Returns (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d, which wants (B, D, L).
-    """
+    Returns (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d, which wants (B, D, L)."""
     length, before = x.shape[1], weight.shape[2] - 1
     y = fast and fast.conv_silu(x, weight, bias, state, scan)
     state = x.new_zeros(len(x), before, x.shape[2]) if state is None else state.to(x.dtype)
@@ -337,23 +306,19 @@ def conv_silu(x, weight, bias=None, state=None, scan="auto"):
         taps = torch.stack(weight[:, 0].unbind(1))                          # (d_conv, D)
         y = sum(seen[:, k:k + length] * tap for k, tap in enumerate(taps))
         y = F.silu((y if bias is None else y + bias).to(x.dtype))
-    return y, seen[:, seen.shape[1] - before:]
-
-
-Linear = fast.Linear if fast else nn.Linear     # the same, but where a CPU has a faster way
-
+    return y, seen[:, seen.shape[1] - before:].clone()      # a view would keep all of seen alive
 
 def is_plain(linear):
     """Whether it is F.linear with its weight and bias: no adapter, hook or quantiser is on it."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
-    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not hooks
-
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks,
+             linear._backward_pre_hooks)
+    ours = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
+    return ours and not any(hooks) and "forward" not in vars(linear)
 
 class MambaState(NamedTuple):
     """What a block remembers of the tokens before."""
     conv: torch.Tensor      # (B, d_conv - 1, D), the last inputs of the convolution
     h: torch.Tensor         # (B, D, N), the state of the scan, in float32
-
 
 class MambaBlock(nn.Module):
     """
@@ -361,8 +326,7 @@ class MambaBlock(nn.Module):
 
     block(x) -> y, both (B, L, d_model). Stands alone: put it where a Transformer has attention.
     block(x, state) -> (y, state after x) continues where the call ended that returned the state;
-    block.init_state(batch) is the first one. Gradients flow through it.
-    """
+    block.init_state(batch) is the first one. Gradients flow through it."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
@@ -403,17 +367,14 @@ class MambaBlock(nn.Module):
 
     def init_state(self, batch):
         """The state before the first token: zeros."""
-        weight, h = self.conv1d.weight, (batch, *self.A_log.shape)
-        conv = torch.zeros(batch, weight.shape[2] - 1, len(weight), dtype=weight.dtype,
-                           device=weight.device)
-        return MambaState(conv, torch.zeros(h, dtype=self.A_log.dtype, device=weight.device))
+        conv = self.conv1d.weight.new_zeros(batch, self.conv1d.kernel_size[0] - 1, len(self.D))
+        return MambaState(conv, self.A_log.new_zeros(batch, *self.A_log.shape))
 
     def forward(self, x, state=None):
         conv, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)                             # (B, L, D) each
         x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv, self.scan)
-        sizes = self.dt_rank, self.d_state, self.d_state
-        dt, B, C = self.x_proj(x).split(sizes, dim=-1)
+        dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         if is_plain(self.dt_proj):      # then its bias is added inside the scan, in float32
             delta, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias      # (B, L, D)
         else:
@@ -427,21 +388,15 @@ class MambaBlock(nn.Module):
     def _apply(self, fn, recurse=True):
         # model.bfloat16() and .half() leave these in float32: rounding A or delta's bias changes
         # how long the model remembers by up to 1 %, at every step again
-        exact = [self.A_log, self.D, self.dt_proj.bias]
-        exact += [p.grad for p in exact if p.grad is not None]
+        exact = {id(t) for p in (self.A_log, self.D, self.dt_proj.bias) for t in (p, p.grad)}
 
-        def keep_exact(tensor):
-            result = fn(tensor)
-            rounded = result.dtype in (torch.float16, torch.bfloat16)
-            if rounded and any(tensor is t for t in exact):
-                return tensor.to(result.device)
-            return result
+        def keep_exact(t):
+            new = fn(t)
+            rounded = id(t) in exact and new.dtype in (torch.float16, torch.bfloat16)
+            return t.to(new.device) if rounded else new
         return super()._apply(keep_exact, recurse)
 
-
-# ------------------------------------------------------------------------------------------------
-# The model
-
+# ---- The model -----------------------------------------------------------------------------------
 
 class GatedMLP(nn.Module):
     """fc2(value * silu(gate)), the MLP that mamba_ssm has: (B, L, d_model) -> the same."""
@@ -454,7 +409,6 @@ class GatedMLP(nn.Module):
     def forward(self, x):
         value, gate = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(value * F.silu(gate))
-
 
 class Layer(nn.Module):
     """layer(x, state) -> (x + mixer(norm(x)), state after x), and with an MLP the same for it."""
@@ -475,17 +429,11 @@ class Layer(nn.Module):
             x = x + self.dropout(self.mlp(self.norm2(x)))
         return x, state
 
-
-LOGITS = 2 ** 28    # numbers that are computed at once for a loss; as float32, 1 GB
-
-
 class Mamba(nn.Module):
-    """
-    embedding -> n_layer x Layer -> RMSNorm -> head, tied to the embedding.
+    """embedding -> n_layer x Layer -> RMSNorm -> head, tied to the embedding.
 
     model(idx) -> (logits, None);  model(idx, targets) -> (None, loss);  with a state, which comes
-    back as a third, after idx.  model.generate(idx, 100) -> idx and 100 more.
-    """
+    back as a third, after idx.  model.generate(idx, 100) -> idx and 100 more."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
@@ -503,18 +451,16 @@ class Mamba(nn.Module):
         # what each layer adds to the residual stream is scaled, or the sum would grow with depth
         residuals = config.n_layer * (2 if config.d_intermediate > 0 else 1)
         with torch.no_grad():
-            for layer in self.backbone["layers"]:
-                layer.mixer.out_proj.weight /= math.sqrt(residuals)
-                if layer.mlp is not None:
-                    layer.mlp.fc2.weight /= math.sqrt(residuals)
+            for name, weight in self.named_parameters():
+                if name.endswith(("out_proj.weight", "fc2.weight")):
+                    weight /= math.sqrt(residuals)
 
     def forward(self, idx, targets=None, state=None, num_last_tokens=0):
         """
         idx: (B, L) token ids.  targets: (B, L), negative ones are ignored.  state: from init_state,
         or what a call returned; any split of a text gives the logits of one call.
         Returns logits (B, L, vocab_size), or those of the last num_last_tokens, and None; with
-        targets None, and the mean cross-entropy in nats; with a state the next state as a third.
-        """
+        targets None, and the mean cross-entropy in nats; with a state the next state as a third."""
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets must be {[*idx.shape]} as idx, not {[*targets.shape]}")
         x = self.hidden(idx, state)
@@ -542,8 +488,7 @@ class Mamba(nn.Module):
     def _loss(self, x, targets):
         x, targets = x.flatten(0, 1), targets.flatten().clamp(min=-1)
         # logits of a large vocabulary take more memory than all the rest, so never all at once
-        parts = math.ceil(len(x) * self.config.padded_vocab_size / LOGITS)
-        rows = math.ceil(len(x) / max(1, parts))
+        rows = max(1, LOGITS // self.config.padded_vocab_size)
         loss = fast and fast.cross_entropy(x, self.lm_head, targets, self.config.vocab_size, rows)
         if loss is None:
             loss = sum(F.cross_entropy(self._logits(x_p).float(), targets_p, ignore_index=-1,
@@ -591,8 +536,8 @@ class Mamba(nn.Module):
             idx = torch.stack([prompts[i][:-1] for i in rows])
             rows = torch.tensor(rows, device=idx.device)
             part = [MambaState(*(t[rows] for t in layer)) for layer in state]
-            for _, after in self.read(idx, part):
-                part = after
+            for _, part in self.read(idx, part):
+                pass
             state = [MambaState(*(old.index_copy(0, rows, new) for old, new in zip(*layers)))
                      for layers in zip(state, part)]
         return state
@@ -600,8 +545,14 @@ class Mamba(nn.Module):
     def decoder(self, prompts, state, compile=False):
         """step(token) -> logits, (B,) -> (B, vocab_size), for what follows the last tokens of the
         prompts, which it has not read yet; step.state is what it has read."""
-        step = fast and fast.decoder(self, prompts, state, compile, PLAIN)
-        return step or Decoder(self, self.prefill(prompts, state))
+        if step := fast and fast.decoder(self, prompts, state, compile, PLAIN):
+            return step
+
+        def step(token):        # by the model itself, so that hooks, adapters and all in it act
+            logits, _, step.state = self(token[:, None], state=step.state)
+            return logits[:, 0]                                             # (B, vocab_size)
+        step.state = self.prefill(prompts, state)
+        return step
 
     def stream(self, prompts, max_new_tokens, **settings):
         """The tokens of generate, (B,) each, as they are made: see Stream."""
@@ -609,20 +560,20 @@ class Mamba(nn.Module):
 
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
                  generator=None, min_p=None, repetition_penalty=None, stop=(), compile=False):
-        """
-        prompts: (B, L) token ids, or a list of B prompts of any lengths. Returns them with
+        """prompts: (B, L) token ids, or a list of B prompts of any lengths. Returns them with
         max_new_tokens more each, as one tensor, or as a list; at temperature 0 each prompt gives
         what it gives alone.  temperature to repetition_penalty: see sample.
         stop: ids that end a row. In the list each row ends with its stop token; in the tensor,
         which is as long as the longest row, a shorter row repeats it.
         compile: on a CPU, the step of a token by torch.compile, some ten seconds the first time for
-        a number of prompts.  ValueError: settings without a meaning.
-        """
+        a number of prompts.  ValueError: settings without a meaning."""
         new = list(self.stream(prompts, max_new_tokens, temperature=temperature, top_k=top_k,
                                top_p=top_p, generator=generator, min_p=min_p, stop=stop,
                                repetition_penalty=repetition_penalty, compile=compile))
-        new = torch.stack(new, dim=1) if new else torch.empty(len(prompts), 0, dtype=torch.long)
-        repeats = is_among(new, torch.tensor(stop, dtype=torch.long, device=new.device)).sum(1)
+        none = torch.empty(len(prompts), 0, dtype=torch.long, device=self.device)
+        new = torch.stack(new, dim=1) if new else none
+        stops = torch.tensor(stop, dtype=torch.long, device=new.device)
+        repeats = (new[..., None] == stops).any(-1).sum(1)
         ends = [new.shape[1] - max(0, n - 1) for n in repeats.tolist()]     # one of them is enough
         if isinstance(prompts, torch.Tensor):
             return torch.cat([prompts.to(new.device), new[:, :max(ends)]], dim=1)
@@ -633,14 +584,12 @@ class Mamba(nn.Module):
     @torch.no_grad()
     def from_pretrained(cls, name_or_folder, device=None, dtype=None, cache_dir=None,
                         **config_changes):
-        """
-        A trained model, in eval mode: from a folder that save_pretrained wrote or, by
+        """A trained model, in eval mode: from a folder that save_pretrained wrote or, by
         mamba_files.py, from any in the layout of mamba_ssm or transformers, or by its name on
         Hugging Face, such as state-spaces/mamba-130m.  dtype: of the weights, by default as in the
         file; what MambaBlock keeps in float32 stays so.  cache_dir: for downloads.
         config_changes: options that leave the shapes alone, as dropout=0.1.
-        ValueError: no such model, or damaged.  OSError: not found, no download.
-        """
+        ValueError: no such model, or damaged.  OSError: not found, no download."""
         options, tensors = (files.read if files else read_folder)(name_or_folder, cache_dir)
         config, weights = MambaConfig(**{**options, **config_changes}), {}
         with torch.device("meta"):
@@ -665,8 +614,7 @@ class Mamba(nn.Module):
         which from_pretrained and mamba_ssm read; by mamba_files.py, both whole or none. mamba_ssm
         refuses options that it does not know (norm_eps, dropout, scan): they are left out if they
         are the default.  OSError: the disk is full, ...; the folder holds other weights.
-        ValueError: int8 weights.
-        """
+        ValueError: int8 weights."""
         if self.lm_head.weight.dtype == torch.int8:
             raise ValueError("the layout of the released weights has no int8; save it before that")
         options, defaults = asdict(self.config), asdict(MambaConfig())
@@ -677,8 +625,12 @@ class Mamba(nn.Module):
         weights = {key: tensor.cpu() for key, tensor in self.state_dict().items()}
         if self.config.tie_embeddings:      # one tensor in the file, wherever the model is
             weights["lm_head.weight"] = weights["backbone.embedding.weight"]
-        (files.write if files else write_folder)(Path(folder), config, weights)
-
+        folder = Path(folder)
+        if files:
+            return files.write(folder, config, weights)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(weights, folder / "pytorch_model.bin")
+        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 # what mamba_fast/ may take over: objects of these very classes, as they are here
 PLAIN = {cls: cls.forward for cls in (Mamba, Layer, MambaBlock, GatedMLP)}
@@ -686,7 +638,6 @@ PLAIN = {cls: cls.forward for cls in (Mamba, Layer, MambaBlock, GatedMLP)}
 SSM_CFG = ("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init_floor",
            "conv_bias", "bias")
 ALWAYS_SAVED = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
-
 
 def read_folder(folder, cache_dir=None):
     """What write_folder wrote: options of a MambaConfig, a function that gives (key, tensor)."""
@@ -696,60 +647,32 @@ def read_folder(folder, cache_dir=None):
     options = {f.name: config[f.name] for f in fields(MambaConfig) if f.name in config}
     return options, lambda model: weights.items()
 
+# ---- Generation: one token after the other -------------------------------------------------------
 
-def write_folder(folder, config, weights):
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(weights, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------------------------
-# Generation: one token after the other
-
-
-class Decoder:
-    """Mamba.decoder by the model itself, so that hooks, adapters and all that is in it act."""
-
-    def __init__(self, model, state):
-        self.model, self.state = model, state
-
-    def __call__(self, token):
-        logits, _, self.state = self.model(token[:, None], state=self.state)
-        return logits[:, 0]                                                 # (B, vocab_size)
-
-
-class Stream:
-    """
-    An iterator over the next tokens of some prompts, (B,) each, in constant time and memory. Its
+class Stream(Iterator):
+    """An iterator over the next tokens of some prompts, (B,) each, in constant time and memory. Its
     state is what has been read so far, all but the last token. A row that has made a stop token
     repeats it until all rows have; then the stream ends, on a GPU up to 16 tokens later, because
     asking makes it wait.  Arguments as in Mamba.generate.
     state: what the prompts continue, from init_state or another stream; it is not changed.
-    seen: (B, vocab_size) bool, more tokens for repetition_penalty; the new ones are added to it.
-    """
+    seen: (B, vocab_size) bool, more tokens for repetition_penalty; the new ones are added to it."""
 
-    def __init__(self, model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-                 generator=None, state=None, min_p=None, repetition_penalty=None, stop=(),
-                 seen=None, compile=False):
-        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    def __init__(self, model, prompts, max_new_tokens, state=None, stop=(), seen=None,
+                 compile=False, **sampling):
+        check_sampling(**sampling)
         vocab_size, device = model.config.vocab_size, model.device
         if not all(0 <= token < vocab_size for token in stop):
             raise ValueError(f"stop must be token ids below {vocab_size}, not {list(stop)}")
         prompts = [torch.as_tensor(p, dtype=torch.long, device=device) for p in prompts]
         if min((len(p) for p in prompts), default=0) == 0:
             raise ValueError("each prompt needs at least one token")
-        if seen is None and repetition_penalty is not None:
+        if seen is None and sampling.get("repetition_penalty") is not None:
             seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-        draw = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p,
-                                 generator=generator, min_p=min_p, seen=seen,
-                                 repetition_penalty=repetition_penalty)
+        draw = functools.partial(sample, seen=seen, **sampling)
         self._state = model.init_state(len(prompts)) if state is None else state
         self._step = None
         stop = torch.tensor(stop, dtype=torch.long, device=device) if len(stop) > 0 else None
         self._tokens = self._make(model, prompts, max_new_tokens, draw, stop, seen, compile)
-
-    def __iter__(self):
-        return self._tokens
 
     def __next__(self):
         return next(self._tokens)
@@ -775,20 +698,15 @@ class Stream:
                     seen.scatter_(1, token[:, None], True)
                 yield token
                 if stop is not None:
-                    ended = is_among(token, stop)
+                    ended = (token[:, None] == stop).any(1)   # isin may wait for a GPU
                     if (token.device.type == "cpu" or left % 16 == 0) and ended.all():
                         return
         finally:
             for module in training:
                 module.training = True
 
-
-def is_among(tokens, ids):
-    """Which of tokens (...) are among ids (K,). Not torch.isin, which may wait for a GPU."""
-    return (tokens[..., None] == ids).any(-1)
-
-
-def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None):
+def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None,
+                   generator=None):
     """ValueError for settings of sample that have no meaning."""
     for right, need in (
             (temperature >= 0, f"temperature at least 0, not {temperature}"),
@@ -800,17 +718,14 @@ def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetiti
         if not right:
             raise ValueError(f"sampling needs {need}")
 
-
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None,
            repetition_penalty=None, seen=None):
-    """
-    Draws one token id for each row of logits (B, V); returns (B,), without waiting for a GPU.
+    """Draws one token id for each row of logits (B, V); returns (B,), without waiting for a GPU.
     temperature: 0 takes the likeliest token.  top_k: only among the k likeliest.  top_p: only among
     the fewest that together have this probability.  min_p: only among those at least min_p times
     as likely as the likeliest.  repetition_penalty: above 1 makes the tokens in seen, (B, V) bool,
     less likely: their logits are divided by it where positive, else multiplied (CTRL, arXiv
-    1909.05858).  generator: to draw the same again; one on the CPU makes a GPU wait.
-    """
+    1909.05858).  generator: to draw the same again; one on the CPU makes a GPU wait."""
     if repetition_penalty is not None and seen is not None:
         logits, penalty = logits.float(), repetition_penalty
         penalized = torch.where(logits > 0, logits / penalty, logits * penalty)

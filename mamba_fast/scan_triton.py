@@ -741,10 +741,12 @@ def _(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
             A2.new_empty(batch, _cuts(batch, L, d_inner, FILL_BACK)[2], PARTS.value, N, d_inner))
 
 
-@torch.compiler.assume_constant_result
 def runs_on(device):
     """Whether the kernels can run on this CUDA device: Ampere brought the asynchronous copies and the mma that they use."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+runs_on._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does, but that imports the compiler
 
 
 def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state):
