@@ -591,9 +591,13 @@ class Mamba(nn.Module):
         config_changes: options that leave the shapes alone, as dropout=0.1.
         ValueError: no such model, or damaged.  OSError: not found, no download."""
         options, tensors = (files.read if files else read_folder)(name_or_folder, cache_dir)
-        config, weights = MambaConfig(**{**options, **config_changes}), {}
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            config, weights = MambaConfig(**{**options, **config_changes}), {}
+            with torch.device("meta"):
+                model = cls(config)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name_or_folder}: no model is as its config.json says, or no memory "
+                             f"could hold it: {str(error).splitlines()[0]}") from None
         for key, tensor in tensors(model):      # one by one: memory for one model, not for two
             kind = dtype or tensor.dtype
             if key.endswith((".A_log", ".D", ".dt_proj.bias")):     # as in MambaBlock._apply

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ SUPPORTED = {"model_type": "mamba", "hidden_act": "silu", "rms_norm": True, "att
 WEIGHTS = ("pytorch_model.bin", "model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin.index.json")
 ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")     # a name on Hugging Face: owner/model
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def read(name_or_folder, cache_dir=None):
@@ -138,7 +140,8 @@ def read_weights(path, tied):
             if in_memory > 2 ** 27:
                 tensor_of, in_memory = open_file(path)[0], 0
             tensor = tensor_of(key)
-            if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            plain = tensor.dtype in DTYPES and tensor.layout == torch.strided
+            if not plain or tensor.is_meta:
                 raise ValueError(f"{key} is {tensor.dtype}, {tensor.layout}, on {tensor.device}")
             if tied and key == "lm_head.weight":
                 embedding = tensor_of(next(k for k in keys if k.startswith("backbone.embedding")))
@@ -153,6 +156,8 @@ def read_weights(path, tied):
 
 def open_bin(path):
     """(a function of a key that gives its tensor, all keys)"""
+    if not zipfile.is_zipfile(path):
+        raise ValueError("not the zip file that torch.save writes since PyTorch 1.6")
     weights = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
     return weights.__getitem__, list(weights)
 
@@ -215,3 +220,7 @@ def hub_file(name, file, cache_dir=None, local=False):
                               "(HF_TOKEN)") from None
     except errors.EntryNotFoundError:
         raise FileNotFoundError(f"Hugging Face has no {where}") from None
+    except errors.HfHubHTTPError as error:
+        if error.response is None or error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(f"{where}: Hugging Face wants a login (HF_TOKEN)") from None

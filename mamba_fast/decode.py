@@ -344,6 +344,7 @@ class GraphDecoder:
         if self.graph is None or not fused or self.graph.made_for != made_for:
             if self.graph is not None:
                 self.graph.disown()
+            self.graph = None
             GRAPHS.pop(model, None)     # its memory may be needed
             self.graph = Graph(model, rows, made_for, fused)
             # not to keep: the other step has constants made from the weights, which may change

@@ -751,7 +751,7 @@ runs_on._dynamo_marked_constant = True  # what torch.compiler.assume_constant_re
 
 def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state):
     """
-    The same function as selective_scan_sequential in mamba.py, arguments as there. u, delta, B, C, z: float32, bfloat16 or
+    The same function as selective_scan in mamba.py, arguments as there. u, delta, B, C, z: float32, bfloat16 or
     float16 on a GPU, d_state at most 256; computes in float32. Differentiable once; the gradients are the same bits each time.
     """
     A, D, delta_bias, state = (t if t is None else t.float() for t in (A, D, delta_bias, state))
@@ -924,7 +924,7 @@ def _(gy, x, weight, bias, state):
 
 def conv_silu_triton(x, weight, bias, state):
     """
-    silu(y), y as causal_conv in mamba.py returns it, arguments as there; bias and state may be None. Computes in float32.
+    silu(y), y as in conv_silu of mamba.py, arguments as there; bias and state may be None. Computes in float32.
     Differentiable once; the gradients are the same bits each time.
     """
     x = x if x.stride(2) == 1 else x.contiguous()
