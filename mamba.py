@@ -37,9 +37,9 @@ from torch import nn
 
 fast = files = None
 with suppress(ImportError):
-    import mamba_fast as fast       # each of its answers is None where it has nothing faster
+    import mamba_fast as fast  # each of its answers is None where it has nothing faster
 with suppress(ImportError):
-    import mamba_files as files     # released weights: names on Hugging Face, other layouts
+    import mamba_files as files  # released weights: names on Hugging Face, other layouts
 
 SCAN_METHODS = ("auto", "sequential", "chunked", "triton")
 LOGITS = 2 ** 28    # numbers that are computed at once for a loss; as float32, 1 GB
@@ -126,6 +126,15 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
         state = u.new_zeros(batch, d_inner, d_state, dtype=number)
     one_step = method == "auto" and length == 1
     method = "sequential" if one_step else scan_method(method, u, d_state)
+    part = 2048 if u.device.type == "cpu" else 2 ** 15
+    if method == "chunked" and length > part and not torch.is_grad_enabled():
+        y = torch.empty_like(u)     # part by part, so that memory does not grow with the length
+        for i in range(0, length, part):
+            u_p, delta_p, B_p, C_p, z_p = (None if t is None else t[:, i:i + part]
+                                           for t in (u, delta, B, C, z))
+            y[:, i:i + part], state = selective_scan(u_p, delta_p, A, B_p, C_p, D, z_p, delta_bias,
+                                                     delta_softplus, state, True, method)
+        return (y, state) if return_last_state else y
     with torch.autocast(u.device.type, enabled=False):      # it would run the products in 16 bits
         if method == "triton":
             y, h = fast.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
@@ -535,11 +544,11 @@ class Mamba(nn.Module):
             rows = [i for i, p in enumerate(prompts) if len(p) == length]
             idx = torch.stack([prompts[i][:-1] for i in rows])
             rows = torch.tensor(rows, device=idx.device)
-            part = [MambaState(*(t[rows] for t in layer)) for layer in state]
-            for _, part in self.read(idx, part):
+            before = [MambaState(*(t[rows] for t in layer)) for layer in state]
+            for _, after in self.read(idx, before):
                 pass
             state = [MambaState(*(old.index_copy(0, rows, new) for old, new in zip(*layers)))
-                     for layers in zip(state, part)]
+                     for layers in zip(state, after)]
         return state
 
     def decoder(self, prompts, state, compile=False):
@@ -613,8 +622,7 @@ class Mamba(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder):
-        """
-        Writes config.json and pytorch_model.bin into folder, in the layout of the released weights,
+        """Writes config.json and pytorch_model.bin into folder, in the layout of released weights,
         which from_pretrained and mamba_ssm read; by mamba_files.py, both whole or none. mamba_ssm
         refuses options that it does not know (norm_eps, dropout, scan): they are left out if they
         are the default.  OSError: the disk is full, ...; the folder holds other weights.
@@ -644,7 +652,7 @@ SSM_CFG = ("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_ini
 ALWAYS_SAVED = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
 
 def read_folder(folder, cache_dir=None):
-    """What write_folder wrote: options of a MambaConfig, a function that gives (key, tensor)."""
+    """What save_pretrained wrote: options of a MambaConfig, and a function that gives tensors."""
     config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     config.update(config["ssm_cfg"])
     weights = torch.load(Path(folder, "pytorch_model.bin"), map_location="cpu", weights_only=True)

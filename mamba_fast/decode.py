@@ -69,6 +69,10 @@ def is_plain(model, plain):
             return False
         if kind is nn.Dropout and module.training and module.p > 0:
             return False
+        if kind is nn.RMSNorm and (module.weight is None or module.eps != model.config.norm_eps):
+            return False
+        if name.endswith("dt_proj") and (kind is not nn.Linear or module.bias is None):
+            return False
         parameters = [p for p in module._parameters.values() if p is not None]
         if any(type(p) is not nn.Parameter for p in parameters):
             return False
