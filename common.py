@@ -42,6 +42,8 @@ def run(main, Config):
         # where it is printed
         getattr(sys, name).reconfigure(errors="replace", line_buffering=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # set aside while torch was imported
+    # or huggingface_hub tells of each attempt without a network, before one line here says it all
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # Under torchrun what is wrong with the flags or the data is so in every process, and one of
     # each machine says it.
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"

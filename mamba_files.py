@@ -193,8 +193,10 @@ def hub_file(name, file, cache_dir=None, local=False):
     FileNotFoundError: there is none.  PermissionError: it needs a login.
     ConnectionError: there is no network.
     """
+    if Path(file).name != file:     # the index of some shards may say anything
+        raise ValueError(f"{name}: '{file}' is not the name of a file")
     if os.path.exists(name) or not ON_HUB.fullmatch(name):
-        path = Path(name, Path(file).name)
+        path = Path(name, file)
         if not os.path.isdir(name):
             raise FileNotFoundError(f"there is no folder {name}, and a name on Hugging Face is "
                                     "like state-spaces/mamba-130m")

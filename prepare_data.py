@@ -414,8 +414,6 @@ def prepare(cfg, block_size=0):
     Problem: what the person gave is not a text, a tokenizer or a name, or too short for block_size;
     a failed download.
     """
-    # or huggingface_hub tells of each attempt without a network, before one line here says it all
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     name = dataset_name(cfg.dataset, cfg.tokenizer, cfg.name)
     folder = Path(cfg.data_dir) / name
     if Path(name).name != name or name == "..":

@@ -181,8 +181,6 @@ def load_pretrained(name, device, dtype, scan, cache_dir=None):
     (model, tokenizer) of a folder or a name on Hugging Face. The tokenizer is the tokenizer.json
     beside the weights, or else that of GPT-NeoX, as for all released ones.
     """
-    # or huggingface_hub tells of each attempt without a network, before one line here says it all
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         model = Mamba.from_pretrained(name, device, dtype, cache_dir, scan=scan)
         path = tokenizer_file(name, cache_dir)
