@@ -190,15 +190,21 @@ def one_by_one(u, delta, A, B, C, h):
 def in_tiles(u, delta, A, B, C, state):
     """What one_by_one computes, with memory for one tile alone and a backward pass of its own."""
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B, C, state))
-    return tiles_forward(u, delta, A, B, C, state, keep)[:2]
+    scan = tiles_operator if torch.compiler.is_compiling() else TiledScan.apply
+    return scan(u, delta, A, B, C, state, keep)[:2]
 
-def operator(inputs, outputs):
-    """Makes a function one that torch.compile and torch.export do not look into."""
-    schema = f"({inputs}) -> ({', '.join(['Tensor'] * outputs)})"
-    return lambda f: torch.library.custom_op(f"mamba_py::{f.__name__}", f, mutates_args=(),
-                                             schema=schema)
+class TiledScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        y, last_state, starts = tiles_forward(*inputs)
+        ctx.save_for_backward(*inputs[:5], starts)
+        return y, last_state
 
-@operator("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor state, bool keep", 3)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gy, glast):
+        return *tiles_backward(gy, glast, *ctx.saved_tensors), None
+
 def tiles_forward(u, delta, A, B, C, state, keep):
     """y, the last state and, if keep, the states (B, N, D) that enter the tiles, and the last."""
     tiles = Tiles(u, delta, A, 2)
@@ -213,8 +219,6 @@ def tiles_forward(u, delta, A, B, C, state, keep):
         last.copy_(starts[-1].transpose(1, 2))
     return y, last, starts
 
-@operator("Tensor gy, Tensor glast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
-          "Tensor starts", 6)
 def tiles_backward(gy, glast, u, delta, A, B, C, starts):
     """The gradients of u, delta, A, B, C and state."""
     tiles = Tiles(u, delta, A, 3)
@@ -242,14 +246,21 @@ def tiles_backward(gy, glast, u, delta, A, B, C, starts):
         gstate.copy_(carry.transpose(1, 2))
     return gu, gdelta, gA, gB, gC, gstate
 
-# the shapes of what comes out, for a compiler
-tiles_forward.register_fake(lambda u, delta, A, B, C, state, keep: (
+# The same for torch.compile and torch.export: an operator that they take as it is, for which they
+# are told the shapes of what comes out
+OPERATOR = functools.partial(torch.library.custom_op, mutates_args=())
+INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C"
+tiles_operator = OPERATOR("mamba_py::tiles", tiles_forward, schema=(
+    f"({INPUTS}, Tensor state, bool keep) -> (Tensor, Tensor, Tensor)"))
+gradients_operator = OPERATOR("mamba_py::tiles_backward", tiles_backward, schema=(
+    f"(Tensor gy, Tensor glast, {INPUTS}, Tensor starts) -> ({', '.join(['Tensor'] * 6)})"))
+tiles_operator.register_fake(lambda u, delta, A, B, C, state, keep: (
     torch.empty_like(u), torch.empty_like(state),
-    A.new_empty(torch.library.get_ctx().new_dynamic_size(), len(u), A.shape[1], A.shape[0])))
-tiles_backward.register_fake(lambda gy, glast, *inputs: (
+    A.new_empty(torch.library.get_ctx().new_dynamic_size(), len(u), *A.t().shape)))
+gradients_operator.register_fake(lambda gy, glast, *inputs: (
     *map(torch.empty_like, inputs[:5]), torch.empty_like(glast)))
-tiles_forward.register_autograd(
-    lambda ctx, gy, glast, _: (*tiles_backward(gy, glast, *ctx.saved_tensors), None),
+tiles_operator.register_autograd(
+    lambda ctx, gy, glast, _: (*gradients_operator(gy, glast, *ctx.saved_tensors), None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:5], output[2]))
 
 class Tiles:

@@ -9,7 +9,8 @@ mamba.py does it in its own way:
     scan(...)          never None, and asked only where has_triton says True
     recurrence(...)    None where in_tiles is best: for most sizes on a CPU, and in what
                        torch.compile compiles, unless compiles_well
-    conv_silu(...)     None in what torch.compile compiles, unless has_triton
+    conv_silu(...)     None for the sequential scan, which can be differentiated twice, and in what
+                       torch.compile compiles, unless has_triton
     cross_entropy(...) None if all rows fit at once, without gradients, or for an unusual head
     decoder(...)       None if a module of the model is not just as mamba.py made it
 
@@ -93,6 +94,8 @@ def conv_silu(x, weight, bias, state, scan):
     silu of the causal convolution of x, (B, L, D), after the inputs in state, or None; arguments as
     in conv_silu of mamba.py. scan: the method of the scan, whose kernels there may be.
     """
+    if scan == "sequential":    # plain, so that it can be differentiated twice
+        return None
     if scan in ("auto", "triton") and has_triton(x, 1):
         return scan_triton.conv_silu_triton(x, weight, bias, state)
     y = causal_conv(x, weight, bias, state)
