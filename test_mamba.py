@@ -3954,8 +3954,9 @@ def test_ctrl_c_in_a_chat(finished):
     chat.stdin.flush()
     while chat.stdout.read(1) != ">":           # it was stopped
         pass
-    out, err = chat.communicate(timeout=PATIENCE)
-    assert chat.returncode == 0 and len(re.search("> (.{7})\n> $", out, re.DOTALL)[1]) == 7 and "Traceback" not in err
+    chat.stdin.close()
+    out, err = chat.stdout.read(), chat.stderr.read()       # communicate() would lose what read(1) has buffered
+    assert chat.wait(PATIENCE) == 0 and len(re.search("> (.{7})\n> $", out, re.DOTALL)[1]) == 7 and "Traceback" not in err
 
 
 def test_a_chat_without_a_keyboard(finished, call):

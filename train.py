@@ -373,8 +373,10 @@ def save(out_dir, checkpoint, best, keep):
     previous = out_dir / "ckpt.prev.pt"
     write_whole(out_dir / "ckpt.pt", lambda file: torch.save(checkpoint, file),
                 previous=previous if keep else None)
-    if checkpoint["step"] == 0:
+    if checkpoint["step"] == 0:     # nothing of a run that this one replaces stays
         previous.unlink(missing_ok=True)
+        if not best:
+            (out_dir / "best.pt").unlink(missing_ok=True)
 
 
 class Log:
