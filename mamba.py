@@ -146,6 +146,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
             delta = F.softplus(delta)
         recurrence = one_by_one
         if method == "chunked":
+            # fast answers with a function like in_tiles, or None; so do its other questions
             recurrence = (fast and fast.recurrence(u, A, in_tiles)) or in_tiles
         y, h = recurrence(u, delta, A, B, C, state)
         if D is not None:
@@ -211,7 +212,7 @@ def tiles_forward(u, delta, A, B, C, state, keep):
     y, last = torch.empty_like(u), torch.empty_like(state)
     starts = A.new_empty(tiles.count + 1 if keep else 1, len(u), *tiles.A.shape)
     with torch.inference_mode():        # a call costs a fifth less than without gradients alone
-        starts[0] = state.transpose(1, 2)
+        starts[0] = state.transpose(1, 2)   # not to keep, this one place is used again
         for i, (delta_s, u_s, B_s, C_s, y_s) in enumerate(tiles.cut(delta, u, B, C, y)):
             _, h = tiles.states(delta_s, delta_s * u_s, B_s, starts[i if keep else 0])
             y_s.copy_(dot(C_s, h))                                          # (B, T, D)
@@ -769,7 +770,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_
         if min_p is not None:
             probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
         logits = logits.masked_fill(probs == 0, -math.inf)
-    # argmax of p / Exponential(1) is a draw from p, here as its logarithm times the temperature
+    # argmax of p / Exponential(1) is a draw from p; here logits - temperature * log(Exponential)
     # (at most 1e30, not to overflow). Not multinomial, which draws impossible indices on MPS
     noise = torch.empty(logits.shape, device=generator.device if generator else logits.device)
     noise = noise.exponential_(generator=generator).clamp_(min=1e-20).log_()
