@@ -9,15 +9,14 @@ torch alone. What is notable here:
 Optional beside it: mamba_fast/ computes the same numbers sooner, mamba_files.py reads more layouts.
 
 Glossary, with the paper's names:
-    B (size)    batch                             L    length of the sequence
-    d_model     width of the residual stream      D    d_inner = expand * d_model, scan's channels
+    in shapes: B batch, L length, D d_inner = expand * d_model, the channels of the scan,
     N           d_state, numbers remembered for each channel
     dt_rank     rank of the projection that makes delta
     u           input of the scan, (B, L, D)      z    gate, (B, L, D)
     delta       step size, (B, L, D): large = take in this token and forget, near 0 = skip it
     A           (D, N), negative: rate of forgetting; the decay of one step is exp(delta * A)
     B, C        (B, L, N): what each token writes to the state, and what it reads from it
-    D           (D,): weight of the direct path from u to y
+    D           (D,): weight of the direct path from u to y (in a shape, B and D are sizes)
     h           (B, D, N): the state, all that the scan remembers of the tokens before
 """
 from __future__ import annotations
@@ -29,11 +28,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 fast = files = None
 with suppress(ImportError):
@@ -41,8 +42,10 @@ with suppress(ImportError):
 with suppress(ImportError):
     import mamba_files as files  # released weights: names on Hugging Face, other layouts
 
+__all__ = ["Mamba", "MambaBlock", "MambaConfig", "MambaState", "conv_silu", "sample",
+           "selective_scan"]
 SCAN_METHODS = ("auto", "sequential", "chunked", "triton")
-LOGITS = 2 ** 28    # numbers that are computed at once for a loss; as float32, 1 GB
+FOREVER = 1e12      # a delta after which nothing is left of a state, whatever A is
 Linear = fast.Linear if fast else nn.Linear     # the same, but where a CPU has a faster way
 
 @dataclass
@@ -65,6 +68,7 @@ class MambaConfig:
     tie_embeddings: bool = True
     pad_vocab_size_multiple: int = 8    # rows of the embedding are rounded up, for matrix units
     d_intermediate: int = 0             # > 0 adds a gated MLP of this width after each mixer
+    residual_in_fp32: bool = False      # of a 16 bit model; the released ones were trained so
     scan: str = "auto"                  # method of selective_scan
 
     def __post_init__(self):
@@ -94,7 +98,7 @@ class MambaConfig:
 # ---- The selective scan --------------------------------------------------------------------------
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
-                   state=None, return_last_state=False, method="auto"):
+                   state=None, return_last_state=False, method="auto", mask=None, seq_idx=None):
     """The recurrence at the heart of Mamba (paper, section 3.2 and Algorithm 2; zero-order hold for
     A, Euler for B):
 
@@ -107,53 +111,71 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     so that scan(x) equals scan(x[:, :k]) followed by scan(x[:, k:]) with that state. Computes in
     float32 (float64 if u is float64) whatever the inputs are. Differentiable in every tensor.
     method: "sequential" (the loop) | "chunked" (tiles) | "triton" (kernels of mamba_fast/, on
-    CUDA) | "auto", the best there is. ValueError: shapes that do not fit; it cannot run here.
+    CUDA) | "auto", the best there is.  mask: (B, L) bool, False is padding, which leaves the state
+    as it is.  seq_idx: (B, L) int; where it changes the state begins anew, as zeros.
+    ValueError: inputs that do not fit; a method that cannot run here.
     Names and meaning are those of mamba_ssm's selective_scan_fn; the layout is (B, L, D)."""
     if u.dim() != 3 or A.dim() != 2 or u.shape[1] == 0:
         raise ValueError("u must be (B, L, D) with L > 0, and A (D, N), not "
                          f"{tuple(u.shape)} and {tuple(A.shape)}")
     (batch, length, d_inner), d_state = u.shape, A.shape[1]
-    wide, narrow = (batch, length, d_inner), (batch, length, d_state)
+    wide, narrow, flat = (batch, length, d_inner), (batch, length, d_state), (batch, length)
     for name, tensor, shape in (
-            ("delta", delta, wide), ("z", z, wide), ("B", B, narrow), ("C", C, narrow),
-            ("A", A, (d_inner, d_state)), ("state", state, (batch, d_inner, d_state)),
-            ("D", D, (d_inner,)), ("delta_bias", delta_bias, (d_inner,))):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must be {shape} to fit u {wide}, not {tuple(tensor.shape)}")
+            ("u", u, wide), ("delta", delta, wide), ("z", z, wide), ("A", A, (d_inner, d_state)),
+            ("B", B, narrow), ("C", C, narrow), ("state", state, (batch, d_inner, d_state)),
+            ("D", D, (d_inner,)), ("delta_bias", delta_bias, (d_inner,)),
+            ("mask", mask, flat), ("seq_idx", seq_idx, flat)):
+        if tensor is not None and (tensor.shape != shape or tensor.is_complex()):
+            raise ValueError(f"{name} must be {shape} to fit u {wide}, and real, not "
+                             f"{tuple(tensor.shape)} {tensor.dtype}")
 
     dtype, number = u.dtype, torch.promote_types(u.dtype, torch.float32)
     if state is None:
         state = u.new_zeros(batch, d_inner, d_state, dtype=number)
-    one_step = method == "auto" and length == 1
-    method = "sequential" if one_step else scan_method(method, u, d_state)
+    tiny = batch == 0 or (method == "auto" and length == 1)
+    method = "sequential" if tiny else scan_method(method, u, d_state)
     part = 2048 if u.device.type == "cpu" else 2 ** 15
     if method == "chunked" and length > part and not torch.is_grad_enabled():
         y = torch.empty_like(u)     # part by part, so that memory does not grow with the length
         for i in range(0, length, part):
-            u_p, delta_p, B_p, C_p, z_p = (None if t is None else t[:, i:i + part]
-                                           for t in (u, delta, B, C, z))
-            y[:, i:i + part], state = selective_scan(u_p, delta_p, A, B_p, C_p, D, z_p, delta_bias,
-                                                     delta_softplus, state, True, method)
+            u_p, delta_p, B_p, C_p, z_p, mask_p, seq_p = (
+                None if t is None else t[:, i:i + part] for t in (u, delta, B, C, z, mask, seq_idx))
+            if i > 0 and seq_idx is not None:
+                state = state * (seq_idx[:, i] == seq_idx[:, i - 1])[:, None, None]
+            y[:, i:i + part], state = selective_scan(
+                u_p, delta_p, A, B_p, C_p, D, z_p, delta_bias, delta_softplus, state, True, method,
+                mask_p, seq_p)
         return (y, state) if return_last_state else y
+
     with torch.autocast(u.device.type, enabled=False):      # it would run the products in 16 bits
-        if method == "triton":
-            y, h = fast.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
+        if method == "triton" and mask is None and seq_idx is None:         # all of it in one
+            y, h = fast.scan(u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)
             return (y, h) if return_last_state else y
         u, delta, A, B, C, state = (t.to(number) for t in (u, delta, A, B, C, state))
         if delta_bias is not None:
             delta = delta + delta_bias
         if delta_softplus:
             delta = F.softplus(delta)
+        if mask is not None:
+            delta = delta.masked_fill(~mask[..., None], 0)
+        x = u
+        if seq_idx is not None:     # a step so long that nothing is left of the state before it
+            begins = beginnings(seq_idx)[..., None]                         # (B, L, 1)
+            x = torch.where(begins, delta * u / FOREVER, u)
+            delta = delta.masked_fill(begins, FOREVER)
         recurrence = one_by_one
-        if method == "chunked":
-            # fast answers with a function like in_tiles, or None; so do its other questions
-            recurrence = (fast and fast.recurrence(u, A, in_tiles)) or in_tiles
-        y, h = recurrence(u, delta, A, B, C, state)
+        if method != "sequential":
+            recurrence = fast.recurrence(method, u, A) if fast else in_tiles
+        y, h = recurrence(x, delta, A, B, C, state)
         if D is not None:
             y = y + D * u
         if z is not None:
             y = y * F.silu(z.to(number))
     return (y.to(dtype), h) if return_last_state else y.to(dtype)
+
+def beginnings(seq_idx):
+    """(B, L) bool: where seq_idx (B, L) is another than at the step before."""
+    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
 
 def scan_method(method, u, d_state):
     """What selective_scan does for a sequence like u: what "auto" is. ValueError: it cannot run."""
@@ -178,163 +200,84 @@ def one_by_one(u, delta, A, B, C, h):
 # ---- The same recurrence in tiles of T steps -----------------------------------------------------
 #
 # The states of all steps, (B, L, N, D), are 2N times larger than the input and never in memory at
-# once: the buffers a, h and g hold the steps of one tile and are used again for the next, so that
-# they stay in the cache. Kept is the state that enters each tile; backward makes the others again.
-#
-#     forward, per tile     a_t = exp(delta_t A)    h_t = a_t h_{t-1} + x_t B_t    y_t = C_t . h_t
-#     backward, in reverse  g_t = C_t gy_t + a_{t+1} g_{t+1}                       g_t is dLoss/dh_t
-#                           gC_t = h_t . gy_t   gB_t = g_t . x_t   gx_t = B_t . g_t    x = delta u
-#                           dLoss/d(delta_t A) = g_t a_t h_{t-1}: for the gradients of delta and A
-#
+# once. In a tile everything but the recurrence itself is done for all its T steps together. Of a
+# tile only the state that enters it is kept; the backward pass computes the others again.
 # The state is (N, D) inside, channels innermost: products and sums over N read it in order.
 
 def in_tiles(u, delta, A, B, C, state):
-    """What one_by_one computes, with memory for one tile alone and a backward pass of its own."""
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B, C, state))
-    scan = tiles_operator if torch.compiler.is_compiling() else TiledScan.apply
-    return scan(u, delta, A, B, C, state, keep)[:2]
+    """What one_by_one computes, sooner, and with memory for one tile alone."""
+    # as many steps as have about 2^19 numbers, 2 MB, which stay in the cache of a CPU
+    steps = 2 ** max(2, min(6, round(math.log2(2 ** 19 / (len(u) * A.numel())))))
+    A, h, ys = A.t().contiguous(), state.transpose(1, 2), []                # (N, D), (B, N, D)
+    for tile in zip(*(t.split(steps, dim=1) for t in (u, delta, B, C))):    # (B, T, X) each
+        if torch.is_grad_enabled():
+            y, h = checkpoint(one_tile, *tile, A, h, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, h = one_tile(*tile, A, h)
+        ys.append(y)
+    return torch.cat(ys, dim=1), h.transpose(1, 2)
 
-class TiledScan(torch.autograd.Function):
+def one_tile(u, delta, B, C, A, h):
+    decay = torch.exp(delta[:, :, None] * A)                                # (B, T, N, D)
+    x = (delta * u)[:, :, None] * B[..., None]                              # (B, T, N, D)
+    hs = Chain.apply(decay, x, h)                                           # (B, T, N, D)
+    return (C[..., None] * hs).sum(2), hs[:, -1]                            # (B, T, D), (B, N, D)
+
+class Chain(torch.autograd.Function):
+    """h_t = a_t h_{t-1} + x_t for the steps of a tile, written over x. For the gradients it runs
+    the other way: g_t = dLoss/dh_t is what reaches h_t itself, plus a_{t+1} g_{t+1}."""
+
     @staticmethod
-    def forward(ctx, *inputs):
-        y, last_state, starts = tiles_forward(*inputs)
-        ctx.save_for_backward(*inputs[:5], starts)
-        return y, last_state
+    def forward(ctx, a, x, h):
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(a, x, h)
+        for a_t, x_t in zip(a.unbind(1), x.unbind(1)):
+            h = x_t.addcmul_(a_t, h)
+        return x
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gy, glast):
-        return *tiles_backward(gy, glast, *ctx.saved_tensors), None
-
-def tiles_forward(u, delta, A, B, C, state, keep):
-    """y, the last state and, if keep, the states (B, N, D) that enter the tiles, and the last."""
-    tiles = Tiles(u, delta, A, 2)
-    y, last = torch.empty_like(u), torch.empty_like(state)
-    starts = A.new_empty(tiles.count + 1 if keep else 1, len(u), *tiles.A.shape)
-    with torch.inference_mode():        # a call costs a fifth less than without gradients alone
-        starts[0] = state.transpose(1, 2)   # not to keep, this one place is used again
-        for i, (delta_s, u_s, B_s, C_s, y_s) in enumerate(tiles.cut(delta, u, B, C, y)):
-            _, h = tiles.states(delta_s, delta_s * u_s, B_s, starts[i if keep else 0])
-            y_s.copy_(dot(C_s, h))                                          # (B, T, D)
-            starts[i + 1 if keep else 0] = h[:, -1]
-        last.copy_(starts[-1].transpose(1, 2))
-    return y, last, starts
-
-def tiles_backward(gy, glast, u, delta, A, B, C, starts):
-    """The gradients of u, delta, A, B, C and state."""
-    tiles = Tiles(u, delta, A, 3)
-    gu, gdelta, gA, gB, gC, gstate = map(torch.empty_like, (u, delta, A, B, C, glast))
-    carry = glast.transpose(1, 2)
-    with torch.autocast(u.device.type, enabled=False), torch.inference_mode():
-        gdelta_A = torch.zeros_like(tiles.buffers[0])
-        ones = torch.ones_like(gdelta_A[..., 0])
-        pieces = zip(starts, tiles.cut(delta, u, B, C, gy, gdelta, gu, gB, gC))
-        for start, (delta_s, u_s, B_s, C_s, gy_s, gdelta_s, gu_s, gB_s, gC_s) in [*pieces][::-1]:
-            x_s, T = delta_s * u_s, u_s.shape[1]
-            a, h = tiles.states(delta_s, x_s, B_s, start)                   # (B, T, N, D)
-            g = tiles.adjoints(gy_s, C_s, carry)
-            gx_s = dot(B_s, g)
-            gC_s.copy_(dot(gy_s, h.transpose(2, 3)))
-            gB_s.copy_(dot(x_s, g.transpose(2, 3)))
-            a.mul_(g)
-            carry = a[:, 0].clone()             # for the tile before
-            a[:, 0].mul_(start)
-            a[:, 1:].mul_(h[:, :-1])            # now a has dLoss/d(delta A)
-            gdelta_A[:, :T].addcmul_(a, delta_s[:, :, None])
-            gdelta_s.copy_(dot(ones[:, :T], a.mul_(tiles.A))).addcmul_(gx_s, u_s)
-            torch.mul(gx_s, delta_s, out=gu_s)
-        gA.copy_(gdelta_A.flatten(0, 1).sum(0).t())
-        gstate.copy_(carry.transpose(1, 2))
-    return gu, gdelta, gA, gB, gC, gstate
-
-# The same for torch.compile and torch.export: an operator that they take as it is, for which they
-# are told the shapes of what comes out
-OPERATOR = functools.partial(torch.library.custom_op, mutates_args=())
-INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C"
-tiles_operator = OPERATOR("mamba_py::tiles", tiles_forward, schema=(
-    f"({INPUTS}, Tensor state, bool keep) -> (Tensor, Tensor, Tensor)"))
-gradients_operator = OPERATOR("mamba_py::tiles_backward", tiles_backward, schema=(
-    f"(Tensor gy, Tensor glast, {INPUTS}, Tensor starts) -> ({', '.join(['Tensor'] * 6)})"))
-tiles_operator.register_fake(lambda u, delta, A, B, C, state, keep: (
-    torch.empty_like(u), torch.empty_like(state),
-    A.new_empty(torch.library.get_ctx().new_dynamic_size(), len(u), *A.t().shape)))
-gradients_operator.register_fake(lambda gy, glast, *inputs: (
-    *map(torch.empty_like, inputs[:5]), torch.empty_like(glast)))
-tiles_operator.register_autograd(
-    lambda ctx, gy, glast, _: (*gradients_operator(gy, glast, *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:5], output[2]))
-
-class Tiles:
-    """The number T of steps in a tile, and the buffers of one tile, (B, T, N, D)."""
-
-    def __init__(self, u, delta, A, buffers):
-        (batch, length, _), on_cpu = u.shape, u.device.type == "cpu"
-        self.A = A.t().contiguous()                                         # (N, D)
-        self.A_log2 = self.A / math.log(2)      # exp(delta A) as 2^(delta A / ln 2): exp2 is faster
-        # on a CPU a buffer has 2 MB, to stay in the cache
-        steps = (2 ** 19 if on_cpu else 2 ** 26) / max(1, batch * A.numel())
-        self.count = math.ceil(length / 2 ** max(2, min(6, round(math.log2(steps)))))
-        self.steps = math.ceil(length / self.count)                         # T
-        # On a CPU exp is some 100 times slower where the result is denormal (below -87), and so
-        # are products with it. exp(-64) is 0 to any sum in float32 and has normal products.
-        self.clamp = on_cpu and bool(delta.amax() * A.amin() < -64)
-        self.buffers = A.new_empty(buffers, batch, self.steps, *self.A.shape)
-        self.each_step = [buffer.unbind(1) for buffer in self.buffers]      # T times (B, N, D)
-
-    def cut(self, *tensors):
-        """The tensors (B, L, X) in tiles, views (B, T, X); the last tile may be shorter."""
-        return zip(*(t.split(self.steps, dim=1) for t in tensors))
-
-    def states(self, delta, x, B, h):
-        """The decays a and the states h of a tile, (B, T, N, D) each; h (B, N, D) enters it."""
-        a, hs = self.buffers[:2, :, :x.shape[1]]
-        torch.mul(delta[:, :, None], self.A_log2, out=a)
-        if self.clamp:
-            a.clamp_(min=-64 / math.log(2))
-        a.exp2_()
-        torch.mul(x[:, :, None], B[..., None], out=hs)
-        for a_t, h_t, _ in zip(*self.each_step[:2], range(x.shape[1])):
-            h = h_t.addcmul_(a_t, h)
-        return a, hs
-
-    def adjoints(self, gy, C, carry):
-        """g of a tile; carry, a_{t+1} g_{t+1} of its last step, comes from the tile after."""
-        gs, last = self.buffers[2, :, :C.shape[1]], C.shape[1] - 1
-        torch.mul(gy[:, :, None], C[..., None], out=gs)
-        a_steps, _, g_steps = self.each_step
-        g = g_steps[last].add_(carry)
-        for t in reversed(range(last)):
-            g = g_steps[t].addcmul_(a_steps[t + 1], g)
-        return gs
-
-def dot(weights, x):
-    """(B, T, N) . (B, T, N, D) -> (B, T, D), as one batch of products."""
-    y = torch.bmm(weights.reshape(-1, 1, weights.shape[2]), x.flatten(0, 1))
-    return y.view(*weights.shape[:2], -1)
+    def backward(ctx, g):
+        (a, hs, h), g = ctx.saved_tensors, g.clone()
+        for t in reversed(range(g.shape[1] - 1)):
+            g[:, t].addcmul_(a[:, t + 1], g[:, t + 1])
+        before = torch.cat([h[:, None], hs[:, :-1]], dim=1)
+        return g * before, g, a[:, 0] * g[:, 0]
 
 # ---- The convolution and the block ---------------------------------------------------------------
 
-def conv_silu(x, weight, bias=None, state=None, scan="auto"):
+def conv_silu(x, weight, bias=None, state=None, scan="auto", mask=None, seq_idx=None):
     """silu of a causal convolution, silu(bias + sum_k weight[:, 0, k] x_{t - (d_conv - 1) + k}).
     x: (B, L, D).  weight: (D, 1, d_conv).  bias: (D,).  state: (B, d_conv - 1, D), the inputs
-    before x, or None for zeros.  scan: the method of the scan, whose kernels there may be.
+    before x, or None for zeros.  mask, seq_idx: as in selective_scan, with all padding at the end.
+    scan: the method of the scan, whose kernels there may be.
     Returns (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d, which wants (B, D, L)."""
-    length, before = x.shape[1], weight.shape[2] - 1
-    y = fast and fast.conv_silu(x, weight, bias, state, scan)
-    state = x.new_zeros(len(x), before, x.shape[2]) if state is None else state.to(x.dtype)
-    seen = torch.cat([state, x if y is None else x[:, max(0, length - before):]], dim=1)
+    (batch, length, d_inner), before, document = x.shape, weight.shape[2] - 1, None
+    state = x.new_zeros(batch, before, d_inner) if state is None else state.to(x.dtype)
+    y = fast.conv_silu(x, weight, bias, state, scan) if fast and seq_idx is None else None
+    # where y is there, x is not needed any more, but for its last inputs
+    needed = x if y is None or mask is not None else x[:, max(0, length - before):]
+    seen = torch.cat([state, needed], dim=1)                                # (B, before + L, D)
+    if seq_idx is not None:     # the document of each of seen; what was before x is of the first
+        document = F.pad(beginnings(seq_idx).cumsum(1), (before, 0))[..., None]
     if y is None:
-        taps = torch.stack(weight[:, 0].unbind(1))                          # (d_conv, D)
-        y = sum(seen[:, k:k + length] * tap for k, tap in enumerate(taps))
-        y = F.silu((y if bias is None else y + bias).to(x.dtype))
-    return y, seen[:, seen.shape[1] - before:].clone()      # a view would keep all of seen alive
+        y = 0 if bias is None else bias
+        for k, tap in enumerate(weight[:, 0].unbind(1)):                    # (D,)
+            seen_k = seen[:, k:k + length]
+            if document is not None:
+                seen_k = seen_k * (document[:, k:k + length] == document[:, before:])
+            y = y + seen_k * tap
+        y = F.silu(y.to(x.dtype))
 
-def is_plain(linear):
-    """Whether it is F.linear with its weight and bias: no adapter, hook or quantiser is on it."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks,
-             linear._backward_pre_hooks)
-    ours = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
-    return ours and not any(hooks) and "forward" not in vars(linear)
+    def last(t):                                            # (B, before + L, X) -> (B, before, X)
+        if mask is None:
+            return t[:, t.shape[1] - before:].clone()       # a view would keep all of t alive
+        steps = mask.sum(1)[:, None, None] + torch.arange(before, device=x.device)[:, None]
+        return t.take_along_dim(steps, dim=1)
+    state = last(seen)
+    if document is not None:
+        state = state * (last(document) == document[:, -1:])
+    return y, state
 
 class MambaState(NamedTuple):
     """What a block remembers of the tokens before."""
@@ -347,7 +290,10 @@ class MambaBlock(nn.Module):
 
     block(x) -> y, both (B, L, d_model). Stands alone: put it where a Transformer has attention.
     block(x, state) -> (y, state after x) continues where the call ended that returned the state;
-    block.init_state(batch) is the first one. Gradients flow through it."""
+    block.init_state(batch) is the first one. Gradients flow through it.
+    mask: (B, L) bool, False is padding, anywhere: the other outputs, and the state, are those of
+    the rows without it.  seq_idx: (B, L) int, for documents one after the other in a row: where it
+    changes, the next one begins, which sees nothing of those before."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
@@ -391,19 +337,32 @@ class MambaBlock(nn.Module):
         conv = self.conv1d.weight.new_zeros(batch, self.conv1d.kernel_size[0] - 1, len(self.D))
         return MambaState(conv, self.A_log.new_zeros(batch, *self.A_log.shape))
 
-    def forward(self, x, state=None):
+    def forward(self, x, state=None, mask=None, seq_idx=None):
+        """(B, L, d_model) -> the same, or with a state (it, MambaState). ValueError: no such x."""
+        if x.dim() != 3:
+            raise ValueError(f"x must be (B, L, d_model), not {tuple(x.shape)}")
+        if mask is not None:    # padding goes to the end of each row, and what it is acts nowhere
+            order = (~mask).byte().argsort(dim=1, stable=True)              # (B, L)
+            mask, x = mask.take_along_dim(order, 1), x.take_along_dim(order[..., None], 1)
+            x = x.masked_fill(~mask[..., None], 0)
+            if seq_idx is not None:
+                real, seq_idx = mask.sum(1, keepdim=True), seq_idx.take_along_dim(order, 1)
+                last = seq_idx.take_along_dim((real - 1).clamp(min=0), 1)
+                seq_idx = torch.where(mask, seq_idx, last)
         conv, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)                             # (B, L, D) each
-        x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv, self.scan)
+        x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv, self.scan, mask, seq_idx)
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        if is_plain(self.dt_proj):      # then its bias is added inside the scan, in float32
+        if fast and fast.is_plain(self.dt_proj):    # its bias is added in the scan, in float32
             delta, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias      # (B, L, D)
         else:
             delta, bias = self.dt_proj(dt), None
         A = -torch.exp(self.A_log)                                          # (D, N)
-        y, h = selective_scan(x, delta, A, B, C, self.D, z, bias, delta_softplus=True, state=h,
-                              return_last_state=True, method=self.scan)
+        y, h = selective_scan(x, delta, A, B, C, self.D, z, bias, True, h, True, self.scan, mask,
+                              seq_idx)
         y = self.out_proj(y)
+        if mask is not None:
+            y = y.take_along_dim(order.argsort(1)[..., None], 1)            # where they were
         return y if state is None else (y, MambaState(conv, h))
 
     def _apply(self, fn, recurse=True):
@@ -431,6 +390,10 @@ class GatedMLP(nn.Module):
         value, gate = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(value * F.silu(gate))
 
+def normed(norm, x):
+    """norm(x), (B, L, d_model), in the type of its weights: x may be the residual in float32."""
+    return norm(x.to(getattr(norm, "weight", x).dtype))
+
 class Layer(nn.Module):
     """layer(x, state) -> (x + mixer(norm(x)), state after x), and with an MLP the same for it."""
 
@@ -442,12 +405,13 @@ class Layer(nn.Module):
         if config.d_intermediate > 0:
             self.norm2, self.mlp = norm(), GatedMLP(config)
 
-    def forward(self, x, state=None):
-        y = self.mixer(self.dropout(self.norm(x)), state)
+    def forward(self, x, state=None, mask=None, seq_idx=None):
+        """(B, L, d_model), and as for MambaBlock -> ((B, L, d_model), MambaState or None)."""
+        y = self.mixer(self.dropout(normed(self.norm, x)), state, mask, seq_idx)
         y, state = (y, None) if state is None else y
         x = x + self.dropout(y)
         if self.mlp is not None:
-            x = x + self.dropout(self.mlp(self.norm2(x)))
+            x = x + self.dropout(self.mlp(normed(self.norm2, x)))
         return x, state
 
 class Mamba(nn.Module):
@@ -476,31 +440,35 @@ class Mamba(nn.Module):
                 if name.endswith(("out_proj.weight", "fc2.weight")):
                     weight /= math.sqrt(residuals)
 
-    def forward(self, idx, targets=None, state=None, num_last_tokens=0):
+    def forward(self, idx, targets=None, state=None, num_last_tokens=0, mask=None, seq_idx=None):
         """
         idx: (B, L) token ids.  targets: (B, L), negative ones are ignored.  state: from init_state,
         or what a call returned; any split of a text gives the logits of one call.
+        mask, seq_idx: (B, L), padding and documents, as for MambaBlock.
         Returns logits (B, L, vocab_size), or those of the last num_last_tokens, and None; with
-        targets None, and the mean cross-entropy in nats; with a state the next state as a third."""
+        targets None, and the mean cross-entropy in nats; with a state the next state as a third.
+        ValueError: shapes that do not fit."""
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets must be {[*idx.shape]} as idx, not {[*targets.shape]}")
-        x = self.hidden(idx, state)
+        x = self.hidden(idx, state, mask, seq_idx)
         x, *after = (x,) if state is None else x
         if targets is not None:
             return None, self._loss(x, targets), *after
         return self._logits(x[:, -num_last_tokens:]), None, *after
 
-    def hidden(self, idx, state=None):
+    def hidden(self, idx, state=None, mask=None, seq_idx=None):
         """(B, L, d_model) of token ids (B, L), for the head; with a state, (it, the next state)."""
         layers = self.backbone["layers"]
         states = [None] * len(layers) if state is None else state
-        if len(states) != len(layers):
-            raise ValueError(f"the state must have {len(layers)} layers, not {len(states)}")
+        if idx.dim() != 2 or len(states) != len(layers):
+            raise ValueError(f"idx must be (B, L), not {[*idx.shape]}, and a state must have "
+                             f"{len(layers)} layers, not {len(states)}")
         x, after = self.dropout(self.backbone["embedding"](idx)), []        # (B, L, d_model)
+        x = x.float() if self.config.residual_in_fp32 else x
         for layer, layer_state in zip(layers, states):
-            x, layer_state = layer(x, layer_state)
+            x, layer_state = layer(x, layer_state, mask, seq_idx)
             after.append(layer_state)
-        x = self.backbone["norm_f"](x)
+        x = normed(self.backbone["norm_f"], x)
         return x if state is None else (x, after)
 
     def _logits(self, x):
@@ -508,13 +476,10 @@ class Mamba(nn.Module):
 
     def _loss(self, x, targets):
         x, targets = x.flatten(0, 1), targets.flatten().clamp(min=-1)
-        # logits of a large vocabulary take more memory than all the rest, so never all at once
-        rows = max(1, LOGITS // self.config.padded_vocab_size)
-        loss = fast and fast.cross_entropy(x, self.lm_head, targets, self.config.vocab_size, rows)
+        loss = fast and fast.cross_entropy(x, self.lm_head, targets, self.config.vocab_size)
         if loss is None:
-            loss = sum(F.cross_entropy(self._logits(x_p).float(), targets_p, ignore_index=-1,
-                                       reduction="sum")
-                       for x_p, targets_p in zip(x.split(rows), targets.split(rows)))
+            loss = F.cross_entropy(self._logits(x).float(), targets, ignore_index=-1,
+                                   reduction="sum")
         return loss / (targets >= 0).sum().clamp(min=1)
 
     @property
@@ -542,25 +507,22 @@ class Mamba(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     @torch.no_grad()
-    def read(self, idx, state=None, num_last_tokens=1, part=2048):
+    def read(self, idx, state=None, num_last_tokens=1, part=2048, mask=None):
         """Reads token ids (B, L) in parts, so that memory does not grow with L. Yields (logits,
         state) after each: of the part's last num_last_tokens (0: of all), and what it left."""
         state = self.init_state(len(idx)) if state is None else state
-        for some in idx.split(part, dim=1):
-            logits, _, state = self(some, state=state, num_last_tokens=num_last_tokens)
+        for i in range(0, idx.shape[1], part):
+            logits, _, state = self(idx[:, i:i + part], None, state, num_last_tokens,
+                                    None if mask is None else mask[:, i:i + part])
             yield logits, state
 
     def prefill(self, prompts, state):
-        """The state after all but the last token of each prompt; those of one length together."""
-        for length in {len(p) for p in prompts} - {1}:
-            rows = [i for i, p in enumerate(prompts) if len(p) == length]
-            idx = torch.stack([prompts[i][:-1] for i in rows])
-            rows = torch.tensor(rows, device=idx.device)
-            before = [MambaState(*(t[rows] for t in layer)) for layer in state]
-            for _, after in self.read(idx, before):
-                pass
-            state = [MambaState(*(old.index_copy(0, rows, new) for old, new in zip(*layers)))
-                     for layers in zip(state, after)]
+        """The state after all but the last token of each prompt."""
+        ends = torch.tensor([len(p) - 1 for p in prompts])
+        idx = nn.utils.rnn.pad_sequence([p[:-1] for p in prompts], batch_first=True)
+        mask = torch.arange(idx.shape[1]) < ends[:, None]                   # (B, L)
+        for part in self.read(idx, state, mask=None if mask.all() else mask.to(idx.device)):
+            state = part[1]
         return state
 
     def decoder(self, prompts, state, compile=False):
@@ -580,21 +542,19 @@ class Mamba(nn.Module):
         return Stream(self, prompts, max_new_tokens, **settings)
 
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-                 generator=None, min_p=None, repetition_penalty=None, stop=(), compile=False):
+                 generator=None, stop=(), **settings):
         """prompts: (B, L) token ids, or a list of B prompts of any lengths. Returns them with
         max_new_tokens more each, as one tensor, or as a list; at temperature 0 each prompt gives
-        what it gives alone.  temperature to repetition_penalty: see sample.
+        what it gives alone.  temperature, ..., generator, min_p, repetition_penalty: see sample.
         stop: ids that end a row. In the list each row ends with its stop token; in the tensor,
         which is as long as the longest row, a shorter row repeats it.
-        compile: on a CPU, the step of a token by torch.compile, some ten seconds the first time for
-        a number of prompts.  ValueError: settings without a meaning."""
-        new = list(self.stream(prompts, max_new_tokens, temperature=temperature, top_k=top_k,
-                               top_p=top_p, generator=generator, min_p=min_p, stop=stop,
-                               repetition_penalty=repetition_penalty, compile=compile))
-        none = torch.empty(len(prompts), 0, dtype=torch.long, device=self.device)
-        new = torch.stack(new, dim=1) if new else none
-        stops = torch.tensor(stop, dtype=torch.long, device=new.device)
-        repeats = (new[..., None] == stops).any(-1).sum(1)
+        compile=True: on a CPU, the step of a token by torch.compile, some ten seconds the first
+        time for a number of prompts.  ValueError: settings without a meaning."""
+        stream = self.stream(prompts, max_new_tokens, temperature=temperature, top_k=top_k,
+                             top_p=top_p, generator=generator, stop=stop, **settings)
+        first = torch.zeros(len(prompts), dtype=torch.long, device=self.device)
+        new = torch.stack([first, *stream], dim=1)[:, 1:]                   # (B, max_new_tokens)
+        repeats = torch.isin(new, torch.tensor(stop, device=new.device)).sum(1)
         ends = [new.shape[1] - max(0, n - 1) for n in repeats.tolist()]     # one of them is enough
         if isinstance(prompts, torch.Tensor):
             return torch.cat([prompts.to(new.device), new[:, :max(ends)]], dim=1)
@@ -692,9 +652,11 @@ class Stream(Iterator):
             raise ValueError("each prompt needs at least one token")
         if seen is None and sampling.get("repetition_penalty") is not None:
             seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in zip(() if seen is None else seen, prompts):
+            row.scatter_(0, prompt, True)
         draw = functools.partial(sample, seen=seen, **sampling)
-        self._state = model.init_state(len(prompts)) if state is None else state
-        self._step = None
+        state = model.init_state(len(prompts)) if state is None else state
+        self._step = SimpleNamespace(state=state)
         stop = torch.tensor(stop, dtype=torch.long, device=device) if len(stop) > 0 else None
         self._tokens = self._make(model, prompts, max_new_tokens, draw, stop, seen, compile)
 
@@ -703,17 +665,15 @@ class Stream(Iterator):
 
     @property
     def state(self):
-        return self._state if self._step is None else self._step.state
+        return self._step.state
 
     @torch.no_grad()
     def _make(self, model, prompts, max_new_tokens, draw, stop, seen, compile):
-        for row, prompt in zip(() if seen is None else seen, prompts):
-            row.scatter_(0, prompt, True)
         training = [m for m in model.modules() if m.training] if model.training else []
         for module in training:
             module.training = False
         try:
-            self._step = model.decoder(prompts, self._state, compile)
+            self._step = model.decoder(prompts, self.state, compile)
             token, ended = torch.stack([p[-1] for p in prompts]), None
             for left in reversed(range(max_new_tokens)):
                 new = draw(self._step(token))

@@ -7,11 +7,10 @@ mamba.py does it in its own way:
     Linear             a class, never None: nn.Linear, but on some CPUs a faster one
     has_triton(...)    True or False: whether the kernels of scan can run here
     scan(...)          never None, and asked only where has_triton says True
-    recurrence(...)    None where in_tiles is best: for most sizes on a CPU, and in what
-                       torch.compile compiles, unless compiles_well
+    recurrence(...)    a function, never None
     conv_silu(...)     None for the sequential scan, which can be differentiated twice, and in what
                        torch.compile compiles, unless has_triton
-    cross_entropy(...) None if all rows fit at once, without gradients, or for an unusual head
+    cross_entropy(...) None if all logits fit at once
     decoder(...)       None if a module of the model is not just as mamba.py made it
 
 What scripts use: quantize_int8 (of int8.py), recorded and replayed (CUDA graphs, of decode.py),
@@ -19,26 +18,25 @@ and compiles_well.
 """
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
-from . import scan_side_by_side
+from . import scan_side_by_side, scan_tiles
 from .decode import decoder, recorded, replayed
 from .int8 import quantize_int8
-from .layers import Linear, causal_conv, cross_entropy
+from .layers import Linear, causal_conv, cross_entropy, is_plain
 
 try:
     from . import scan_triton
 except ImportError:         # no Triton, as on a CPU or a Mac
     scan_triton = None
 
-__all__ = ["Linear", "compiles_well", "conv_silu", "cross_entropy", "decoder", "has_triton",
-           "quantize_int8", "recorded", "recurrence", "replayed", "scan"]
+__all__ = ["Linear", "compiles_well", "conv_silu", "cross_entropy", "decoder",
+           "has_triton", "is_plain", "quantize_int8", "recorded", "recurrence", "replayed", "scan"]
 
 COMPILES = hasattr(torch.compiler, "nested_compile_region")     # torch 2.8
-ONE_THREAD = 2 ** 15    # numbers up to which PyTorch runs a call on one thread
+if COMPILES:
+    from . import scan_compiled
 
 
 def has_triton(u, d_state):
@@ -47,7 +45,7 @@ def has_triton(u, d_state):
             and u.dtype != torch.float64 and d_state <= 256)
 
 
-def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state):
+def scan(u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softplus=False):
     """
     All of selective_scan by the fused kernels, where has_triton; arguments and shapes as there,
     with a state (B, D, N) that is not None. Returns y (B, L, D) and the last state (B, D, N).
@@ -62,31 +60,17 @@ def compiles_well(device, d_state):
     return device.type == "cpu" and d_state % 8 == 0 and COMPILES
 
 
-def recurrence(u, A, in_tiles):
+def recurrence(method, u, A):
     """
-    What to call instead of in_tiles of mamba.py for u (B, L, D) and A (D, N), or None:
+    What is best for u (B, L, D) and A (D, N), instead of in_tiles of mamba.py: a function
     (u, delta, A, B, C, state) -> y (B, L, D), last state (B, D, N).
     """
-    (batch, _, d_inner), d_state = u.shape, A.shape[1]
+    if method == "triton":
+        return scan
     if torch.compiler.is_compiling():
-        if compiles_well(u.device, d_state):
-            from . import scan_compiled  # only here: it is not for an older torch
-            return scan_compiled.recurrence
-        return None
-    if u.device.type != "cpu":
-        return scan_side_by_side.recurrence
-    size = batch * d_inner * d_state        # numbers in the states of one step
-    if 2 / 3 * ONE_THREAD < size <= ONE_THREAD:
-        more = ONE_THREAD // (batch * d_inner) + 1 - d_state
-        return functools.partial(on_all_cores, in_tiles, more)
-    return None
-
-
-def on_all_cores(in_tiles, more, u, delta, A, B, C, state):
-    """in_tiles with `more` zeros in the state of each channel: as few as it takes for a step to
-    have more than ONE_THREAD numbers, so that PyTorch uses all threads."""
-    y, h = in_tiles(u, delta, *(F.pad(t, (0, more)) for t in (A, B, C, state)))
-    return y, h[..., :A.shape[1]]
+        compiled = compiles_well(u.device, A.shape[1]) and not torch.compiler.is_exporting()
+        return scan_compiled.recurrence if compiled else scan_tiles.operator
+    return (scan_tiles if u.device.type == "cpu" else scan_side_by_side).recurrence
 
 
 def conv_silu(x, weight, bias, state, scan):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+LOGITS = 2 ** 28    # numbers that are computed at once for a loss; as float32, 1 GB
+
 
 def at_least_float32(x):
     """The dtype to compute in for x: its own, or float32 for 16 bits."""
@@ -44,6 +46,14 @@ class LinearByConvolution(nn.Linear):
 
 
 Linear = LinearByConvolution if mkl_is_slow() else nn.Linear
+
+
+def is_plain(linear, kind=nn.Linear):
+    """Whether it is F.linear with its weight and bias: no adapter, hook or quantiser is on it."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks,
+             linear._backward_pre_hooks)
+    ours = type(linear) is kind and type(linear.weight) is nn.Parameter
+    return ours and not any(hooks) and "forward" not in vars(linear)
 
 # ------------------------------------------------------------------------------------------------
 # The convolution
@@ -104,20 +114,24 @@ class CausalConv(torch.autograd.Function):
 # The loss
 
 
-def cross_entropy(x, head, targets, vocab_size, rows):
+def cross_entropy(x, head, targets, vocab_size):
     """
-    The sum of the cross-entropies of head(x)[:, :vocab_size], a number, `rows` rows at a time.
-    None where the plain way is as good (all rows at once, no gradients), or where the head is more
-    than a matrix.
+    The sum of the cross-entropies of head(x)[:, :vocab_size], a number. Logits of a large
+    vocabulary take more memory than all the rest of a model, so they are never all there at once.
+    None where they are few.
     x: (R, d_model).  targets: (R,), negative ones are ignored.
     """
-    if rows >= len(x) or not torch.is_grad_enabled():
+    rows = max(1, LOGITS // vocab_size)
+    if rows >= len(x):
         return None
-    hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
-    plain = type(head) is Linear and type(head.weight) is nn.Parameter and head.bias is None
-    if hooks or not plain:
-        return None
-    return LinearCrossEntropy.apply(x, head.weight[:vocab_size], targets, rows)
+    plain = is_plain(head, Linear) and head.bias is None
+    if plain and torch.is_grad_enabled():
+        return LinearCrossEntropy.apply(x, head.weight[:vocab_size], targets, rows)
+
+    def of_part(x, targets):
+        logits = head(x)[:, :vocab_size].float()
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    return sum(of_part(*part) for part in zip(x.split(rows), targets.split(rows)))
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -13,61 +13,51 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .operators import as_operator
+
 STRETCH, TILE = 64, 8   # steps of one call, and of one loop in it
-
-
-def recurrence(u, delta, A, B, C, state):
-    """What one_by_one of mamba.py computes, with its shapes: y (B, L, D), last state (B, D, N)."""
-    length = u.shape[1]
-    # B and C may be views of one tensor, which the compiler does not take
-    B, C = (t.clone(memory_format=torch.contiguous_format) for t in (B, C))
-    inputs = [delta.contiguous(), u.contiguous(), B, C]
-    if pad := -length % STRETCH:            # steps with delta = 0 change nothing
-        inputs = [F.pad(t, (0, 0, 0, pad)) for t in inputs]
-    y, h = in_stretches(*inputs, A, state)
-    return y[:, :length], h
-
-
-@torch.compiler.disable
-def in_stretches(*inputs):
-    """CompiledScan, which the compiler of the model does not look into: it has its own."""
-    return CompiledScan.apply(*inputs)
 
 
 class CompiledScan(torch.autograd.Function):
     """
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and y_t = C_t . h_t, a stretch at a time.
 
-    delta, u: (B, L, D), L a multiple of STRETCH.  B, C: (B, L, N).  A: (D, N).  state: (B, D, N).
     The state is (D, N) inside too, not (N, D) as in mamba.py: the sum over N is within the loop
-    over channels. For the backward pass the state before every second tile is kept.
+    over channels. Kept are the states before every second tile.
     """
 
     @staticmethod
-    def forward(ctx, delta, u, B, C, A, state):
-        y, ctx.starts = torch.empty_like(u), []
-        # detached, they have no marks from an earlier graph that their sizes may change
-        A, h = A.detach(), state.detach()
-        for *inputs_s, y_s in zip(*(t.split(STRETCH, dim=1) for t in (delta, u, B, C, y))):
-            result, h, starts = _compiled(stretch_forward)(*inputs_s, A, h)
-            y_s.copy_(result)
-            if any(ctx.needs_input_grad):
-                ctx.starts.append(starts)
-        ctx.save_for_backward(delta, u, B, C, A)
+    def forward(ctx, u, delta, A, B, C, state, keep):
+        """y (B, L, D) and the last state (B, D, N); keep: whether there will be a backward pass."""
+        inputs, y, kept = in_stretches(delta, u, B, C), torch.empty_like(u), []
+        h = state.contiguous()
+        for *inputs_s, y_s in zip(*(t.split(STRETCH, dim=1) for t in (*inputs, y))):
+            result, h, kept_s = _compiled(stretch_forward)(*inputs_s, A, h)
+            y_s.copy_(result[:, :y_s.shape[1]])
+            kept += kept_s if keep else []
+        ctx.save_for_backward(u, delta, A, B, C, torch.stack(kept or [h]))
         return y, h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gy, glast):
-        *inputs, A = ctx.saved_tensors
-        grads = [torch.empty_like(t) for t in inputs]
-        carry = glast.detach().contiguous()
-        gA = torch.zeros_like(carry)                                            # (B, D, N)
-        pieces = (t.split(STRETCH, dim=1) for t in (*inputs, gy.contiguous(), *grads))
-        for *inputs_s, gdelta_s, gu_s, gB_s, gC_s, starts in [*zip(*pieces, ctx.starts)][::-1]:
-            *results, carry, gA = _compiled(stretch_backward)(*inputs_s, starts, A, carry, gA)
-            torch._foreach_copy_([gdelta_s, gu_s, gB_s, gC_s], results)
-        return *grads, gA.sum(0), carry
+        u, delta, A, B, C, kept = ctx.saved_tensors
+        inputs = in_stretches(delta, u, B, C, gy)
+        carry, kept = glast.contiguous(), kept.unflatten(0, (-1, STRETCH // TILE // 2))
+        grads, gA = [*map(torch.empty_like, (delta, u, B, C))], torch.zeros_like(carry)
+        pieces = zip(*(t.split(STRETCH, dim=1) for t in (*inputs, *grads)), kept)
+        for *inputs_s, gdelta_s, gu_s, gB_s, gC_s, kept_s in [*pieces][::-1]:
+            *results, carry, gA = _compiled(stretch_backward)(*inputs_s, [*kept_s], A, carry, gA)
+            for grad_s, result in zip((gdelta_s, gu_s, gB_s, gC_s), results):
+                grad_s.copy_(result[:, :grad_s.shape[1]])
+        gdelta, gu, gB, gC = grads
+        return gu, gdelta, gA.sum(0), gB, gC, carry, None
+
+
+def in_stretches(*tensors):
+    """Tensors (B, L, X) as long as whole stretches: steps with delta = 0 change nothing."""
+    # always the same strides, for which the code is compiled
+    pad = -tensors[0].shape[1] % STRETCH
+    return [F.pad(t, (0, 0, 0, pad)) if pad else t.contiguous() for t in tensors]
 
 
 @functools.cache
@@ -158,3 +148,7 @@ def tile_backward(delta, u, B, C, gy, A, h, carry, gA):
         gA_here = gA_here + gdelta_A * delta_t[:, :, None]
         grads.insert(0, ((gdelta_A * A).sum(-1), gx, gB, gC))
     return *(torch.stack(t, dim=1) for t in zip(*grads)), carry, gA + gA_here
+
+
+# (u, delta, A, B, C, state) -> y (B, L, D), last state (B, D, N): what one_by_one of mamba.py does
+recurrence = as_operator("mamba_py::compiled_scan", CompiledScan, channels_first=True)
