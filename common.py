@@ -11,7 +11,7 @@ import difflib
 import errno
 import math
 import os
-import pickle
+import re
 import signal
 import sys
 import urllib.parse
@@ -20,67 +20,54 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# Running a script
-
+# ---- Running a script ----------------------------------------------------------------------------
 
 class Problem(Exception):
     """Something the person can put right: shown as one line, without a traceback."""
 
-
 def run(main, Config):
-    """
-    Calls main(cfg, given): the Config that the command line says, and a dict of the flags in it.
-
+    """Calls main(cfg, given): the Config that the command line says, and a dict of the flags in it.
     What the person can put right (a Problem, a full disk, too little memory) ends the script with
-    one line on stderr and status 2. Ctrl-C ends it with status 130.
-    """
+    one line on stderr and status 2, Ctrl-C with status 130."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    for name in ("stdout", "stderr"):
-        # a console without a character still shows the others; what a pipe does not take fails
-        # where it is printed
-        getattr(sys, name).reconfigure(errors="replace", line_buffering=True)
+    for stream in (sys.stdout, sys.stderr):     # a console without a character shows the others
+        stream.reconfigure(errors="replace", line_buffering=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # set aside while torch was imported
     # or huggingface_hub tells of each attempt without a network, before one line here says it all
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # Under torchrun what is wrong with the flags or the data is so in every process, and one of
-    # each machine says it.
+    # What is wrong with flags or data is so in all processes of torchrun; one of a machine says it.
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    status = 2
     try:
         return main(*parse_flags(Config))
     except Problem as problem:
-        message, status = first_here and str(problem), 2
-    except (MemoryError, RuntimeError) as error:
-        if "by peer" in str(error):  # gloo's words for a process at the other end that is gone
-            message, status = first_here and "another process of this run has ended", 2
-        elif isinstance(error, MemoryError) or "memory" in str(error):  # torch's words for it
-            message = "not enough memory; try a smaller model, --batch_size or --block_size"
-            status = 2
-        else:
-            raise
-    except OSError as error:  # disk full, no permission, ...
-        parts = [str(part) for part in (error.filename, error.strerror or error) if part]
-        message, status = ": ".join(parts), 2
-        if nobody_reads(error):
-            message, status = None, 141  # as a program that SIGPIPE ends
-    except ModuleNotFoundError as error:
-        message, status = f"this needs a package: pip install {error.name}", 2
+        message = first_here and str(problem)
     except KeyboardInterrupt:
         message, status = first_here and "interrupted", 130
-    finally:
-        # from here on Ctrl-C ends Python at once, without a traceback
+    except ModuleNotFoundError as error:
+        message = f"this needs a package: pip install {error.name}"
+    except OSError as error:  # disk full, no permission, ...
+        message = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+        if nobody_reads(error):
+            message, status = None, 141  # as a program that SIGPIPE ends
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "memory" in str(error):  # torch's words for it
+            message = "not enough memory; try a smaller model, --batch_size or --block_size"
+        elif "by peer" in str(error):  # gloo's words for a process at the other end that is gone
+            message = first_here and "another process of this run has ended"
+        else:
+            raise
+    finally:    # from here on Ctrl-C ends Python at once, without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if message:
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
-
 def nobody_reads(error):
-    """
-    Whether this OSError is that of a pipe with nobody at its end, as in `train.py | head -1`.
-    If so, what is still written to stdout gets lost, without another error.
-    """
+    """Whether this OSError is that of a pipe with nobody at its end, as in `train.py | head -1`.
+    If so, what is still written to stdout gets lost, without another error."""
     on_windows = (os.name, error.errno, error.filename) == ("nt", errno.EINVAL, None)
     if not (isinstance(error, BrokenPipeError) or on_windows):
         return False
@@ -88,32 +75,26 @@ def nobody_reads(error):
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
 
-
-def say(*words):
-    """
-    Prints a line, above a progress bar if there is one. Under torchrun only the first process does.
-    A line that nobody reads is lost, and say.unread is True from then on.
-    """
+def say(line):
+    """Prints a line, above a progress bar if there is one; under torchrun only the first process
+    does. A line that nobody reads is lost, and say.unread is True from then on."""
     if os.environ.get("RANK", "0") != "0":
         return
     try:
-        tqdm.write(" ".join(str(word) for word in words))
+        tqdm.write(line)
         sys.stdout.flush()
     except OSError as error:
         if not nobody_reads(error):
             raise
         say.unread = True
 
-
 say.unread = False
-
 
 def progress(total, what, done=0):
     """A bar over bytes, on a terminal, for what takes long enough to look at."""
     quick = total is not None and total <= 4e6
     return tqdm(total=total, initial=done, desc=what, unit="B", unit_scale=True, leave=False,
                 disable=True if quick else None)
-
 
 def works_here(what, attempt):
     """Whether attempt(), which needs `what`, works on this machine. If not, one line says so."""
@@ -124,26 +105,28 @@ def works_here(what, attempt):
         say(f"{what} does not work here ({type(error).__name__}); going on without it")
         return False
 
+# ---- Flags: each field of a script's Config dataclass is one -------------------------------------
 
-# Flags: each field of a script's Config dataclass is one
+def flag(default, help, least=None, below=math.inf):
+    """A field of a Config: its default, its line in --help, and for a number that has bounds the
+    least that it may be and what it must be below."""
+    bounds = None if least is None else (least, below)
+    return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
 
+def finite(text):
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
 
-def flag(default, help):
-    """A field of a Config: its default and its line in --help."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-KINDS = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "text"}
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
+KINDS = {   # how the text of a flag is read, and what is said where that cannot be
+    "int": (int, "a whole number"), "float": (finite, "a number"), "str": (str, "text"),
+    "bool": (lambda text: BOOLS[text.lower()], "True or False")}
 
 def parse_flags(Config, argv=None):
-    """
-    Reads --key=value, --key value and, for a bool, --key alone; by default from the command line.
-
-    Returns (Config, dict of the flags that were given). Problem: an unknown flag, a value that does
-    not fit its type. --help prints all flags and ends the script.
-    """
+    """Reads --key=value, --key value and, for a bool, --key alone; by default from the command
+    line. Returns (Config, dict of the flags that were given). --help prints all flags and ends.
+    Problem: an unknown flag, a value that does not fit its type."""
     words = list(sys.argv[1:] if argv is None else argv)
     fields = {field.name: field for field in dataclasses.fields(Config)}
     if "--help" in words or "-h" in words:
@@ -152,43 +135,36 @@ def parse_flags(Config, argv=None):
     given = {}
     while words:
         word, equals, text = words.pop(0).partition("=")
+        name = word[2:]
         if not word.startswith("--"):
             hint = f", as --{next(iter(fields))}={word}" if word[:1] != "-" else ""
             raise Problem(f"unexpected argument '{word}'; flags are written --name=value{hint}")
-        name = word[2:]
         if name not in fields:
             hint = nearest(name, fields, "--") or "; --help lists those there are"
             raise Problem(f"unknown flag {word}{hint}")
         kind, *optional = fields[name].type.split(" | ")  # "int | None" -> "int", ["None"]
+        (read, what), bounds = KINDS[kind], fields[name].metadata["bounds"]
         if not equals:
             if kind == "bool" and not (words and words[0].lower() in BOOLS):
                 text = "True"
             elif not words or words[0].startswith("--"):
-                raise Problem(f"{word} needs a value: {KINDS[kind]}")
+                raise Problem(f"{word} needs a value: {what}")
             else:
                 text = words.pop(0)
-        given[name] = None if optional and text.lower() == "none" else read_value(word, kind, text)
+        if bounds:
+            what += f" from {bounds[0]} on" + f" and below {bounds[1]}" * (bounds[1] < math.inf)
+        try:
+            value = None if optional and text.lower() == "none" else read(text)
+            if bounds and value is not None and not bounds[0] <= value < bounds[1]:
+                raise ValueError
+        except (KeyError, ValueError):
+            raise Problem(f"{word} takes {what}, not '{text}'") from None
+        given[name] = value
     return Config(**given), given
 
-
-def read_value(flag, kind, text):
-    """The value of this kind that the text says, for a flag. Problem: it says none."""
-    try:
-        if kind == "bool":
-            return BOOLS[text.lower()]
-        value = {"int": int, "float": float, "str": str}[kind](text)
-        if kind == "float" and not math.isfinite(value):
-            raise ValueError
-        return value
-    except (KeyError, ValueError):
-        raise Problem(f"{flag} takes {KINDS[kind]}, not '{text}'") from None
-
-
 def show_help(Config):
-    """
-    Prints the docstring of the script and a line for each flag. Defaults that depend on the device
-    stand in Config.presets, {device: {name of a field: value}}, if there are any.
-    """
+    """Prints the docstring of the script and a line for each flag. Defaults that depend on the
+    device stand in Config.presets, if it has any: {device: {name of a field: value}}."""
     presets = getattr(Config, "presets", {})
     print(f"{(sys.modules[Config.__module__].__doc__ or '').strip()}\n")
     for field in dataclasses.fields(Config):
@@ -199,49 +175,40 @@ def show_help(Config):
             help += f" (by default on {'|'.join(presets)})"
         print(f"  --{f'{field.name}={default}':<32} {field.type.split(' | ')[0]:<6} {help}")
 
-
 def nearest(word, known, prefix=""):
     """"; did you mean ...?" with the word among those known that is most like this one, or ""."""
     match = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {prefix}{match[0]}?" if match else ""
 
-
 def is_url(dataset):
     return dataset.startswith(("http://", "https://"))
-
 
 def dataset_name(dataset, tokenizer="char", name=""):
     """The folder under data_dir: name if given, else from both others, as in shakespeare-bpe."""
     if name:
         return name
+    last = Path(dataset).resolve().name
     if is_url(dataset):
         url = urllib.parse.urlparse(dataset)
         last = url.path.rstrip("/").split("/")[-1] or url.netloc.replace(":", "-")
-    else:
-        last = Path(dataset).resolve().name
     stem = last.removesuffix(".txt")
     if not stem:
         raise Problem(f"'{dataset}' does not make a name for a folder; prepare it with "
                       "prepare_data.py and a --name")
     return stem if tokenizer == "char" else f"{stem}-{Path(tokenizer).stem}"
 
-
-# The machine: device, dtype and scan for what the flags say
-
+# ---- The machine: device, dtype and scan for what the flags say ----------------------------------
 
 def pick_device(name):
     """The torch.device of this name, "auto" being the best there is. Problem: it is not there."""
     import torch
-    on_mac = torch.backends.mps.is_available()
+    counts = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+              "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if on_mac else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise Problem(f"--device={name} is not a device; use cpu, cuda, mps or auto") from None
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(on_mac)}
-    if device.type not in counts:
-        raise Problem(f"--device={name} is not supported; use cpu, cuda, mps or auto")
+        name = next(kind for kind, count in counts.items() if count)
+    if not re.fullmatch(rf"({'|'.join(counts)})(:\d\d?)?", name):
+        raise Problem(f"--device takes cpu, cuda, cuda:1, mps or auto, not '{name}'")
+    device = torch.device(name)
     if (device.index or 0) >= (count := counts[device.type]):
         raise Problem(f"--device={name}: torch {torch.__version__} finds {count} such devices; "
                       "use --device=cpu")
@@ -249,87 +216,72 @@ def pick_device(name):
         check_against_cpu(device)
     return device
 
-
 def check_against_cpu(device):
-    """
-    One small forward and backward pass there and on the CPU: some releases of PyTorch compute wrong
-    on MPS, in silence. Problem: the two differ.
-    """
+    """One small forward and backward pass there and on the CPU: some releases of PyTorch compute
+    wrong on MPS, in silence. Problem: the two differ."""
     import torch
 
     from mamba import Mamba, MambaConfig
     torch.manual_seed(0)
     model = Mamba(MambaConfig(vocab_size=64, d_model=32, n_layer=2))
     idx = torch.randint(64, (3, 40))
-    results = []
-    for where in ("cpu", device):
+
+    def results(where):
         model.to(where).zero_grad()
         loss = model(idx.to(where), idx.to(where).roll(-1, 1))[1]
         loss.backward()
         gradients = [p.grad.flatten() for p in model.parameters()]
-        results.append(torch.cat([loss.reshape(1), *gradients]).detach().cpu())
-    expected, got = results
+        return torch.cat([loss.detach()[None], *gradients]).cpu()
+    expected, got = results("cpu"), results(device)
     error = ((got - expected).norm() / expected.norm()).item()
     if not error < 1e-3:
         raise Problem(f"torch {torch.__version__} computes wrong on {device} (gradients are off by "
                       f"{error:.1e}); update torch, or use --device=cpu")
 
-
 def pick_dtype(name, device):
     """The name of a dtype for --dtype. Problem: an unknown one."""
     import torch
-    if name == "auto":
-        if device.type != "cuda":
-            return "float32"
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    if name not in ("float32", "bfloat16", "float16"):
+    if name not in ("float32", "bfloat16", "float16", "auto"):
         raise Problem(f"--dtype takes float32, bfloat16, float16 or auto, not '{name}'")
-    return name
-
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 def pick_scan(name, device, dtype, d_state):
     """The scan that runs there for this --scan. Problem: one that cannot run."""
     import torch
 
     from mamba import scan_method
-    example = torch.empty(0, device=device, dtype=getattr(torch, dtype))
     try:
+        example = torch.empty(0, device=device, dtype=getattr(torch, dtype))
         return scan_method(name, example, d_state)
-    except (ValueError, KeyError) as error:
-        raise Problem(str(error)) from None
-
+    except ValueError as error:
+        raise Problem(f"--scan={name}: {error}") from None
 
 def autocast(device, dtype):
-    """
-    Mixed precision, if dtype is not float32. No copies of weights are kept for a second use: there
-    is none, and a recorded CUDA graph would find them outdated.
-    """
+    """Mixed precision, if dtype is not float32. No copies of weights are kept for a second use:
+    there is none, and a recorded CUDA graph would find them outdated."""
     import torch
     enabled = dtype != "float32"
     return torch.autocast(device.type, getattr(torch, dtype), enabled=enabled, cache_enabled=False)
 
-
 def repeatable():
-    """
-    The same bits from the same input on CUDA too, where the gradient of an embedding is else summed
-    in any order.
-    """
+    """The same bits from the same input on CUDA too, where the gradient of an embedding is else
+    summed in any order."""
     import torch
     torch.use_deterministic_algorithms(True, warn_only=True)
     # This one helps to find mistakes, and takes time.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
-
-# Files: written whole or not at all, and one run in a folder
-
+# ---- Files: written whole or not at all, and one run in a folder ---------------------------------
 
 def write_whole(path, write, previous=None):
-    """
-    Calls write(file) for a file that gets this name only when all of it is on the disk: a crash, a
-    full disk or a kill at any moment leaves what was there. A link stays a link.
+    """Calls write(file) for a file that gets this name only when all of it is on the disk: a crash,
+    a full disk or a kill at any moment leaves what was there. A link stays a link.
     previous: where what was there is moved to, in the same folder; a link is then moved itself.
-    Problem: it could not be written.
-    """
+    Problem: it could not be written."""
     unfinished = None
     try:
         target = path if previous else os.path.realpath(path)
@@ -353,17 +305,13 @@ def write_whole(path, write, previous=None):
             with contextlib.suppress(OSError, ValueError):  # in place, or it could not be opened
                 os.unlink(unfinished)
 
-
 def flush_to_disk(file):
     file.flush()
     os.fsync(file.fileno())
 
-
 def lock(folder):
-    """
-    An open file that keeps a second run out of folder as long as it is open: the system closes it
-    however this process ends. Problem: another run is in there.
-    """
+    """An open file that keeps a second run out of folder as long as it is open: the system closes
+    it however this process ends. Problem: another run is in there."""
     file = open(folder / "lock", "a")  # noqa: SIM115
     try:
         if os.name == "nt":
@@ -380,14 +328,20 @@ def lock(folder):
             "from overwriting this one")
     return file
 
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
-# Checkpoints
-
-
-# what read_whole raises for a file that is cut off, garbled or something else altogether
-UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, EOFError, AttributeError,
-              pickle.UnpicklingError, zipfile.BadZipFile)
-
+@contextlib.contextmanager
+def reading(path, kind):
+    """Whatever is raised while a file of this kind, such as "a checkpoint", is read and checked
+    becomes a Problem of one line about it: what is cut off or garbled may fail in any way."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise Problem(f"cannot read {path}: {error.strerror}") from None
+    except Exception as error:  # noqa: BLE001
+        raise Problem(f"{path} is damaged or not {kind} ({type(error).__name__})") from None
 
 def read_whole(path, device="cpu"):
     """What torch.save wrote, after a look at the checksums, which torch.load does not take."""
@@ -397,43 +351,33 @@ def read_whole(path, device="cpu"):
             raise ValueError("a checksum is wrong")
     return torch.load(path, map_location=device, weights_only=True)
 
-
 def load_checkpoint(*paths):
-    """
-    The first of these files that is a whole checkpoint, on the CPU: a dict, its file under "path".
-    Those before it that are damaged are named on stderr. Problem: there is none.
-    """
-    reasons = []
-    for path in paths:
-        if not path.exists():
-            continue
+    """The first of these files that is a whole checkpoint, on the CPU: a dict, its file under
+    "path". Those before it that are damaged are named on stderr. Problem: there is none."""
+    problems = []
+    for path in filter(Path.exists, paths):
         try:
-            checkpoint = read_whole(path)
-            needed = {"model", "model_config", "meta", "step"}
-            if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-                raise ValueError("it holds something else")
-        except UNREADABLE as error:
-            reasons.append(f"{path} is damaged or not a checkpoint ({type(error).__name__})")
+            with reading(path, "a checkpoint"):
+                checkpoint = {**read_whole(path), "path": path}
+                if not {"model", "model_config", "meta", "step"} <= checkpoint.keys():
+                    raise ValueError
+        except Problem as problem:
+            problems.append(str(problem))
             continue
-        for reason in reasons:
-            print(f"{reason}; using {path}, of step {checkpoint['step']}", file=sys.stderr)
-        return {**checkpoint, "path": path}
+        for problem in problems:
+            print(f"{problem}; using {path}, of step {checkpoint['step']}", file=sys.stderr)
+        return checkpoint
     missing = f"no checkpoint at {paths[0]}; train one with: python train.py"
-    raise Problem("; ".join(reasons) or missing)
-
+    raise Problem("; ".join(problems) or missing)
 
 def load_model(checkpoint, **changes):
-    """
-    The model of a checkpoint, on the CPU. changes: to its config, of what leaves the weights alone
-    (scan, dropout). Problem: config and weights do not fit each other.
-    """
+    """The model of a checkpoint, on the CPU. changes: to its config, of what leaves the weights
+    alone (scan, dropout). Problem: config and weights do not fit each other."""
     from mamba import Mamba, MambaConfig
     try:
         model = Mamba(MambaConfig(**{**checkpoint["model_config"], **changes}))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError) as error:
-        raise Problem(f"the checkpoint does not describe a model: {error}") from None
-    except RuntimeError:
-        raise Problem("the weights in the checkpoint are not of the shape that its config "
-                      "says") from None
+    except (TypeError, ValueError, RuntimeError) as error:  # the last in a line for each tensor
+        reason = str(error).split("\n\t")[-1]
+        raise Problem(f"config and weights of the checkpoint do not fit: {reason}") from None
     return model

@@ -8,15 +8,14 @@ torch alone. What is notable here:
 - parameters have the names of the released state-spaces/mamba-* weights
 Optional beside it: mamba_fast/ computes the same numbers sooner, mamba_files.py reads more layouts.
 
-Glossary, with the paper's names:
-    in shapes: B batch, L length, D d_inner = expand * d_model, the channels of the scan,
-    N           d_state, numbers remembered for each channel
-    dt_rank     rank of the projection that makes delta
+Glossary, with the paper's names. In shapes: B batch, L length, D d_inner = expand * d_model, the
+channels of the scan, N d_state, the numbers that each of them remembers. Elsewhere:
     u           input of the scan, (B, L, D)      z    gate, (B, L, D)
     delta       step size, (B, L, D): large = take in this token and forget, near 0 = skip it
     A           (D, N), negative: rate of forgetting; the decay of one step is exp(delta * A)
     B, C        (B, L, N): what each token writes to the state, and what it reads from it
-    D           (D,): weight of the direct path from u to y (in a shape, B and D are sizes)
+    D           (D,): weight of the direct path from u to y
+    dt_rank     rank of the projection that makes delta
     h           (B, D, N): the state, all that the scan remembers of the tokens before
 """
 from __future__ import annotations
@@ -112,7 +111,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     float32 (float64 if u is float64) whatever the inputs are. Differentiable in every tensor.
     method: "sequential" (the loop) | "chunked" (tiles) | "triton" (kernels of mamba_fast/, on
     CUDA) | "auto", the best there is.  mask: (B, L) bool, False is padding, which leaves the state
-    as it is.  seq_idx: (B, L) int; where it changes the state begins anew, as zeros.
+    as it is.  seq_idx: (B, L) int; where it changes, but in padding, the state begins anew.
     ValueError: inputs that do not fit; a method that cannot run here.
     Names and meaning are those of mamba_ssm's selective_scan_fn; the layout is (B, L, D)."""
     if u.dim() != 3 or A.dim() != 2 or u.shape[1] == 0:
@@ -160,7 +159,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
             delta = delta.masked_fill(~mask[..., None], 0)
         x = u
         if seq_idx is not None:     # a step so long that nothing is left of the state before it
-            begins = beginnings(seq_idx)[..., None]                         # (B, L, 1)
+            begins = beginnings(seq_idx, mask)[..., None]                   # (B, L, 1)
             x = torch.where(begins, delta * u / FOREVER, u)
             delta = delta.masked_fill(begins, FOREVER)
         recurrence = one_by_one
@@ -173,9 +172,10 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
             y = y * F.silu(z.to(number))
     return (y.to(dtype), h) if return_last_state else y.to(dtype)
 
-def beginnings(seq_idx):
-    """(B, L) bool: where seq_idx (B, L) is another than at the step before."""
-    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+def beginnings(seq_idx, mask):
+    """(B, L) bool: where seq_idx (B, L) is another than at the step before, but not in padding."""
+    begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    return begins if mask is None else begins & mask
 
 def scan_method(method, u, d_state):
     """What selective_scan does for a sequence like u: what "auto" is. ValueError: it cannot run."""
@@ -215,7 +215,7 @@ def in_tiles(u, delta, A, B, C, state):
         else:
             y, h = one_tile(*tile, A, h)
         ys.append(y)
-    return torch.cat(ys, dim=1), h.transpose(1, 2)
+    return torch.cat(ys, dim=1), h.transpose(1, 2).clone()      # a view would keep all hs alive
 
 def one_tile(u, delta, B, C, A, h):
     decay = torch.exp(delta[:, :, None] * A)                                # (B, T, N, D)
@@ -253,13 +253,16 @@ def conv_silu(x, weight, bias=None, state=None, scan="auto", mask=None, seq_idx=
     scan: the method of the scan, whose kernels there may be.
     Returns (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d, which wants (B, D, L)."""
     (batch, length, d_inner), before, document = x.shape, weight.shape[2] - 1, None
-    state = x.new_zeros(batch, before, d_inner) if state is None else state.to(x.dtype)
+    if state is not None and state.shape != (batch, before, d_inner):
+        raise ValueError(f"the convolution's state must be {[batch, before, d_inner]} to fit x "
+                         f"{[*x.shape]}, not {[*state.shape]}")
     y = fast.conv_silu(x, weight, bias, state, scan) if fast and seq_idx is None else None
+    state = x.new_zeros(batch, before, d_inner) if state is None else state.to(x.dtype)
     # where y is there, x is not needed any more, but for its last inputs
     needed = x if y is None or mask is not None else x[:, max(0, length - before):]
     seen = torch.cat([state, needed], dim=1)                                # (B, before + L, D)
     if seq_idx is not None:     # the document of each of seen; what was before x is of the first
-        document = F.pad(beginnings(seq_idx).cumsum(1), (before, 0))[..., None]
+        document = F.pad(beginnings(seq_idx, mask).cumsum(1), (before, 0))[..., None]
     if y is None:
         y = 0 if bias is None else bias
         for k, tap in enumerate(weight[:, 0].unbind(1)):                    # (D,)
@@ -291,9 +294,8 @@ class MambaBlock(nn.Module):
     block(x) -> y, both (B, L, d_model). Stands alone: put it where a Transformer has attention.
     block(x, state) -> (y, state after x) continues where the call ended that returned the state;
     block.init_state(batch) is the first one. Gradients flow through it.
-    mask: (B, L) bool, False is padding, anywhere: the other outputs, and the state, are those of
-    the rows without it.  seq_idx: (B, L) int, for documents one after the other in a row: where it
-    changes, the next one begins, which sees nothing of those before."""
+    mask: (B, L) bool, False is padding, anywhere: all else is as without it.  seq_idx: (B, L) int;
+    where it changes the next document begins, which sees nothing of those before."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
@@ -339,16 +341,15 @@ class MambaBlock(nn.Module):
 
     def forward(self, x, state=None, mask=None, seq_idx=None):
         """(B, L, d_model) -> the same, or with a state (it, MambaState). ValueError: no such x."""
-        if x.dim() != 3:
-            raise ValueError(f"x must be (B, L, d_model), not {tuple(x.shape)}")
+        shapes = [tuple(t.shape) for t in (x, mask, seq_idx) if t is not None]
+        if x.dim() != 3 or x.is_complex() or any(shape != shapes[0][:2] for shape in shapes[1:]):
+            raise ValueError("x must be (B, L, d_model) and real, mask and seq_idx (B, L), not "
+                             f"{x.dtype} and {', '.join(map(str, shapes))}")
         if mask is not None:    # padding goes to the end of each row, and what it is acts nowhere
             order = (~mask).byte().argsort(dim=1, stable=True)              # (B, L)
             mask, x = mask.take_along_dim(order, 1), x.take_along_dim(order[..., None], 1)
             x = x.masked_fill(~mask[..., None], 0)
-            if seq_idx is not None:
-                real, seq_idx = mask.sum(1, keepdim=True), seq_idx.take_along_dim(order, 1)
-                last = seq_idx.take_along_dim((real - 1).clamp(min=0), 1)
-                seq_idx = torch.where(mask, seq_idx, last)
+            seq_idx = None if seq_idx is None else seq_idx.take_along_dim(order, 1)
         conv, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)                             # (B, L, D) each
         x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv, self.scan, mask, seq_idx)
@@ -374,7 +375,9 @@ class MambaBlock(nn.Module):
             new = fn(t)
             rounded = id(t) in exact and new.dtype in (torch.float16, torch.bfloat16)
             return t.to(new.device) if rounded else new
-        return super()._apply(keep_exact, recurse)
+        super()._apply(keep_exact, recurse)
+        self.mark_parameters()      # they may be other objects now
+        return self
 
 # ---- The model -----------------------------------------------------------------------------------
 
@@ -392,7 +395,7 @@ class GatedMLP(nn.Module):
 
 def normed(norm, x):
     """norm(x), (B, L, d_model), in the type of its weights: x may be the residual in float32."""
-    return norm(x.to(getattr(norm, "weight", x).dtype))
+    return norm(x.to(getattr(getattr(norm, "weight", None), "dtype", x.dtype)))
 
 class Layer(nn.Module):
     """layer(x, state) -> (x + mixer(norm(x)), state after x), and with an MLP the same for it."""
@@ -416,9 +419,8 @@ class Layer(nn.Module):
 
 class Mamba(nn.Module):
     """embedding -> n_layer x Layer -> RMSNorm -> head, tied to the embedding.
-
-    model(idx) -> (logits, None);  model(idx, targets) -> (None, loss);  with a state, which comes
-    back as a third, after idx.  model.generate(idx, 100) -> idx and 100 more."""
+    model(idx) -> (logits, None);  model(idx, targets) -> (None, loss);  model(idx, state=state) ->
+    (logits, None, the state after idx).  model.generate(idx, 100) -> idx and 100 more."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
@@ -478,8 +480,8 @@ class Mamba(nn.Module):
         x, targets = x.flatten(0, 1), targets.flatten().clamp(min=-1)
         loss = fast and fast.cross_entropy(x, self.lm_head, targets, self.config.vocab_size)
         if loss is None:
-            loss = F.cross_entropy(self._logits(x).float(), targets, ignore_index=-1,
-                                   reduction="sum")
+            logits = self._logits(x).float()
+            loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         return loss / (targets >= 0).sum().clamp(min=1)
 
     @property
@@ -518,10 +520,9 @@ class Mamba(nn.Module):
 
     def prefill(self, prompts, state):
         """The state after all but the last token of each prompt."""
-        ends = torch.tensor([len(p) - 1 for p in prompts])
-        idx = nn.utils.rnn.pad_sequence([p[:-1] for p in prompts], batch_first=True)
-        mask = torch.arange(idx.shape[1]) < ends[:, None]                   # (B, L)
-        for part in self.read(idx, state, mask=None if mask.all() else mask.to(idx.device)):
+        idx = nn.utils.rnn.pad_sequence([p[:-1] for p in prompts], True, padding_value=-1)
+        mask = None if (idx >= 0).all() else idx >= 0                       # (B, L)
+        for part in self.read(idx.clamp(min=0), state, mask=mask):
             state = part[1]
         return state
 
@@ -547,9 +548,8 @@ class Mamba(nn.Module):
         max_new_tokens more each, as one tensor, or as a list; at temperature 0 each prompt gives
         what it gives alone.  temperature, ..., generator, min_p, repetition_penalty: see sample.
         stop: ids that end a row. In the list each row ends with its stop token; in the tensor,
-        which is as long as the longest row, a shorter row repeats it.
-        compile=True: on a CPU, the step of a token by torch.compile, some ten seconds the first
-        time for a number of prompts.  ValueError: settings without a meaning."""
+        which is as long as the longest row, a shorter row repeats it.  compile=True: on a CPU, by
+        torch.compile, after ten seconds.  ValueError: settings without a meaning."""
         stream = self.stream(prompts, max_new_tokens, temperature=temperature, top_k=top_k,
                              top_p=top_p, generator=generator, stop=stop, **settings)
         first = torch.zeros(len(prompts), dtype=torch.long, device=self.device)
@@ -562,74 +562,44 @@ class Mamba(nn.Module):
         return [torch.cat([p, n[:end]]) for p, n, end in zip(prompts, new, ends)]
 
     @classmethod
-    @torch.no_grad()
-    def from_pretrained(cls, name_or_folder, device=None, dtype=None, cache_dir=None,
-                        **config_changes):
-        """A trained model, in eval mode: from a folder that save_pretrained wrote or, by
-        mamba_files.py, from any in the layout of mamba_ssm or transformers, or by its name on
-        Hugging Face, such as state-spaces/mamba-130m.  dtype: of the weights, by default as in the
-        file; what MambaBlock keeps in float32 stays so.  cache_dir: for downloads.
-        config_changes: options that leave the shapes alone, as dropout=0.1.
+    def from_pretrained(cls, name_or_folder, device=None, dtype=None, cache_dir=None, **changes):
+        """A trained model, in eval mode, from a folder that save_pretrained wrote; or by
+        mamba_files.py a run of train.py, any in the layout of mamba_ssm or transformers, or a name
+        on Hugging Face, such as state-spaces/mamba-130m.  dtype: of the weights, by default as in
+        the file; what MambaBlock keeps in float32 stays so.  cache_dir: for downloads.
+        changes: of the MambaConfig, such as dropout=0.1, that leave the shapes alone.
         ValueError: no such model, or damaged.  OSError: not found, no download."""
         options, tensors = (files.read if files else read_folder)(name_or_folder, cache_dir)
-        try:
-            config, weights = MambaConfig(**{**options, **config_changes}), {}
-            with torch.device("meta"):
-                model = cls(config)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name_or_folder}: no model is as its config.json says, or no memory "
-                             f"could hold it: {str(error).splitlines()[0]}") from None
-        for key, tensor in tensors(model):      # one by one: memory for one model, not for two
-            kind = dtype or tensor.dtype
-            if key.endswith((".A_log", ".D", ".dt_proj.bias")):     # as in MambaBlock._apply
-                kind = torch.promote_types(kind, torch.float32)
-            weights[key] = tensor.to(device, kind, copy=True)
-        if config.tie_embeddings:
-            weights["lm_head.weight"] = weights["backbone.embedding.weight"]
-        model.load_state_dict(weights, assign=True)
-        if config.tie_embeddings:
+        with torch.device("meta"):
+            model = cls(MambaConfig(**{**options, **changes}))
+        # tensor by tensor, with memory for one model and not for two
+        model.load_state_dict(dict(tensors(model, device, dtype)), assign=True)
+        if model.config.tie_embeddings:
             model.lm_head.weight = model.backbone["embedding"].weight
-        for layer in model.backbone["layers"]:
-            layer.mixer.mark_parameters()
-        return model.eval()
+        return model.to(device, dtype).eval()
 
-    def save_pretrained(self, folder):
-        """Writes config.json and pytorch_model.bin into folder, in the layout of released weights,
-        which from_pretrained and mamba_ssm read; by mamba_files.py, both whole or none. mamba_ssm
-        refuses options that it does not know (norm_eps, dropout, scan): they are left out if they
-        are the default.  OSError: the disk is full, ...; the folder holds other weights.
-        ValueError: int8 weights."""
-        if self.lm_head.weight.dtype == torch.int8:
-            raise ValueError("the layout of the released weights has no int8; save it before that")
-        options, defaults = asdict(self.config), asdict(MambaConfig())
-        config = {k: v for k, v in options.items()
-                  if k not in SSM_CFG and (k in ALWAYS_SAVED or v != defaults[k])}
-        config.update(ssm_cfg={k: options[k] for k in SSM_CFG}, rms_norm=True,
-                      residual_in_fp32=True, fused_add_norm=True)
-        weights = {key: tensor.cpu() for key, tensor in self.state_dict().items()}
-        if self.config.tie_embeddings:      # one tensor in the file, wherever the model is
-            weights["lm_head.weight"] = weights["backbone.embedding.weight"]
-        folder = Path(folder)
+    def save_pretrained(self, folder, layout="mamba_ssm"):
+        """Writes config.json and weights into folder, for from_pretrained and, by mamba_files.py,
+        for mamba_ssm (pytorch_model.bin), or with layout="transformers" for AutoModelForCausalLM
+        (model.safetensors); all of it or nothing.  OSError: the disk is full, the folder holds
+        other weights.  ValueError: the layout has no place for this model."""
+        options, weights = asdict(self.config), self.state_dict()
         if files:
-            return files.write(folder, config, weights)
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(weights, folder / "pytorch_model.bin")
-        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+            return files.write(Path(folder), options, weights, layout)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        torch.save(weights, Path(folder, "pytorch_model.bin"))
+        Path(folder, "config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
 
 # what mamba_fast/ may take over: objects of these very classes, as they are here
 PLAIN = {cls: cls.forward for cls in (Mamba, Layer, MambaBlock, GatedMLP)}
 
-SSM_CFG = ("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init_floor",
-           "conv_bias", "bias")
-ALWAYS_SAVED = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
-
-def read_folder(folder, cache_dir=None):
+def read_folder(folder, _):
     """What save_pretrained wrote: options of a MambaConfig, and a function that gives tensors."""
     config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    config.update(config["ssm_cfg"])
+    config.update(config.get("ssm_cfg", {}))
     weights = torch.load(Path(folder, "pytorch_model.bin"), map_location="cpu", weights_only=True)
     options = {f.name: config[f.name] for f in fields(MambaConfig) if f.name in config}
-    return options, lambda model: weights.items()
+    return options, lambda *_: weights
 
 # ---- Generation: one token after the other -------------------------------------------------------
 
@@ -637,9 +607,8 @@ class Stream(Iterator):
     """An iterator over the next tokens of some prompts, (B,) each, in constant time and memory. Its
     state is what has been read so far, all but the last token. A row that has made a stop token
     repeats it until all rows have; then the stream ends, on a GPU up to 16 tokens later, because
-    asking makes it wait.  Arguments as in Mamba.generate.
-    state: what the prompts continue, from init_state or another stream; it is not changed.
-    seen: (B, vocab_size) bool, more tokens for repetition_penalty; the new ones are added to it."""
+    asking makes it wait.  Arguments: as of generate; state, which the prompts continue; and seen,
+    (B, vocab_size) bool, for repetition_penalty, to which the new tokens are added."""
 
     def __init__(self, model, prompts, max_new_tokens, state=None, stop=(), seen=None,
                  compile=False, **sampling):
@@ -656,7 +625,7 @@ class Stream(Iterator):
             row.scatter_(0, prompt, True)
         draw = functools.partial(sample, seen=seen, **sampling)
         state = model.init_state(len(prompts)) if state is None else state
-        self._step = SimpleNamespace(state=state)
+        self._step = SimpleNamespace(state=state)       # until there is a decoder
         stop = torch.tensor(stop, dtype=torch.long, device=device) if len(stop) > 0 else None
         self._tokens = self._make(model, prompts, max_new_tokens, draw, stop, seen, compile)
 
@@ -692,15 +661,15 @@ class Stream(Iterator):
 def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None,
                    generator=None):
     """ValueError for settings of sample that have no meaning."""
-    for right, need in (
-            (temperature >= 0, f"temperature at least 0, not {temperature}"),
-            (top_k is None or top_k >= 1, f"top_k at least 1, not {top_k}"),
-            (top_p is None or 0 < top_p <= 1, f"top_p above 0 and at most 1, not {top_p}"),
-            (min_p is None or 0 <= min_p <= 1, f"min_p from 0 to 1, not {min_p}"),
-            (repetition_penalty is None or 0 < repetition_penalty < math.inf,
-             f"repetition_penalty above 0, not {repetition_penalty}")):
+    for need, value, right in (
+            ("temperature at least 0", temperature, temperature >= 0),
+            ("top_k at least 1", top_k, top_k is None or top_k >= 1),
+            ("top_p above 0 and at most 1", top_p, top_p is None or 0 < top_p <= 1),
+            ("min_p from 0 to 1", min_p, min_p is None or 0 <= min_p <= 1),
+            ("repetition_penalty above 0", penalty := repetition_penalty,
+             penalty is None or 0 < penalty < math.inf)):
         if not right:
-            raise ValueError(f"sampling needs {need}")
+            raise ValueError(f"sampling needs {need}, not {value}")
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None,
            repetition_penalty=None, seen=None):

@@ -1,6 +1,6 @@
 """
-Released weights for mamba.py, which imports this file where it lies beside it: names on Hugging
-Face, the layouts of mamba_ssm and of transformers, .bin and .safetensors, in one file or several.
+Weights for mamba.py, which imports this file where it lies beside it: by names on Hugging Face, in
+the layouts of mamba_ssm and of transformers, .bin and .safetensors, and checkpoints of train.py.
 """
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from pathlib import Path
 
 import torch
 
+# options that mamba_ssm does not know, or not in all of its versions, and what it has instead
+UNKNOWN = {"norm_eps": 1e-5, "dropout": 0.0, "scan": "auto", "d_intermediate": 0}
 # what mamba_ssm keeps under "ssm_cfg": options of MambaConfig, and others that change nothing here
 OURS = {"d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init_floor", "conv_bias",
         "bias"}
 SSM_CFG = OURS | {"layer", "dt_init", "dt_scale", "use_fast_path"}
 OPTIONS = OURS | {"vocab_size", "d_model", "n_layer", "dropout", "norm_eps", "tie_embeddings",
-                  "pad_vocab_size_multiple", "d_intermediate", "scan"}
+                  "pad_vocab_size_multiple", "d_intermediate", "scan", "residual_in_fp32"}
+# the types of those that are not numbers
+NO_NUMBERS = {"conv_bias": (bool,), "bias": (bool,), "tie_embeddings": (bool,),
+              "residual_in_fp32": (bool,), "scan": (str,), "dt_rank": (int, str)}
 # the names of options in transformers, where they are not ours, and ours
 TRANSFORMERS = {
     "hidden_size": "d_model", "num_hidden_layers": "n_layer", "state_size": "d_state",
@@ -32,51 +37,128 @@ SUPPORTED = {"model_type": "mamba", "hidden_act": "silu", "rms_norm": True, "att
              "layer": "Mamba1"}
 WEIGHTS = ("pytorch_model.bin", "model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin.index.json")
+RUN = ("best.pt", "ckpt.pt", "ckpt.prev.pt")    # of train.py; the first that is there is read
+TENSOR = {"dtype", "shape", "data_offsets"}     # what the header of a .safetensors says of each
 ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")     # a name on Hugging Face: owner/model
+TABLES = ("backbone.embedding.weight", "lm_head.weight")        # with a row for each token
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def read(name_or_folder, cache_dir=None):
     """
-    The options of a model's MambaConfig, a dict, and tensors(model), an iterator over the (key,
-    tensor) that such a model needs, by its own keys.
+    The options of a model's MambaConfig, a dict, and tensors(model, device, dtype), an iterator
+    over the (key, tensor) of such a model, on this device and in this dtype, or the file's.
     ValueError: not such a model, or damaged.  OSError: not found, or no download; see hub_file.
     """
     name = os.fspath(name_or_folder)
-    options = read_options(hub_file(name, "config.json", cache_dir))
-    return options, lambda model: fitting(model, name, weight_files(name, cache_dir))
+    if path := checkpoint_of(name):
+        with blame(path):
+            saved = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+            options, paths = checked(saved["model_config"]), [path]
+    else:
+        path = hub_file(name, "config.json", cache_dir)
+        options, paths = read_options(path), weight_files(name, cache_dir)
+    n_layer, found = options.get("n_layer", 0), 0
+    if n_layer > 100:       # a model of so many takes a while to make: first a look at the weights
+        for file in paths:
+            with blame(file):
+                found += sum(key.endswith(".A_log") for key in open_weights(file)[1])
+        if found != n_layer:
+            raise ValueError(f"{path}: n_layer is {n_layer}, but the weights have {found} layers")
+    return options, lambda *wanted: fitting(name, paths, *wanted)
 
 
-def write(folder, config, weights):
+def write(folder, options, weights, layout="mamba_ssm"):
     """
-    Writes config.json and pytorch_model.bin into a folder, both whole or none.
+    Writes config.json and weights into a folder, all of it or nothing: by layout pytorch_model.bin
+    of "mamba_ssm" or model.safetensors of "transformers".
+    options: of MambaConfig, a dict.  weights: the state_dict of the model.
+    ValueError: the layout has no place for this model.
     OSError: the disk is full, or the folder holds weights that others would read instead.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if other := [name for name in WEIGHTS[1:] if (folder / name).exists()]:
+    if layout not in ("mamba_ssm", "transformers"):
+        raise ValueError(f"layout must be 'mamba_ssm' or 'transformers', not {layout!r}")
+    check_plain(options, weights)
+    config, weights = as_mamba_ssm(options, weights)
+    file, save = "pytorch_model.bin", torch.save
+    if layout == "transformers":
+        from safetensors.torch import save_file
+
+        from mamba_export import as_transformers  # only here: it imports mamba.py
+        file, save = "model.safetensors", lambda *args: save_file(*args, {"format": "pt"})
+        config, weights = as_transformers(options, weights)
+    if other := [name for name in WEIGHTS if name != file and (folder / name).exists()]:
         raise FileExistsError(f"{folder} holds {other[0]}, which others would read; "
                               "choose another folder")
-    text = json.dumps(config, indent=2) + "\n"
-    writers = {"pytorch_model.bin": lambda file: torch.save(weights, file),
-               "config.json": lambda file: file.write(text.encode())}
+    write_files(folder, {
+        file: lambda path: save(weights, path),
+        "config.json": lambda path: path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")})
+
+
+def write_files(folder, writers):
+    """Makes files in a folder, all of them or none. writers: {name: a function that writes it to
+    the path that it is given}.  OSError: the disk is full, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
         for name, write_to in writers.items():
-            with open(Path(unfinished, name), "wb") as file:
-                try:
-                    write_to(file)
-                except RuntimeError as error:       # torch's way to report a full disk
-                    raise OSError(f"could not write {folder / name}: {error}") from None
-                file.flush()
+            path = Path(unfinished, name)
+            path.touch()
+            mode = path.stat().st_mode      # safetensors would keep a file from all other persons
+            try:
+                write_to(path)
+            except OSError:
+                raise
+            except Exception as error:      # what torch and safetensors make of an OSError
+                raise OSError(f"could not write {folder / name}: {error}") from error
+            path.chmod(mode)
+        made = list(Path(unfinished).iterdir())     # a large ONNX model has a second file
+        for path in made:
+            with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-        for name in writers:
-            os.replace(Path(unfinished, name), folder / name)
+        for path in made:
+            os.replace(path, folder / path.name)
 
 
-def fitting(model, name, paths):
-    """Yields (key, tensor) one by one: all that the model needs and nothing else, but not the head
-    if it is tied. ValueError: paths, the files of the model `name`, hold more, less or other."""
+def as_mamba_ssm(options, weights):
+    """The config.json and weights of mamba_ssm, on the CPU. It refuses options that it does not
+    know: they are left out where they are as it has them."""
+    config = {key: value for key, value in options.items() if key not in OURS}
+    for key, value in UNKNOWN.items():
+        if config[key] == value:
+            del config[key]
+    config.update(ssm_cfg={key: options[key] for key in OURS}, rms_norm=True, fused_add_norm=True)
+    weights = {key: tensor.cpu() for key, tensor in weights.items()}
+    if options["tie_embeddings"]:       # one tensor in the file, wherever the model is
+        weights["lm_head.weight"] = weights["backbone.embedding.weight"]
+    return config, weights
+
+
+def check_plain(options, weights):
+    """ValueError: weights are not those of a Mamba with these options, as a reader will expect."""
+    if torch.int8 in {tensor.dtype for tensor in weights.values()}:
+        raise ValueError("the layouts of released weights have no int8; save it before that")
+    bias, mlp = options["bias"], options["d_intermediate"] > 0
+    # the modules of a layer
+    has_bias = {"norm": False, "mixer.in_proj": bias, "mixer.conv1d": options["conv_bias"],
+                "mixer.x_proj": False, "mixer.dt_proj": True, "mixer.out_proj": bias,
+                **({"norm2": False, "mlp.fc1": bias, "mlp.fc2": bias} if mlp else {})}
+    layer = {"mixer.A_log", "mixer.D", *(f"{name}.weight" for name in has_bias),
+             *(f"{name}.bias" for name in has_bias if has_bias[name])}
+    keys = {"backbone.norm_f.weight", *TABLES,
+            *(f"backbone.layers.{i}.{key}" for i in range(options["n_layer"]) for key in layer)}
+    if odd := min(keys ^ weights.keys(), default=None):
+        raise ValueError(f"the model {'lacks' if odd in keys else 'has'} {odd}: to be saved it "
+                         "must have the modules that mamba.py made, with adapters merged")
+    table, head = (weights[key] for key in TABLES)
+    if options["tie_embeddings"] and head is not table and not torch.equal(head, table):
+        raise ValueError("the head is not the embedding: set config.tie_embeddings = False")
+
+
+def fitting(name, paths, model, device, dtype):
+    """Yields (key, tensor) one by one: all that the model needs and nothing else; a head that is
+    tied is the embedding. ValueError: paths, the files of `name`, hold more, less or other."""
     missing = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    tied = model.config.tie_embeddings
+    tied, tables = model.config.tie_embeddings, {}
     for path in paths:
         for key, tensor in read_weights(path, tied):
             shape = missing.pop(key, None)
@@ -84,9 +166,15 @@ def fitting(model, name, paths):
                 expected = f"{shape}" if shape else "this model does not have it"
                 raise ValueError(f"{path}: {key} is {tuple(tensor.shape)}, and by its config.json "
                                  f"{expected}")
+            kind = dtype or tensor.dtype
+            if key.endswith((".A_log", ".D", ".dt_proj.bias")):     # as in MambaBlock._apply
+                kind = torch.promote_types(kind, torch.float32)
+            tensor = tensor.to(device, kind, copy=True)
+            tables.update({key: tensor} if key in TABLES else {})
             yield key, tensor
-    if tied:
-        missing.pop("lm_head.weight", None)
+    if tied and TABLES[0] in tables:
+        missing.pop(TABLES[1], None)
+        yield TABLES[1], tables[TABLES[0]]
     if missing:
         some = ", ".join([*missing][:3]) + ", ..." * (len(missing) > 3)
         raise ValueError(f"{name} lacks {len(missing)} of this model's tensors: {some}")
@@ -108,7 +196,32 @@ def read_options(path):
             found["pad_vocab_size_multiple"] = 1    # a row for each token and no more
         if missing := {"vocab_size", "d_model", "n_layer"} - found.keys():
             raise ValueError(f"not the config of a Mamba: it has no {', '.join(sorted(missing))}")
-        return {key: found[key] for key in OPTIONS & found.keys()}
+        found.setdefault("residual_in_fp32", True)      # so they were trained
+        return checked({key: found[key] for key in OPTIONS & found.keys()})
+
+
+def checked(options):
+    """The same dict. ValueError: an option of another type than it has, or of an absurd size."""
+    for key, value in options.items():
+        if key not in OPTIONS:
+            raise ValueError(f"this model does not know the option {key}")
+        if type(value) not in NO_NUMBERS.get(key, (int, float)):
+            raise ValueError(f"{key} is {value!r:.40}, of the wrong type")
+        if type(value) is not str and not abs(value) < 2 ** 63:     # nan is not below it either
+            raise ValueError(f"{key} is {value!r:.40}, and no memory could hold such a model")
+    width, inner = options.get("d_model", 1), options.get("d_model", 1) * options.get("expand", 2)
+    sides = [width * options.get("vocab_size", 1), width * inner,
+             *(inner * options.get(key, 1) for key in ("d_state", "d_conv"))]
+    if max(sides) > 2 ** 50:
+        raise ValueError("no memory could hold a model of these sizes")
+    return options
+
+
+def checkpoint_of(name):
+    """The path of a checkpoint of train.py: name itself, or in the folder of a run; or None."""
+    released = Path(name, "config.json").exists()
+    paths = [Path(name), *(Path(name, file) for file in RUN if not released)]
+    return next((path for path in paths if path.suffix == ".pt" and path.is_file()), None)
 
 
 def weight_files(name, cache_dir=None):
@@ -125,48 +238,63 @@ def weight_files(name, cache_dir=None):
     if path.suffix != ".json":
         return [path]
     with blame(path):       # the index of weights in several files: {"weight_map": {key: file}}
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-        files = {str(file) for file in files}
-    return [hub_file(name, file, cache_dir) for file in sorted(files)]
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({str(file) for file in weight_map.values()})
+    return [hub_file(name, file, cache_dir) for file in files]
 
 
 def read_weights(path, tied):
     """Yields (key, tensor) one by one, by the keys of mamba.py, but not a head that is tied."""
     with blame(path):
-        open_file = open_safetensors if path.suffix == ".safetensors" else open_bin
-        (tensor_of, keys), in_memory = open_file(path), 0
+        check(path)
+        (tensor_of, keys), in_memory = open_weights(path), 0
         for key in keys:
             # what was read of a mapping stays in memory as long as it: begin another one
             if in_memory > 2 ** 27:
-                tensor_of, in_memory = open_file(path)[0], 0
+                tensor_of, in_memory = open_weights(path)[0], 0
             tensor = tensor_of(key)
             plain = tensor.dtype in DTYPES and tensor.layout == torch.strided
             if not plain or tensor.is_meta:
                 raise ValueError(f"{key} is {tensor.dtype}, {tensor.layout}, on {tensor.device}")
             if tied and key == "lm_head.weight":
                 embedding = tensor_of(next(k for k in keys if k.startswith("backbone.embedding")))
-                same = tensor.data_ptr() == embedding.data_ptr() or torch.equal(tensor, embedding)
-                if not same:
-                    raise ValueError("lm_head.weight is not the embedding, but by config.json they "
-                                     "are tied")
+                if tensor.data_ptr() != embedding.data_ptr() and not torch.equal(tensor, embedding):
+                    raise ValueError("lm_head.weight is not the embedding, as config.json says")
                 continue
             in_memory += tensor.nbytes
             yield key.replace("backbone.embeddings.", "backbone.embedding."), tensor
 
 
-def open_bin(path):
-    """(a function of a key that gives its tensor, all keys)"""
-    if not zipfile.is_zipfile(path):
-        raise ValueError("not the zip file that torch.save writes since PyTorch 1.6")
+def open_weights(path):
+    """(a function of a key that gives its tensor, all keys), of a file that is mapped to memory."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+        file = safe_open(path, framework="pt")
+        return file.get_tensor, list(file.keys())
     weights = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+    weights = weights["model"] if path.suffix == ".pt" else weights
     return weights.__getitem__, list(weights)
 
 
-def open_safetensors(path):
-    """The same of a .safetensors."""
-    from safetensors import safe_open
-    file = safe_open(path, framework="pt")
-    return file.get_tensor, list(file.keys())
+def check(path):
+    """ValueError: what the libraries pass over: a wrong checksum, odd keys in a header."""
+    if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            header = file.read(min(10 ** 8, int.from_bytes(file.read(8), "little")))
+        entries = json.loads(header, object_pairs_hook=list)    # (key, value), each that there is
+        tensors = [{key for key, _ in entry} for name, entry in entries if name != "__metadata__"]
+        if len(dict(entries)) < len(entries) or any(keys != TENSOR for keys in tensors):
+            raise ValueError("its header has odd keys, or one twice")
+    elif not zipfile.is_zipfile(path):
+        raise ValueError("not the zip file that torch.save writes since PyTorch 1.6")
+    else:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                wrong = archive.testzip()       # piece by piece; 500 MB take 0.25 s
+        except OSError as error:                # where a damaged offset leads
+            wrong = error
+        if wrong:
+            raise ValueError(f"the checksum of a part is wrong: {wrong}")
 
 
 @contextlib.contextmanager
@@ -190,8 +318,7 @@ def hub_file(name, file, cache_dir=None, local=False):
     The path of a file of a model. name: a folder, or a name on Hugging Face, such as
     state-spaces/mamba-130m; then the file is in Hugging Face's cache, or in cache_dir, into which
     it is downloaded unless local.
-    FileNotFoundError: there is none.  PermissionError: it needs a login.
-    ConnectionError: there is no network.
+    FileNotFoundError: none there.  PermissionError: it needs a login.  ConnectionError: no network.
     """
     if Path(file).name != file:     # the index of some shards may say anything
         raise ValueError(f"{name}: '{file}' is not the name of a file")

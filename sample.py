@@ -9,13 +9,12 @@ python sample.py --start=FILE:prompt.txt --max_new_tokens=2000
 python sample.py --pretrained=state-spaces/mamba-130m --start="The capital of France is"
 python sample.py --interactive --stop="\\nYou:"        # in turns; the model remembers all of it
 python sample.py --start=FILE:text.txt --show=delta   # which tokens it takes in
-python sample.py --start=FILE:text.txt --show=loss    # which tokens surprise it
-python sample.py --start=FILE:text.txt --show=loss --html=loss.html
+python sample.py --start=FILE:text.txt --show=loss --html=loss.html     # which surprise it
 python sample.py --start=FILE:text.txt --show=delta --html=picture.svg
+python sample.py --export=folder --format=onnx        # writes the model for other programs
 """
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import html
@@ -26,7 +25,7 @@ import signal
 import sys
 import time
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -37,93 +36,77 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (
-    UNREADABLE,
-    Problem,
-    flag,
-    load_checkpoint,
-    load_model,
-    nearest,
-    parse_flags,
-    pick_device,
-    pick_dtype,
-    pick_scan,
-    read_whole,
-    run,
-    write_whole,
-)
-from mamba import SCAN_METHODS, Mamba, MambaState, check_sampling
+import common
+from common import Problem, flag
+from mamba import SCAN_METHODS, Mamba, MambaState, check_sampling, fast
 from mamba_files import hub_file
 from prepare_data import load_tokenizer, open_tokenizer
-
-try:
-    from mamba_fast import quantize_int8
-except ImportError:  # everything else works without it
-    quantize_int8 = None
 
 
 @dataclass
 class Config:
     out_dir: str = flag("", "folder of the run; the newest under out/ by default")
-    pretrained: str = flag("", "released weights instead: a folder, or a name such as "
-                           "state-spaces/mamba-130m")
+    pretrained: str = flag("", "released weights instead: a folder, or a name on Hugging Face")
     start: str = flag("", "text to continue, or FILE:path; by default the model begins a text")
-    num_samples: int = flag(1, "texts to write")
-    max_new_tokens: int = flag(500, "length of each (of each answer with --interactive)")
+    num_samples: int = flag(1, "texts to write", least=1)
+    max_new_tokens: int = flag(500, "length of each (each answer with --interactive)", least=1)
     temperature: float = flag(0.8, "below 1 safer, above 1 wilder, 0 always the likeliest token")
     top_k: int | None = flag(None, "only among the k likeliest tokens")
     top_p: float | None = flag(None, "only among the likeliest that together are this probable")
-    min_p: float | None = flag(None, "only among tokens at least this many times as likely as the "
-                               "likeliest, as 0.05")
-    repetition_penalty: float | None = flag(None, "above 1, as 1.1: tokens that were there before "
-                                            "become less likely")
-    stop: str = flag("", "text that ends an answer, itself not shown; several as A|B; "
-                     r"\n is a newline, \| a bar")
+    min_p: float | None = flag(None, "tokens at least this many times as likely as the likeliest")
+    repetition_penalty: float | None = flag(None, "above 1, as 1.1: what was there is less likely")
+    stop: str = flag("", r"text that ends an answer, not shown; several as A|B; \n newline, \| bar")
     ignore_eos: bool = flag(False, "go on after the token that ends a text (characters have none)")
-    seed: int | None = flag(None, "the same seed, the same text; by default another every time")
-    interactive: bool = flag(False, "a line from you, an answer from the model, and so on; /help "
-                             "there tells more")
-    show: str = flag("", "read --start and colour its tokens: delta by how far the selection "
-                     "opens, loss by surprise")
+    seed: int | None = flag(None, "the same seed, the same text; by default another every time",
+                            least=0, below=2 ** 63)
+    interactive: bool = flag(False, "a line from you, an answer, and so on; /help there tells more")
+    show: str = flag("", "delta or loss: colour the tokens of --start by opening or surprise")
     layer: int | None = flag(None, "the layer whose delta it is, from 0; by default the middle one")
-    html: str = flag("", "file for what --show shows, instead of the terminal: a page, or a "
-                     "picture if its name ends in .svg")
+    html: str = flag("", "file for what --show shows: a page, or a picture if it ends in .svg")
+    export: str = flag("", "folder to write the model and its tokenizer to, for other programs")
+    format: str = flag("mamba_ssm", "of --export: mamba_ssm, transformers or onnx")
     cache_dir: str = flag("", "folder for downloaded weights; Hugging Face's cache by default")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
-    dtype: str = flag("auto", "float32, bfloat16 or float16; by default bfloat16 on CUDA, else "
-                      "float32")
-    scan: str = flag("auto", "method of the selective scan: auto, triton (fused kernels, on CUDA), "
-                     "chunked or sequential")
-    compile: bool = flag(False, "on a CPU, torch.compile the model: 10 to 25 s at first, then 1.2 "
-                         "to 2 times as fast")
-    quantize: str = flag("", "int8: weights of 8 bits, a quarter of float32's memory; on a CPU "
-                         "several times faster")
+    dtype: str = flag("auto", "float32, bfloat16, float16; auto: bfloat16 on CUDA, else float32")
+    scan: str = flag("auto", "auto, triton (fused kernels, on CUDA), chunked or sequential")
+    compile: bool = flag(False, "on a CPU: compiled in 10 to 25 s, then 1.2 to 2 times as fast")
+    quantize: str = flag("", "int8: a quarter of float32's memory; on a CPU several times faster")
 
+CHOICES = {"scan": SCAN_METHODS, "quantize": ("", "int8"), "show": ("", "delta", "loss"),
+           "format": ("mamba_ssm", "transformers", "onnx")}
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 def main(cfg, given):
     check(cfg)
-    device = pick_device(cfg.device)
-    dtype = pick_dtype(cfg.dtype, device)
+    # files to export are the same from any device
+    device = common.pick_device("cpu" if cfg.export else cfg.device)
+    dtype = common.pick_dtype(cfg.dtype, device)
     if cfg.pretrained:
         source = cfg.pretrained
         model, tokenizer = load_pretrained(source, device, getattr(torch, dtype), cfg.scan,
-                                           cfg.cache_dir or None)
+                                           cfg.cache_dir)
     else:
-        out_dir = Path(cfg.out_dir) if cfg.out_dir else newest_run()
+        out_dir = Path(cfg.out_dir or newest_run())
         names = ("best.pt", "ckpt.pt", "ckpt.prev.pt")
-        checkpoint = load_checkpoint(*(out_dir / name for name in names))
+        checkpoint = common.load_checkpoint(*(out_dir / name for name in names))
         source = f"{out_dir}, step {checkpoint['step']}"
-        model = load_model(checkpoint, scan=cfg.scan).to(device, getattr(torch, dtype)).eval()
+        model = common.load_model(checkpoint, scan=cfg.scan).eval()
+        model.to(device, getattr(torch, dtype))
         tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
+    if cfg.export:
+        return export(cfg, model, tokenizer)
     if cfg.quantize:
-        quantize_int8(model)
+        fast.quantize_int8(model)
     start = text_of(cfg.start)
     prompt = tokenizer.encode(start) if start else []
-    if cfg.show:
-        check_show(cfg, model, prompt)
+    if cfg.show and not prompt:
+        raise Problem("--show has nothing to read: the text of --start is empty")
+    if not 0 <= (cfg.layer or 0) < model.config.n_layer:
+        raise Problem(f"--layer must be from 0 to {model.config.n_layer - 1}, not {cfg.layer}")
+
     generator = make_generator(cfg, device)
+    scan = common.pick_scan(cfg.scan, device, dtype, model.config.d_state)
     int8 = ", int8 weights" if cfg.quantize else ""
-    scan = pick_scan(cfg.scan, device, dtype, model.config.d_state)
     print(f"{source}: {model.num_params() / 1e6:.2f}M parameters; {device}, {dtype}{int8}, "
           f"scan {scan}, seed {cfg.seed}", file=sys.stderr)
     if cfg.show:
@@ -135,39 +118,39 @@ def main(cfg, given):
     else:
         write_samples(cfg, model, tokenizer, start, prompt, generator)
 
-
 def check(cfg):
     """Problem: flags or settings that have no meaning."""
-    if cfg.num_samples < 1 or cfg.max_new_tokens < 1:
-        raise Problem("--num_samples and --max_new_tokens must be at least 1")
+    for name, choices in CHOICES.items():
+        if (value := getattr(cfg, name)) not in choices:
+            raise Problem(f"--{name} takes {' or '.join(filter(None, choices))}, not '{value}'")
     try:
-        check_sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty)
+        check_sampling(**sampling(cfg))
     except ValueError as error:
         raise Problem(str(error)) from None
-    if cfg.scan not in SCAN_METHODS:
-        raise Problem(f"--scan takes {', '.join(SCAN_METHODS)}, not '{cfg.scan}'")
-    if cfg.quantize not in ("", "int8"):
-        raise Problem(f"--quantize takes int8, not '{cfg.quantize}'")
-    if cfg.quantize and quantize_int8 is None:
-        raise Problem("--quantize=int8 needs the folder mamba_fast/ beside mamba.py")
-    if not 0 <= (cfg.seed or 0) < 2 ** 63:
-        raise Problem(f"--seed must be at least 0 and below {2 ** 63}, not {cfg.seed}")
-    if Path(cfg.out_dir).is_file():
-        raise Problem(f"--out_dir takes the folder of a run, {Path(cfg.out_dir).parent}, not a "
-                      "file in it")
-    if cfg.out_dir and cfg.pretrained:
-        raise Problem("--out_dir and --pretrained are two models; give one of them")
-    if cfg.show not in ("", "delta", "loss"):
-        raise Problem(f"--show takes delta or loss, not '{cfg.show}'")
-    if cfg.show and (cfg.interactive or not cfg.start):
-        raise Problem("--show reads a text: give it as --start, or --start=FILE:path, and without "
-                      "--interactive")
-    if (cfg.html and not cfg.show) or (cfg.layer is not None and cfg.show != "delta"):
-        raise Problem("--html goes with --show, and --layer with --show=delta")
-    page = Path(cfg.html)
-    if cfg.html and ((page.exists() and not page.is_file()) or not page.parent.is_dir()):
-        raise Problem(f"--html takes a file in a folder that there is, not '{cfg.html}'")
+    run_dir, page, folder = Path(cfg.out_dir), Path(cfg.html), Path(cfg.export)
+    for wrong, message in (
+            (cfg.quantize and not fast, "--quantize=int8 needs the folder mamba_fast/"),
+            (run_dir.is_file(),
+             f"--out_dir takes the folder of a run, {run_dir.parent}, not a file in it"),
+            (cfg.out_dir and cfg.pretrained, "--out_dir and --pretrained are two models; give one"),
+            (cfg.show and (cfg.interactive or not cfg.start),
+             "--show reads a text: give it as --start, and without --interactive"),
+            ((cfg.html and not cfg.show) or (cfg.layer is not None and cfg.show != "delta"),
+             "--html goes with --show, and --layer with --show=delta"),
+            (cfg.html and (not page.parent.is_dir() or (page.exists() and not page.is_file())),
+             f"--html takes a file in a folder that there is, not '{cfg.html}'"),
+            (cfg.format != "mamba_ssm" and not cfg.export, "--format goes with --export"),
+            (cfg.export and (cfg.start or cfg.show or cfg.interactive),
+             "--export writes no text: give it without --start, --show and --interactive"),
+            (cfg.export and cfg.quantize, "--export has no int8 weights: leave out --quantize"),
+            (cfg.export and folder.exists() and (folder.is_file() or any(folder.iterdir())),
+             f"--export takes a new or an empty folder, not '{folder}'")):
+        if wrong:
+            raise Problem(message)
 
+def sampling(cfg):
+    """The settings of mamba.sample."""
+    return {name: getattr(cfg, name) for name in SAMPLING}
 
 def newest_run():
     checkpoints = [*Path("out").glob("*/best.pt"), *Path("out").glob("*/ckpt.pt")]
@@ -175,17 +158,11 @@ def newest_run():
         raise Problem("there is no model under out/; train one with: python train.py")
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
 
-
 def load_pretrained(name, device, dtype, scan, cache_dir=None):
-    """
-    (model, tokenizer) of a folder or a name on Hugging Face. The tokenizer is the tokenizer.json
-    beside the weights, or else that of GPT-NeoX, as for all released ones.
-    """
+    """(model, tokenizer) of a folder or a name on Hugging Face."""
     try:
         model = Mamba.from_pretrained(name, device, dtype, cache_dir, scan=scan)
         path = tokenizer_file(name, cache_dir)
-    except ImportError as error:
-        raise Problem(f"{name} needs a package: pip install {error.name}") from None
     except ValueError as error:
         raise Problem(f"--pretrained={name}: {error}") from None
     tokenizer, config = open_tokenizer(str(path)), model.config
@@ -197,9 +174,8 @@ def load_pretrained(name, device, dtype, scan, cache_dir=None):
     config.pad_vocab_size_multiple = len(model.lm_head.weight)
     return model, tokenizer
 
-
 def tokenizer_file(name, cache_dir):
-    """The path of the tokenizer.json for the weights of this name."""
+    """The path of the tokenizer.json beside the weights, or else of GPT-NeoX's."""
     # Those of state-spaces come without, or with GPT-NeoX's: do not ask the network each time.
     local = name.startswith("state-spaces/")
     try:
@@ -211,7 +187,6 @@ def tokenizer_file(name, cache_dir):
               "GPT-NeoX's", file=sys.stderr)
     return hub_file("EleutherAI/gpt-neox-20b", "tokenizer.json", cache_dir)
 
-
 def text_of(start):
     """The text that a --start is: itself, or what stands in its FILE:."""
     if not start.startswith("FILE:"):
@@ -222,13 +197,25 @@ def text_of(start):
     except UnicodeDecodeError as error:
         raise Problem(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
-
 def make_generator(cfg, device):
     """On a GPU one of its own: random numbers from the CPU would make it wait. MPS takes those."""
     if cfg.seed is None:
         cfg.seed = torch.seed() % 2 ** 32
     return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(cfg.seed)
 
+def export(cfg, model, tokenizer):
+    """Writes what --format says into the folder --export."""
+    import mamba_export  # only here: nothing else needs it
+    folder = Path(cfg.export)
+    try:
+        if cfg.format == "onnx":
+            mamba_export.write_onnx(model, folder, tokenizer)
+        else:
+            model.save_pretrained(folder, layout=cfg.format)
+            mamba_export.write_tokenizer(folder, tokenizer, model)
+    except ValueError as error:
+        raise Problem(f"--format={cfg.format}: {error}") from None
+    print(f"wrote {', '.join(sorted(os.listdir(folder)))} into {folder}", file=sys.stderr)
 
 def write_samples(cfg, model, tokenizer, start, prompt, generator):
     began, count = time.perf_counter(), 0
@@ -242,18 +229,12 @@ def write_samples(cfg, model, tokenizer, start, prompt, generator):
     seconds = time.perf_counter() - began
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
 
-
-# Tokens to text
-
+# ---- Tokens to text ------------------------------------------------------------------------------
 
 def as_text(tokenizer, tokens, before=(), cut_off=False):
-    """
-    The text of token ids that follow those in before: a piece for each, and a last one.
-
+    """The text of token ids that follow those in before: a piece for each, and a last one.
     A token may end inside a character, which then waits for its other bytes. Bytes that belong to
-    no character come out as U+FFFD; at the end too, unless tokens are cut_off there, somewhere in
-    a text.
-    """
+    no character come out as U+FFFD; at the end too, unless the text is cut_off there."""
     decode, unfinished = tokenizer.decode, "\ufffd"
     # ids[:out] are out already, and done are their characters: next to them a token decodes as it
     # does in the text. They begin with the end of `before`, where that begins a character.
@@ -276,23 +257,15 @@ def as_text(tokenizer, tokens, before=(), cut_off=False):
     rest = decode(ids)[done:]
     yield rest.rstrip(unfinished) if cut_off else rest
 
-
 def stop_strings(text):
-    r"""
-    Those in a --stop, separated by |. \n and \t are a newline and a tab; a backslash takes | and
-    the backslash itself as they are.
-    """
-    def unescaped(match):
-        return {"n": "\n", "t": "\t"}.get(match[1], match[1])
+    r"""Those in a --stop, separated by |. \n and \t are a newline and a tab, \| and \\ | and \."""
     parts = re.findall(r"(?:\\.|[^|])+", text, re.DOTALL)
-    return [re.sub(r"\\(.)", unescaped, part, flags=re.DOTALL) for part in parts]
-
+    meant = {"n": "\n", "t": "\t"}
+    return [re.sub(r"(?s)\\(.)", lambda match: meant.get(match[1], match[1]), part)
+            for part in parts]
 
 def until(stops, pieces):
-    """
-    The pieces up to the first end of a string in stops. What may be the beginning of one waits
-    until that is decided.
-    """
+    """The pieces up to the first end of a stop string. What may begin one waits to be decided."""
     held = ""
     for piece in pieces:
         held += piece
@@ -306,19 +279,13 @@ def until(stops, pieces):
         held = held[ready:]
     yield held
 
-
-# A text in turns
-
+# ---- A text in turns -----------------------------------------------------------------------------
 
 AHEAD = 8  # tokens that a GPU makes before they are shown: to look at one makes it wait
 PART = 512  # tokens of a text that are read at once: memory stays small, Ctrl-C need not wait long
 
-
 class Conversation:
-    """
-    What the model has read and written so far, as its state: constant memory, and nothing is ever
-    read twice.
-    """
+    """What the model has read and written, as its state: constant memory, nothing read twice."""
 
     def __init__(self, model, tokenizer, prompt):
         self.model, self.tokenizer = model, tokenizer
@@ -341,23 +308,21 @@ class Conversation:
         return until(stop_strings(cfg.stop), text)
 
     def _tokens(self, cfg, generator):
-        if cfg.interactive:
-            self._read_in_parts()
-        if self.interrupted:
-            return
-        device, seen = self.model.device, None
+        model, device, seen = self.model, self.model.device, None
+        while len(self.unread) > PART and not self.interrupted:
+            part, rest = self.unread[:PART], self.unread[PART:]
+            _, self.state = next(model.read(torch.tensor([part], device=device), self.state))
+            self.seen.update(part)
+            self.unread = rest
         if cfg.repetition_penalty is not None:
-            seen = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool)
-            seen[0, sorted(self.seen)] = True
-            seen = seen.to(device)
-        stream = self.model.stream(
-            [self.unread], cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k,
-            top_p=cfg.top_p, min_p=cfg.min_p, repetition_penalty=cfg.repetition_penalty,
-            generator=generator, state=self.state, seen=seen, compile=cfg.compile)
+            seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=device)
+            seen[0, list(self.seen)] = True
+        stream = model.stream([self.unread], cfg.max_new_tokens, generator=generator, seen=seen,
+                              state=self.state, compile=cfg.compile, **sampling(cfg))
         # A GPU may work ahead, but not where the state has to stay with what was shown.
         ahead = AHEAD if device.type == "cuda" and not cfg.interactive else 1
         try:
-            while tokens := list(itertools.islice(stream, ahead)):
+            while not self.interrupted and (tokens := list(itertools.islice(stream, ahead))):
                 for token in torch.cat(tokens).tolist():
                     self.seen.update(self.unread)
                     self.unread = [token]
@@ -365,30 +330,16 @@ class Conversation:
                     if token == self.tokenizer.end_of_text and not cfg.ignore_eos:
                         return
                     yield token
-                    if self.interrupted:
-                        return
         finally:  # also where a stop string ends it
             self.state = stream.state
-
-    def _read_in_parts(self):
-        """Reads the unread tokens but for the last 1 to PART of them."""
-        length = (len(self.unread) - 1) // PART * PART
-        if length == 0 or self.interrupted:
-            return
-        ids = torch.tensor([self.unread[:length]], device=self.model.device)
-        for _, state in self.model.read(ids, self.state, part=PART):
-            self.state = state
-            self.seen.update(self.unread[:PART])
-            self.unread = self.unread[PART:]
-            if self.interrupted:
-                return
 
     @functools.cached_property
     def fingerprint(self):
         """sha256 of the model's config and of its weights as they are in memory."""
-        config = dataclasses.asdict(self.model.config)
-        config = sorted((k, v) for k, v in config.items() if k not in ("scan", "dropout"))
-        digest = hashlib.sha256(repr(config).encode())
+        config = asdict(self.model.config)
+        for name in ("scan", "dropout", "residual_in_fp32"):  # a kept state fits them all
+            config.pop(name, None)
+        digest = hashlib.sha256(repr(sorted(config.items())).encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
@@ -400,27 +351,23 @@ class Conversation:
         state = [tuple(tensor.cpu().clone() for tensor in layer) for layer in self.state]
         saved = {"fingerprint": self.fingerprint, "state": state, "unread": self.unread,
                  "seen": sorted(self.seen)}
-        write_whole(path, lambda file: torch.save(saved, file))
+        common.write_whole(path, lambda file: torch.save(saved, file))
+        print(f"saved {path}", file=sys.stderr)
 
     def load(self, path):
         """Problem: not whole, or of another model; the conversation then stays as it was."""
-        try:
-            saved = read_whole(path, self.model.device)
+        with common.reading(path, "a conversation"):
+            saved = common.read_whole(path, self.model.device)
             if saved.keys() != {"fingerprint", "state", "unread", "seen"}:
                 raise ValueError
-        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-            raise Problem(f"cannot read {path}: {error.strerror}") from None
-        except UNREADABLE:
-            raise Problem(f"{path} is damaged or not a conversation") from None
         if saved["fingerprint"] != self.fingerprint:
             raise Problem(f"{path} is a conversation with another model, or with this one in "
                           "another --dtype or --quantize")
         self.state = [MambaState(*layer) for layer in saved["state"]]
         self.unread, self.seen = saved["unread"], set(saved["seen"])
+        print(f"loaded {path}", file=sys.stderr)
 
-
-SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "ignore_eos",
-            "max_new_tokens", "seed")
+SETTINGS = (*SAMPLING, "stop", "ignore_eos", "max_new_tokens", "seed")
 COMMANDS = """\
 /reset             forget the conversation
 /save FILE         keep the conversation in a file of a few MB
@@ -428,7 +375,6 @@ COMMANDS = """\
 /set NAME VALUE    change a setting, as in: /set temperature 0.7
 /set               show the settings
 /quit              end, as Ctrl-D does; Ctrl-C only stops an answer"""
-
 
 def chat(talk, cfg, generator):
     """Lines and commands from the person, and the answers of talk (a Conversation) to them."""
@@ -442,36 +388,30 @@ def chat(talk, cfg, generator):
             line = input("> ")
             command, _, rest = line.partition(" ")
             rest = rest.strip()
-            path = os.path.expanduser(rest)
             if command == "/quit":
                 break
             elif command == "/help":
                 print(COMMANDS, file=sys.stderr)
             elif command == "/reset":
                 talk.reset()
-            elif command in ("/save", "/load") and not path:
+            elif command in ("/save", "/load") and not rest:
                 raise Problem(f"{command} needs the name of a file")
             elif command == "/save":
-                talk.save(path)
-                print(f"saved {path}", file=sys.stderr)
+                talk.save(os.path.expanduser(rest))
             elif command == "/load":
-                talk.load(path)
-                print(f"loaded {path}", file=sys.stderr)
+                talk.load(os.path.expanduser(rest))
             elif command == "/set":
-                if rest:
-                    cfg, name = with_setting(cfg, rest)
-                    if name == "seed":
-                        generator = make_generator(cfg, talk.model.device)
-                settings = (f"{name}={getattr(cfg, name)}" for name in SETTINGS)
-                print("  ".join(settings), file=sys.stderr)
+                cfg = with_setting(cfg, rest) if rest else cfg
+                if rest.startswith("seed"):
+                    generator = make_generator(cfg, talk.model.device)
+                print("  ".join(f"{name}={getattr(cfg, name)}" for name in SETTINGS),
+                      file=sys.stderr)
             elif command.startswith("/"):
                 raise Problem(f"unknown command {command}; /help shows the commands")
             else:
                 try:
                     new = talk.tokenizer.encode(line + "\n")
-                except Problem:
-                    # an alphabet without a newline; or without another character, and then this
-                    # raises the Problem again
+                except Problem:  # of an alphabet without a newline; any other comes again
                     new = talk.tokenizer.encode(line)
                 talk.unread = talk.unread + new
                 talk.interrupted, before = False, signal.signal(signal.SIGINT, interrupt)
@@ -486,20 +426,17 @@ def chat(talk, cfg, generator):
         except Problem as problem:
             print(problem, file=sys.stderr)
 
-
 def with_setting(cfg, words):
-    """(cfg with the setting that "name value" says, its name). Problem: it says none."""
+    """cfg with the setting that "name value" says. Problem: it says none."""
     name, value = (re.split(r"\s+|=", words, maxsplit=1) + [""])[:2]
     if name not in SETTINGS:
-        raise Problem(f"no setting '{name}'{nearest(name, SETTINGS)}; /set shows them")
-    _, changed = parse_flags(Config, [f"--{name}={value}"])
-    cfg = dataclasses.replace(cfg, **changed)
+        raise Problem(f"no setting '{name}'{common.nearest(name, SETTINGS)}; /set shows them")
+    _, changed = common.parse_flags(Config, [f"--{name}={value}"])
+    cfg = replace(cfg, **changed)
     check(cfg)
-    return cfg, name
+    return cfg
 
-
-# Looking inside: --show
-
+# ---- Looking inside: --show ----------------------------------------------------------------------
 
 @torch.no_grad()
 def surprise(model, ids):
@@ -511,14 +448,11 @@ def surprise(model, ids):
               for (logits, _), after in zip(parts, next_ids)]
     return [None, *torch.cat(values)[:-1].tolist()]
 
-
 @torch.no_grad()
 def opening(model, ids, layer):
-    """
-    delta of each token in one layer, the mean over the channels: large where the token is taken in
+    """delta of each token in a layer, the mean over the channels: large where the token is taken in
     and the past fades, near 0 where it passes. A forward hook reads dt, the first part of what
-    x_proj makes; delta = softplus(dt_proj(dt)).
-    """
+    x_proj makes; delta = softplus(dt_proj(dt))."""
     mixer, values = model.backbone["layers"][layer].mixer, []
 
     def read_dt(x_proj, inputs, output):  # output: (1, PART, dt_rank + 2 N)
@@ -530,20 +464,9 @@ def opening(model, ids, layer):
             pass
     return values
 
-
-def check_show(cfg, model, ids):
-    layers = model.config.n_layer
-    if not ids:
-        raise Problem("--show has nothing to read: the text of --start is empty")
-    if not 0 <= (cfg.layer or 0) < layers:
-        raise Problem(f"--layer must be from 0 to {layers - 1}, not {cfg.layer}")
-
-
 def show(cfg, model, tokenizer, ids):
-    """
-    The text of ids coloured by the delta or loss of its tokens: on the terminal, or in a file
-    (--html). In a pipe the numbers are listed.
-    """
+    """The text of ids coloured by the delta or loss of its tokens: on the terminal, or in a file
+    (--html). In a pipe the numbers are listed."""
     if cfg.show == "loss":
         what, values = "surprise in nats", surprise(model, ids)
     else:
@@ -551,57 +474,42 @@ def show(cfg, model, tokenizer, ids):
         layer = layers // 2 if cfg.layer is None else cfg.layer
         what = f"delta in layer {layer} of 0 to {layers - 1}, mean over channels"
         values = opening(model, ids, layer)
-    spans = list(by_text(as_text(tokenizer, ids), values))
-    known = [value for _, value in spans if value is not None]
+    characters = list(by_text(as_text(tokenizer, ids), values))
+    numbers = ["" if value is None else f"{value:.4f}" for _, value in characters]
     # one outlier must not make all others pale
-    low, high = np.percentile(known, [2, 98]) if known else (0, 0)
-    shares = [None if value is None else min(max((value - low) / (high - low or 1), 0), 1)
-              for _, value in spans]
+    low, high = np.percentile([v for _, v in characters if v is not None] or [0], [2, 98])
+    # What is shown are spans: a text, and its share of the colour, from 0 to 1, or None.
+    spans = [(text, None if value is None else np.clip((value - low) / (high - low or 1), 0, 1))
+             for text, value in characters]
+    steps = [(" ", step / 20) for step in range(21)]
+    scale = [(f"{low:.3g} ", None), *steps, (f" {high:.3g}", None)]
 
     if cfg.html:
-        draw = as_svg if cfg.html.lower().endswith(".svg") else as_html
-        lines = draw(what, low, high, spans, shares)
-        write_whole(cfg.html, lambda file: file.writelines(line.encode() for line in lines))
+        is_svg = cfg.html.lower().endswith(".svg")
+        pieces = as_svg(what, scale, spans) if is_svg else as_html(what, scale, spans, numbers)
+        common.write_whole(cfg.html, lambda file: file.write("".join(pieces).encode()))
         print(f"wrote {cfg.html}", file=sys.stderr)
     elif sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         if os.name == "nt":
             os.system("")  # makes an older console understand colours
-        bar = "".join(painted(*step) for step in scale(low, high))
-        print(f"{what}: {bar}")
-        for (text, _), share in zip(spans, shares):
-            print(painted(text, share), end="")
-        print()
+        print(f"{what}: ", *(painted(*span) for span in scale), sep="")
+        print(*(painted(*span) for span in spans), sep="")
     else:
-        for text, value in spans:
-            print(f"{'-' if value is None else format(value, '.4f'):>8}  {text!r}")
-
+        for (text, _), number in zip(spans, numbers):
+            print(f"{number or '-':>8}  {text!r}")
 
 def by_text(pieces, values):
-    """
-    (text, value) for each token. Tokens that make a character together are one, with the mean of
-    their values.
-    """
+    """(text, value) for each token, or for those that make a character together, and their mean."""
     *pieces, rest = pieces
     pieces[-1] += rest
     group = []
-    for i, (piece, value) in enumerate(zip(pieces, values)):
+    for piece, value in zip(pieces, values):
         group += [] if value is None else [value]
-        if piece or i == len(pieces) - 1:
+        if piece:
             yield piece, sum(group) / len(group) if group else None
             group = []
 
-
-# What is shown has a share of the colour, from 0 to 1; None is what has no value, and no colour.
-
-
-def scale(low, high):
-    """What tells the colours: (text, share) from low to high."""
-    steps = [(" ", step / 20) for step in range(21)]
-    return [(f"{low:.3g} ", None), *steps, (f" {high:.3g}", None)]
-
-
 CONTROLS = {c: 0x2400 + c for c in range(32) if c not in b"\t\n"}  # to their pictures, as in ␛
-
 
 def painted(text, share):
     """Text on a ground between dark grey and orange, for a terminal with 24-bit colours."""
@@ -614,54 +522,42 @@ def painted(text, share):
     colour = f"\033[38;2;{ink};48;2;{ground}m"
     return colour + text.replace("\n", f"↵\033[0m\n{colour}") + "\033[0m"
 
-
 OPACITY = 0.6  # of the orange where the share is 1: text on it stays readable, light or dark
 
-
-def as_html(what, low, high, spans, shares):
+def as_html(what, scale, spans, numbers):
     """One HTML page, in pieces; the text in <main> is that of the spans."""
     def span(text, share, more=""):
-        style = "" if share is None else f' style="--a:{OPACITY * share:.2f}"'
         # a browser would turn the character \r itself into a newline
-        return f"<span{style}{more}>{html.escape(text)}</span>".replace("\r", "&#13;")
+        text = html.escape(text).replace("\r", "&#13;").replace("\n", "<i></i>\n")
+        return f'<span style="--a:{OPACITY * (share or 0):.2f}"{more}>{text}</span>'
 
-    bar = "".join(span(*step) for step in scale(low, high))
     yield f"""<!DOCTYPE html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>{what}</title>
 <style>
 :root {{ color-scheme: light dark }}
 body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-body {{ font: 1rem/1.6 ui-monospace, monospace }}
-main {{ white-space: pre-wrap; overflow-wrap: anywhere }}
-.scale {{ display: inline-block; white-space: pre }}
-span {{ background: rgb(255 110 0 / var(--a, 0)) }}
-.n::before {{ content: "↵"; opacity: 0.5 }}
+p, main {{ font: 1rem/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }}
+span {{ background: rgb(255 110 0 / var(--a)) }}
+i::before {{ content: "↵"; opacity: 0.5 }}
 </style>
-</head>
-<body>
-<p>{what}: <span class="scale">{bar}</span></p>
+<p>{what}: {"".join(span(*step) for step in scale)}</p>
 <main>"""
-    for (text, value), share in zip(spans, shares):
-        newline = ' class="n"' if text.startswith("\n") else ""
-        title = "" if value is None else f"{value:.4f}"
-        yield span(text, share, f'{newline} title="{title}"')
-    yield "</main>\n</body>\n</html>\n"
-
+    for (text, share), number in zip(spans, numbers):
+        yield span(text, share, f' title="{number}"')
+    yield "</main>\n</html>\n"
 
 COLUMNS = 72  # of the text in a picture, at most
 COLUMN, ROW, MARGIN = 9, 22, 12  # pixels: of a character, of a row, and around all of it
 
-
-def as_svg(what, low, high, spans, shares):
+def as_svg(what, scale, spans):
     """The same as a picture in pieces, for a README: it follows the reader's light or dark mode."""
-    text = [(text.replace("\n", "↵\n"), share) for (text, _), share in zip(spans, shares)]
-    rows = list(in_rows([(f"{what}\n", None), *scale(low, high), ("\n\n", None), *text]))
-    widest = min(COLUMNS, max(columns(row) for row in rows))  # of short lines a narrow picture
-    width, height = 2 * MARGIN + widest * COLUMN, 2 * MARGIN + len(rows) * ROW
+    marked = [(text.replace("\n", "↵\n"), share) for text, share in spans]
+    rows = list(in_rows([(f"{what}\n", None), *scale, ("\n\n", None), *marked]))
+    widest = max(columns("".join(character for character, _ in row)) for row in rows)
+    width, height = 2 * MARGIN + min(widest, COLUMNS) * COLUMN, 2 * MARGIN + len(rows) * ROW
     size = f'width="{width}" height="{height}"'
     yield f"""<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}">
 <title>{what}</title>
@@ -675,10 +571,9 @@ rect {{ fill: rgb(255, 110, 0) }}
 """
     for i, row in enumerate(rows):
         x, y = MARGIN, MARGIN + i * ROW
-        for share, run_of_it in itertools.groupby(row, key=lambda cell: cell[1]):
-            cells = list(run_of_it)
+        for share, cells in itertools.groupby(row, key=lambda cell: cell[1]):
             text = "".join(character for character, _ in cells)
-            length = COLUMN * columns(cells)
+            length = COLUMN * columns(text)
             if share:
                 yield (f'<rect x="{x}" y="{y}" width="{length}" height="{ROW}" '
                        f'fill-opacity="{OPACITY * share:.2f}"/>')
@@ -691,35 +586,29 @@ rect {{ fill: rgb(255, 110, 0) }}
         yield "\n"
     yield "</svg>\n"
 
-
 def in_rows(spans):
-    """
-    The spans, (text, share) each, as rows of (character, share), which end at newlines, and where
-    they would be longer than COLUMNS at a space.
-    """
+    """The spans as rows of (character, share), which end at newlines and, where they would be
+    longer than COLUMNS, at a space."""
     pictures = {**CONTROLS, ord("\t"): " " * 4, 0xfffe: "\ufffd", 0xffff: "\ufffd"}  # not in XML
     row = []
-    for text, share in spans:
-        for character in text.translate(pictures):
-            row.append((character, share))
-            if character == "\n":
-                yield row[:-1]
-                row = []
-            elif columns(row) > COLUMNS + (character == " "):  # one space may stand in the margin
-                spaces = [i for i, (before, _) in enumerate(row[:-1]) if before == " "]
-                end = spaces[-1] + 1 if spaces else len(row) - 1
-                yield row[:end]
-                row = row[end:]
+    for cell in ((c, share) for text, share in spans for c in text.translate(pictures)):
+        row.append(cell)
+        line = "".join(character for character, _ in row)
+        if line.endswith("\n"):
+            yield row[:-1]
+            row = []
+        elif columns(line) > COLUMNS + line.endswith(" "):  # one space may stand in the margin
+            end = line.rfind(" ", 0, -1) + 1 or len(line) - 1
+            yield row[:end]
+            row = row[end:]
     if row:
         yield row
 
-
-def columns(row):
-    """The width of a row: a Chinese character takes two columns, and an accent of its own none."""
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character, _ in row)
-    accents = sum(unicodedata.category(character) in ("Mn", "Me", "Cf") for character, _ in row)
-    return len(row) + wide - accents
-
+def columns(text):
+    """The width of a text: a Chinese character takes two columns, and an accent of its own none."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    accents = sum(unicodedata.category(character) in ("Mn", "Me", "Cf") for character in text)
+    return len(text) + wide - accents
 
 if __name__ == "__main__":
-    run(main, Config)
+    common.run(main, Config)

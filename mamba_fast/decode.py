@@ -127,7 +127,7 @@ def compile_works(model, rows):
 def make_step(model, state, compile=False):
     """step(token) -> logits, (B,) -> (B, vocab_size). It updates in place state, which is like that
     of Mamba.init_state(B)."""
-    embedding, vocab_size = model.backbone["embedding"], model.config.vocab_size
+    embedding, config = model.backbone["embedding"], model.config
     ready = functools.partial(made_ready, rows=len(state[0].h), compile=compile)
     layers = [layer_step(layer, conv, h, ready)
               for layer, (conv, h) in zip(model.backbone["layers"], state)]
@@ -135,9 +135,10 @@ def make_step(model, state, compile=False):
 
     def step(token):
         x = embedding(token)                                                    # (B, d_model)
+        x = x.float() if config.residual_in_fp32 else x
         for layer in layers:
             x = layer(x)
-        return head(norm(x))[:, :vocab_size]                                    # no padding rows
+        return head(norm(x))[:, :config.vocab_size]                             # no padding rows
 
     if not compile:
         return torch.inference_mode()(step)     # calls cost less than without gradients alone
@@ -219,7 +220,7 @@ def made_ready(module, rows, compile):
     once, in its own type, and on a CPU by all cores.
     """
     if isinstance(module, nn.RMSNorm):
-        return module if compile else norm_made_ready(module)
+        return norm_made_ready(module, compile)
     weight, bias = module.weight, getattr(module, "bias", None)
     on_cpu, int8 = weight.device.type == "cpu", weight.dtype == torch.int8
     plus_bias = (lambda y: y) if bias is None else (lambda y: y + bias)
@@ -250,14 +251,18 @@ def made_ready(module, rows, compile):
     return product
 
 
-def norm_made_ready(norm):
-    """weight sqrt(d) x / sqrt(|x|^2 + d eps): half the calls."""
+def norm_made_ready(norm, compile):
+    """The norm, in the type of its weights. Unless compiled, with half the calls, as
+    weight sqrt(d) x / sqrt(|x|^2 + d eps)."""
+    dtype = norm.weight.dtype
+    if compile:
+        return lambda x: norm(x.to(dtype))
     weight = norm.weight.to(at_least_float32(norm.weight)) * math.sqrt(len(norm.weight))
     d_eps = weight.new_tensor(len(weight) * norm.eps)
 
     def function(x):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight.dtype)
-        return (x * weight * torch.addcmul(d_eps, length, length).rsqrt_()).to(x.dtype)
+        return (x * weight * torch.addcmul(d_eps, length, length).rsqrt_()).to(dtype)
     return function
 
 
@@ -286,7 +291,8 @@ class Graph:
         self.state = model.init_state(rows)
         if fused:
             step = functools.partial(scan_triton.decode, model.backbone, model.lm_head,
-                                     model.config.vocab_size, self.state)
+                                     model.config.vocab_size, model.config.residual_in_fp32,
+                                     self.state)
         else:
             step = make_step(model, self.state)
         self.step = torch.inference_mode()(step)

@@ -1139,7 +1139,7 @@ def decodes(config):
     return config.d_intermediate == 0 and config.dt_rank + 2 * config.d_state <= 512
 
 
-def decode(backbone, head, vocab_size, state, token):
+def decode(backbone, head, vocab_size, residual_in_fp32, state, token):
     """
     The Mamba of mamba.py for the next token of each text: token (B,) -> logits (B, vocab_size), float32. state, from
     Mamba.init_state, is updated in place. Weights: contiguous, in float32, bfloat16, float16 or as Int8Linear has them.
@@ -1165,6 +1165,7 @@ def decode(backbone, head, vocab_size, state, token):
         u, y, logits = x.new_empty(rows, D), x.new_empty(rows, D), x.new_empty(rows, vocab_size, dtype=torch.float32)
         gate, parts = logits.new_empty(rows, D), logits.new_empty(blocks, rows, P)
         normed, squares = torch.empty_like(x), logits.new_empty(rows, triton.cdiv(d_model, project["BN"]))
+        x = x.float() if residual_in_fp32 else x
         norms = [*(layer.norm.weight for layer in layers), backbone["norm_f"].weight]
         options = {"BLOCKS": squares.shape[1], **pdl}
         _begin[squares.shape[1], rows](x, norms[0], normed, squares, rows, d_model, project["BN"], num_warps=1, **pdl)
