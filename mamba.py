@@ -198,11 +198,10 @@ def one_by_one(u, delta, A, B, C, h):
     return torch.stack(ys, dim=1), h                                        # (B, L, D), (B, D, N)
 
 # ---- The same recurrence in tiles of T steps -----------------------------------------------------
-#
 # The states of all steps, (B, L, N, D), are 2N times larger than the input and never in memory at
 # once. In a tile everything but the recurrence itself is done for all its T steps together. Of a
-# tile only the state that enters it is kept; the backward pass computes the others again.
-# The state is (N, D) inside, channels innermost: products and sums over N read it in order.
+# tile only what enters it is kept, by checkpoint; the backward pass computes the rest again. The
+# state is (N, D) here, channels innermost: products and sums over N read it in order.
 
 def in_tiles(u, delta, A, B, C, state):
     """What one_by_one computes, sooner, and with memory for one tile alone."""
@@ -210,10 +209,7 @@ def in_tiles(u, delta, A, B, C, state):
     steps = 2 ** max(2, min(6, round(math.log2(2 ** 19 / (len(u) * A.numel())))))
     A, h, ys = A.t().contiguous(), state.transpose(1, 2), []                # (N, D), (B, N, D)
     for tile in zip(*(t.split(steps, dim=1) for t in (u, delta, B, C))):    # (B, T, X) each
-        if torch.is_grad_enabled():
-            y, h = checkpoint(one_tile, *tile, A, h, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y, h = one_tile(*tile, A, h)
+        y, h = checkpoint(one_tile, *tile, A, h, use_reentrant=False, preserve_rng_state=False)
         ys.append(y)
     return torch.cat(ys, dim=1), h.transpose(1, 2).clone()      # a view would keep all hs alive
 
@@ -288,8 +284,7 @@ class MambaState(NamedTuple):
     h: torch.Tensor         # (B, D, N), the state of the scan, in float32
 
 class MambaBlock(nn.Module):
-    """
-    The mixer (paper, figure 3): project up, short convolution, selective scan, gate, project down.
+    """The mixer (paper, figure 3): project up, convolution, selective scan, gate, project down.
 
     block(x) -> y, both (B, L, d_model). Stands alone: put it where a Transformer has attention.
     block(x, state) -> (y, state after x) continues where the call ended that returned the state;
@@ -354,10 +349,9 @@ class MambaBlock(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)                             # (B, L, D) each
         x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv, self.scan, mask, seq_idx)
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        if fast and fast.is_plain(self.dt_proj):    # its bias is added in the scan, in float32
-            delta, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias      # (B, L, D)
-        else:
-            delta, bias = self.dt_proj(dt), None
+        plain = fast and fast.is_plain(self.dt_proj)    # its bias is added in the scan, in float32
+        delta = F.linear(dt, self.dt_proj.weight) if plain else self.dt_proj(dt)    # (B, L, D)
+        bias = self.dt_proj.bias if plain else None
         A = -torch.exp(self.A_log)                                          # (D, N)
         y, h = selective_scan(x, delta, A, B, C, self.D, z, bias, True, h, True, self.scan, mask,
                               seq_idx)
@@ -408,9 +402,9 @@ class Layer(nn.Module):
         if config.d_intermediate > 0:
             self.norm2, self.mlp = norm(), GatedMLP(config)
 
-    def forward(self, x, state=None, mask=None, seq_idx=None):
+    def forward(self, x, state=None, **rows):
         """(B, L, d_model), and as for MambaBlock -> ((B, L, d_model), MambaState or None)."""
-        y = self.mixer(self.dropout(normed(self.norm, x)), state, mask, seq_idx)
+        y = self.mixer(self.dropout(normed(self.norm, x)), state, **rows)
         y, state = (y, None) if state is None else y
         x = x + self.dropout(y)
         if self.mlp is not None:
@@ -443,13 +437,11 @@ class Mamba(nn.Module):
                     weight /= math.sqrt(residuals)
 
     def forward(self, idx, targets=None, state=None, num_last_tokens=0, mask=None, seq_idx=None):
-        """
-        idx: (B, L) token ids.  targets: (B, L), negative ones are ignored.  state: from init_state,
-        or what a call returned; any split of a text gives the logits of one call.
-        mask, seq_idx: (B, L), padding and documents, as for MambaBlock.
-        Returns logits (B, L, vocab_size), or those of the last num_last_tokens, and None; with
-        targets None, and the mean cross-entropy in nats; with a state the next state as a third.
-        ValueError: shapes that do not fit."""
+        """idx: (B, L) token ids.  targets: (B, L), negative ones are ignored.  state: init_state's
+        or what a call returned; any split of a text gives the logits of one call.  mask, seq_idx:
+        (B, L), as for MambaBlock.  Returns logits (B, L, vocab_size), or of the last
+        num_last_tokens, and None; with targets None, and the mean cross-entropy in nats; with a
+        state the next state as a third.  ValueError: shapes that do not fit."""
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets must be {[*idx.shape]} as idx, not {[*targets.shape]}")
         x = self.hidden(idx, state, mask, seq_idx)
@@ -466,9 +458,12 @@ class Mamba(nn.Module):
             raise ValueError(f"idx must be (B, L), not {[*idx.shape]}, and a state must have "
                              f"{len(layers)} layers, not {len(states)}")
         x, after = self.dropout(self.backbone["embedding"](idx)), []        # (B, L, d_model)
-        x = x.float() if self.config.residual_in_fp32 else x
+        if self.config.residual_in_fp32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        # not to a layer of another kind that knows neither, unless one is given
+        rows = {k: t for k, t in {"mask": mask, "seq_idx": seq_idx}.items() if t is not None}
         for layer, layer_state in zip(layers, states):
-            x, layer_state = layer(x, layer_state, mask, seq_idx)
+            x, layer_state = layer(x, layer_state, **rows)
             after.append(layer_state)
         x = normed(self.backbone["norm_f"], x)
         return x if state is None else (x, after)
@@ -566,13 +561,12 @@ class Mamba(nn.Module):
         """A trained model, in eval mode, from a folder that save_pretrained wrote; or by
         mamba_files.py a run of train.py, any in the layout of mamba_ssm or transformers, or a name
         on Hugging Face, such as state-spaces/mamba-130m.  dtype: of the weights, by default as in
-        the file; what MambaBlock keeps in float32 stays so.  cache_dir: for downloads.
-        changes: of the MambaConfig, such as dropout=0.1, that leave the shapes alone.
+        the file; what MambaBlock keeps in float32 stays so.  cache_dir: for downloads.  changes: of
+        options that leave the shapes alone, such as dropout=0.1.
         ValueError: no such model, or damaged.  OSError: not found, no download."""
         options, tensors = (files.read if files else read_folder)(name_or_folder, cache_dir)
         with torch.device("meta"):
             model = cls(MambaConfig(**{**options, **changes}))
-        # tensor by tensor, with memory for one model and not for two
         model.load_state_dict(dict(tensors(model, device, dtype)), assign=True)
         if model.config.tie_embeddings:
             model.lm_head.weight = model.backbone["embedding"].weight
@@ -666,19 +660,18 @@ def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetiti
             ("top_k at least 1", top_k, top_k is None or top_k >= 1),
             ("top_p above 0 and at most 1", top_p, top_p is None or 0 < top_p <= 1),
             ("min_p from 0 to 1", min_p, min_p is None or 0 <= min_p <= 1),
-            ("repetition_penalty above 0", penalty := repetition_penalty,
-             penalty is None or 0 < penalty < math.inf)):
+            ("repetition_penalty above 0", repetition_penalty,
+             repetition_penalty is None or 0 < repetition_penalty < math.inf)):
         if not right:
             raise ValueError(f"sampling needs {need}, not {value}")
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None,
            repetition_penalty=None, seen=None):
     """Draws one token id for each row of logits (B, V); returns (B,), without waiting for a GPU.
-    temperature: 0 takes the likeliest token.  top_k: only among the k likeliest.  top_p: only among
-    the fewest that together have this probability.  min_p: only among those at least min_p times
-    as likely as the likeliest.  repetition_penalty: above 1 makes the tokens in seen, (B, V) bool,
-    less likely: their logits are divided by it where positive, else multiplied (CTRL, arXiv
-    1909.05858).  generator: to draw the same again; one on the CPU makes a GPU wait."""
+    temperature: 0 takes the likeliest token.  top_k: only among the k likeliest.  top_p: among the
+    fewest that together have this probability.  min_p: among those at least min_p times as likely
+    as the likeliest.  repetition_penalty: above 1 makes the tokens in seen, (B, V) bool, less
+    likely (CTRL, arXiv 1909.05858).  generator: to draw the same again; on the CPU, a GPU waits."""
     if repetition_penalty is not None and seen is not None:
         logits, penalty = logits.float(), repetition_penalty
         penalized = torch.where(logits > 0, logits / penalty, logits * penalty)

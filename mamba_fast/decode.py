@@ -135,7 +135,7 @@ def make_step(model, state, compile=False):
 
     def step(token):
         x = embedding(token)                                                    # (B, d_model)
-        x = x.float() if config.residual_in_fp32 else x
+        x = x.to(at_least_float32(x)) if config.residual_in_fp32 else x
         for layer in layers:
             x = layer(x)
         return head(norm(x))[:, :config.vocab_size]                             # no padding rows
