@@ -250,8 +250,7 @@ def conv_silu(x, weight, bias=None, state=None, scan="auto", mask=None, seq_idx=
     Returns (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d, which wants (B, D, L)."""
     (batch, length, d_inner), before, document = x.shape, weight.shape[2] - 1, None
     if state is not None and state.shape != (batch, before, d_inner):
-        raise ValueError(f"the convolution's state must be {[batch, before, d_inner]} to fit x "
-                         f"{[*x.shape]}, not {[*state.shape]}")
+        raise ValueError(f"the conv state must be {[batch, before, d_inner]}, not {[*state.shape]}")
     y = fast.conv_silu(x, weight, bias, state, scan) if fast and seq_idx is None else None
     state = x.new_zeros(batch, before, d_inner) if state is None else state.to(x.dtype)
     # where y is there, x is not needed any more, but for its last inputs
@@ -331,8 +330,9 @@ class MambaBlock(nn.Module):
 
     def init_state(self, batch):
         """The state before the first token: zeros."""
-        conv = self.conv1d.weight.new_zeros(batch, self.conv1d.kernel_size[0] - 1, len(self.D))
-        return MambaState(conv, self.A_log.new_zeros(batch, *self.A_log.shape))
+        shapes = (self.conv1d.kernel_size[0] - 1, len(self.D)), self.A_log.shape
+        return MambaState(*(torch.zeros(batch, *shape, dtype=weight.dtype, device=weight.device)
+                            for shape, weight in zip(shapes, (self.conv1d.weight, self.A_log))))
 
     def forward(self, x, state=None, mask=None, seq_idx=None):
         """(B, L, d_model) -> the same, or with a state (it, MambaState). ValueError: no such x."""

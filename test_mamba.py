@@ -1465,6 +1465,198 @@ def test_memory_of_a_long_text():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# mamba.py: in the tools of others
+
+
+@pytest.mark.parametrize("targets", [["in_proj"], ["x_proj"], ["out_proj"], ["dt_proj"], ["in_proj", "x_proj", "out_proj", "lm_head"],
+                                     "all-linear"])
+def test_lora(targets):
+    """An adapter acts in a forward call, in training, in generation, and as much after it is merged."""
+    peft = pytest.importorskip("peft")
+    model, prompts = lively(tie_embeddings=False), tokens(2, 9)
+    before = model(prompts)[0]
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=64, target_modules=targets, init_lora_weights=False)).eval()
+    adapted = model(prompts)[0]
+    assert relative(adapted, before) > 1e-3
+    expected = greedy(model, prompts, 8)
+    assert torch.equal(model.generate(prompts, 8, temperature=0)[:, 9:], expected)
+    model.train()(prompts, prompts)[1].backward()
+    grads = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    assert grads and all(g is not None and g.abs().sum() > 0 for g in grads)
+    merged = lora.eval().merge_and_unload()
+    assert relative(merged(prompts)[0], adapted) < 1e-4
+    assert torch.equal(merged.generate(prompts, 8, temperature=0)[:, 9:], expected)
+
+
+def quantized_by_torchao(model):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    return model
+
+
+@pytest.mark.parametrize("quantize", [quantized_by_torchao, lambda model: torch.ao.quantization.quantize_dynamic(
+    model, {nn.Linear}, dtype=torch.qint8)], ids=["torchao", "dynamic"])
+def test_quantizers_of_others(quantize):
+    model, prompts = quantize(lively(d_model=64, tie_embeddings=False)), tokens(1, 7)
+    assert torch.equal(model.generate(prompts, 6, temperature=0)[:, 7:], greedy(model, prompts, 6))
+
+
+SHARDED = """
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from mamba import Mamba, MambaConfig
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+models = []
+for _ in range(2):
+    torch.manual_seed(0)
+    models.append(Mamba(MambaConfig(vocab_size=50, d_model=32, n_layer=2)))
+plain, sharded = models
+for layer in sharded.backbone["layers"]:
+    fully_shard(layer)
+fully_shard(sharded)
+idx = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(1))
+for model in models:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        loss = model(idx, idx)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.loss = loss.item()
+assert abs(plain.loss - sharded.loss) < 1e-5, (plain.loss, sharded.loss)
+assert type(sharded.lm_head.weight).__name__ == "DTensor"
+assert torch.equal(*(model.eval().generate(idx[:, :5], 10, temperature=0) for model in models))
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_over_two_processes(tmp_path):
+    """FSDP2: training, and generation, as on one."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sharded.py"],
+                            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@fast
+@pytest.mark.parametrize("compiled_scan", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("what", ["scan", "block", "model"])
+def test_one_graph_for_all_lengths(monkeypatch, what, training, compiled_scan):
+    """torch.compile(fullgraph=True), and at most three compilations for eight lengths."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from mamba_fast import scan_compiled
+    monkeypatch.setattr(scan_compiled, "_compiled", lambda function: function)      # it has a compiler of its own
+    monkeypatch.setattr(mamba.fast, "compiles_well", lambda *inputs: compiled_scan)
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, counter = small(n_layer=2, d_state=8), CompileCounterWithBackend("aot_eager")
+    module = {"scan": selective_scan, "block": model.backbone["layers"][0].mixer, "model": model}[what]
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for length in (5, 9, 20, 33, 64, 65, 100, 257):
+        leaves = list(model.parameters()) if what == "model" else [torch.randn(2, length, 32, requires_grad=training)]
+        inputs = (tokens(2, length),) * 2 if what == "model" else leaves
+        if what == "scan":
+            inputs = (leaves[0], leaves[0].abs(), -torch.ones(32, 8), *torch.ones(2, 2, length, 8))
+        with torch.set_grad_enabled(training):
+            results = []
+            for run in (module, compiled):
+                y = run(*inputs)[1] if what == "model" else run(*inputs)
+                results.append([y, *(torch.autograd.grad(y.square().sum(), leaves) if training else ())])
+        assert same(*results, 1e-5)
+    assert counter.frame_count <= 3
+
+
+@fast
+def test_export_of_any_batch_and_length():
+    """torch.export of the block, of the model, and of the step of a token, which takes and returns states."""
+    model = small(n_layer=2).eval()
+    block, batch, length = model.backbone["layers"][0].mixer, torch.export.Dim("batch", min=2), torch.export.Dim("length", min=2)
+
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, token, state):
+            logits, _, after = self.model(token[:, None], state=state)
+            return logits[:, 0], after
+    for module, inputs in ((block, lambda b, n: (torch.randn(b, n, 32),)), (model, lambda b, n: (tokens(b, n),))):
+        exported = torch.export.export(module, inputs(3, 20), dynamic_shapes=({0: batch, 1: length},)
+                                       if module is block else {"idx": {0: batch, 1: length}}).module()
+        for sizes in ((2, 2), (5, 9), (2, 64), (3, 300)):
+            x = inputs(*sizes)
+            assert same([t for t in tree_leaves(exported(*x)) if t is not None],
+                        [t for t in tree_leaves(module(*x)) if t is not None], 1e-5)
+    step, state = Step(), some_state(model, 3)
+    exported = torch.export.export(step, (tokens(3, 1)[:, 0], state), dynamic_shapes=({0: batch}, tree_map(lambda t: {0: batch}, state)))
+    for rows in (2, 5):
+        inputs = (tokens(rows, 1)[:, 0], some_state(model, rows))
+        assert same(exported.module()(*inputs), step(*inputs), 1e-5)
+
+
+def test_checkpointing_of_the_layers():
+    """By PyTorch's own wrapper: equal gradients, and of all that a layer keeps its input alone."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+    idx, results = tokens(2, 70), []
+    for wrapped in (False, True):
+        model, kept = small(), {}
+        if wrapped:
+            apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, mamba.Layer))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
+            loss = model(idx, idx)[1]
+        results.append([sum(kept.values()), loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(*pair) for pair in zip(results[0][1:], results[1][1:]))
+    assert results[1][0] < 0.4 * results[0][0]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_residual_in_float32(at_once):
+    """In bfloat16 the model with it is as near to float32 as transformers with the same weights, and nearer than without."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=72, hidden_size=32, num_hidden_layers=12, state_size=8, residual_in_fp32=True,
+                                      use_mambapy=False, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    theirs = transformers.MambaForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    ours, idx = {}, tokens(4, 30)
+    for residual in (False, True):
+        model = Mamba(MambaConfig(vocab_size=72, d_model=32, n_layer=12, d_state=8, residual_in_fp32=residual)).eval()
+        model.load_state_dict({k.replace("embeddings", "embedding"): v for k, v in theirs.state_dict().items()})
+        exact, ours[residual] = model(idx)[0], model.bfloat16()
+    error = lambda logits: relative(logits, exact)
+    assert relative(theirs(idx).logits, exact) < 1e-5
+    with torch.no_grad():
+        logits = {}
+        for residual, model in ours.items():
+            if at_once:
+                logits[residual] = model(idx)[0]
+            else:
+                step = model.decoder([row[:1] for row in idx], model.init_state(4))
+                logits[residual] = torch.stack([step(token).clone() for token in idx.unbind(1)], 1)
+        assert error(logits[True]) < 1.02 * error(theirs.bfloat16()(idx).logits) and error(logits[True]) < error(logits[False])
+
+
+def test_what_an_import_costs():
+    """Nothing that takes long is imported with mamba.py: neither a compiler nor, without a GPU, Triton."""
+    code = "import sys, torch, mamba; print([name for name in ('torch._dynamo', 'torch._inductor', 'triton', 'transformers') if name in sys.modules])"
+    expected = "['triton']" if torch.cuda.is_available() else "[]"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == expected
+
+
+def test_all_that_is_public_says_what_it_does():
+    """Docstrings with shapes for each public forward, and __all__."""
+    assert set(mamba.__all__) >= {"Mamba", "MambaBlock", "MambaConfig", "selective_scan"}
+    for thing in (*map(mamba.__dict__.get, mamba.__all__), MambaBlock.forward, Mamba.forward, Mamba.hidden, Mamba.generate, mamba.Layer.forward):
+        assert thing.__doc__ and (not callable(thing) or "B" in thing.__doc__ or isinstance(thing, type)), thing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # mamba.py: load and save
 
 LAYOUTS = ("mamba_ssm", "mamba_ssm, padded", "hf", "hf, shards", "hf, .bin shards")
@@ -2264,8 +2456,9 @@ ampere.async_copy = types.SimpleNamespace(
     commit_group=lambda: None, wait_group=lambda n: None)
 gluon.jit, gluon.language = triton.jit, gl
 
-import mamba, torch
-from mamba_fast import scan_triton
+import mamba, mamba_fast, torch
+scan_triton = importlib.import_module("mamba_fast.scan_triton")     # which mamba_fast imports on CUDA alone
+mamba_fast.decode.scan_triton = scan_triton
 tests = importlib.import_module(sys.argv[1])
 
 # the step of a token; the interpreter cannot do tl.dot of bfloat16

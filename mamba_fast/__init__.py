@@ -22,21 +22,14 @@ import torch
 import torch.nn.functional as F
 
 from . import scan_side_by_side, scan_tiles
-from .decode import decoder, recorded, replayed
+from .decode import decoder, recorded, replayed, scan_triton
 from .int8 import quantize_int8
 from .layers import Linear, causal_conv, cross_entropy, is_plain
 
-try:
-    from . import scan_triton
-except ImportError:         # no Triton, as on a CPU or a Mac
-    scan_triton = None
-
-__all__ = ["Linear", "compiles_well", "conv_silu", "cross_entropy", "decoder",
-           "has_triton", "is_plain", "quantize_int8", "recorded", "recurrence", "replayed", "scan"]
+__all__ = ["Linear", "compiles_well", "conv_silu", "cross_entropy", "decoder", "has_triton",
+           "is_plain", "quantize_int8", "recorded", "recurrence", "replayed", "scan"]
 
 COMPILES = hasattr(torch.compiler, "nested_compile_region")     # torch 2.8
-if COMPILES:
-    from . import scan_compiled
 
 
 def has_triton(u, d_state):
@@ -68,8 +61,10 @@ def recurrence(method, u, A):
     if method == "triton":
         return scan
     if torch.compiler.is_compiling():
-        compiled = compiles_well(u.device, A.shape[1]) and not torch.compiler.is_exporting()
-        return scan_compiled.recurrence if compiled else scan_tiles.operator
+        if torch.compiler.is_exporting() or not compiles_well(u.device, A.shape[1]):
+            return scan_tiles.operator
+        from . import scan_compiled  # only here, for it takes a while
+        return scan_compiled.recurrence
     return (scan_tiles if u.device.type == "cpu" else scan_side_by_side).recurrence
 
 

@@ -22,6 +22,8 @@ from .int8 import Int8Embedding, Int8Linear
 from .layers import Linear, at_least_float32
 
 try:
+    if not torch.cuda.is_available():       # then Triton is not worth the time of its import
+        raise ImportError
     from . import scan_triton
 except ImportError:
     scan_triton = None
