@@ -134,7 +134,8 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     tiny = batch == 0 or (method == "auto" and length == 1)
     method = "sequential" if tiny else scan_method(method, u, d_state)
     part = 2048 if u.device.type == "cpu" else 2 ** 15
-    if method == "chunked" and length > part and not torch.is_grad_enabled():
+    at_once = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if method == "chunked" and not at_once and length > part:
         y = torch.empty_like(u)     # part by part, so that memory does not grow with the length
         for i in range(0, length, part):
             u_p, delta_p, B_p, C_p, z_p, mask_p, seq_p = (
@@ -430,11 +431,11 @@ class Mamba(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone["embedding"].weight
         # what each layer adds to the residual stream is scaled, or the sum would grow with depth
-        residuals = config.n_layer * (2 if config.d_intermediate > 0 else 1)
+        added = config.n_layer * (2 if config.d_intermediate > 0 else 1)
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if name.endswith(("out_proj.weight", "fc2.weight")):
-                    weight /= math.sqrt(residuals)
+                    weight /= math.sqrt(added)
 
     def forward(self, idx, targets=None, state=None, num_last_tokens=0, mask=None, seq_idx=None):
         """idx: (B, L) token ids.  targets: (B, L), negative ones are ignored.  state: init_state's
@@ -618,8 +619,7 @@ class Stream(Iterator):
         for row, prompt in zip(() if seen is None else seen, prompts):
             row.scatter_(0, prompt, True)
         draw = functools.partial(sample, seen=seen, **sampling)
-        state = model.init_state(len(prompts)) if state is None else state
-        self._step = SimpleNamespace(state=state)       # until there is a decoder
+        self._step = SimpleNamespace(state=state or model.init_state(len(prompts)))     # for now
         stop = torch.tensor(stop, dtype=torch.long, device=device) if len(stop) > 0 else None
         self._tokens = self._make(model, prompts, max_new_tokens, draw, stop, seen, compile)
 

@@ -1537,7 +1537,8 @@ def test_sharded_over_two_processes(tmp_path):
     """FSDP2: training, and generation, as on one."""
     (tmp_path / "sharded.py").write_text(SHARDED)
     result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sharded.py"],
-                            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+                            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+                            check=False)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -1548,6 +1549,7 @@ def test_sharded_over_two_processes(tmp_path):
 def test_one_graph_for_all_lengths(monkeypatch, what, training, compiled_scan):
     """torch.compile(fullgraph=True), and at most three compilations for eight lengths."""
     from torch._dynamo.testing import CompileCounterWithBackend
+
     from mamba_fast import scan_compiled
     monkeypatch.setattr(scan_compiled, "_compiled", lambda function: function)      # it has a compiler of its own
     monkeypatch.setattr(mamba.fast, "compiles_well", lambda *inputs: compiled_scan)
@@ -1558,13 +1560,15 @@ def test_one_graph_for_all_lengths(monkeypatch, what, training, compiled_scan):
     compiled = torch.compile(module, fullgraph=True, backend=counter)
     for length in (5, 9, 20, 33, 64, 65, 100, 257):
         leaves = list(model.parameters()) if what == "model" else [torch.randn(2, length, 32, requires_grad=training)]
-        inputs = (tokens(2, length),) * 2 if what == "model" else leaves
-        if what == "scan":
-            inputs = (leaves[0], leaves[0].abs(), -torch.ones(32, 8), *torch.ones(2, 2, length, 8))
         with torch.set_grad_enabled(training):
             results = []
             for run in (module, compiled):
-                y = run(*inputs)[1] if what == "model" else run(*inputs)
+                if what == "model":
+                    y = run(*(tokens(2, length),) * 2)[1]
+                elif what == "block":
+                    y = run(*leaves)
+                else:
+                    y = run(leaves[0], leaves[0].abs(), -torch.ones(32, 8), *torch.ones(2, 2, length, 8))
                 results.append([y, *(torch.autograd.grad(y.square().sum(), leaves) if training else ())])
         assert same(*results, 1e-5)
     assert counter.frame_count <= 3
@@ -1600,7 +1604,9 @@ def test_export_of_any_batch_and_length():
 
 def test_checkpointing_of_the_layers():
     """By PyTorch's own wrapper: equal gradients, and of all that a layer keeps its input alone."""
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        apply_activation_checkpointing,
+    )
     idx, results = tokens(2, 70), []
     for wrapped in (False, True):
         model, kept = small(), {}
@@ -1646,7 +1652,7 @@ def test_what_an_import_costs():
     """Nothing that takes long is imported with mamba.py: neither a compiler nor, without a GPU, Triton."""
     code = "import sys, torch, mamba; print([name for name in ('torch._dynamo', 'torch._inductor', 'triton', 'transformers') if name in sys.modules])"
     expected = "['triton']" if torch.cuda.is_available() else "[]"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == expected
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() == expected
 
 
 def test_all_that_is_public_says_what_it_does():

@@ -37,7 +37,7 @@ def as_operator(name, function, channels_first=False):
     @run.register_fake
     def shapes(u, delta, A, B, C, state, keep):
         count = torch.library.get_ctx().new_dynamic_size()
-        kept = A.new_empty(count, len(u), *(A if channels_first else A.t()).shape)
+        kept = A.new_empty(count, u.shape[0], *(A if channels_first else A.t()).shape)
         return torch.empty_like(u), torch.empty_like(state), kept
 
     @gradients.register_fake
