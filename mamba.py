@@ -2,14 +2,14 @@
 Mamba, the selective state space language model (S6, arXiv 2312.00752), in one file that needs
 torch alone. What is notable here:
 - the selective scan twice: as the paper's plain loop, and in tiles, the same function made fast
-- the decay over a stretch of time is exp(A * sum of delta), never a quotient, which overflows
+- decays are multiplied step by step, never divided by each other, which overflows
 - activations are (batch, length, channels) throughout: none is transposed in memory
 - a state is a value: a call with a state returns the next one and leaves the given one as it is
 - parameters have the names of the released state-spaces/mamba-* weights
 Optional beside it: mamba_fast/ computes the same numbers sooner, mamba_files.py reads more layouts.
 
-Glossary, with the paper's names. In shapes: B batch, L length, D d_inner = expand * d_model, the
-channels of the scan, N d_state, the numbers that each of them remembers. Elsewhere:
+Glossary, with the paper's names. In shapes alone: B batch, L length, D d_inner = expand * d_model,
+the channels of the scan, N d_state, the numbers that each of them remembers. Elsewhere:
     u           input of the scan, (B, L, D)      z    gate, (B, L, D)
     delta       step size, (B, L, D): large = take in this token and forget, near 0 = skip it
     A           (D, N), negative: rate of forgetting; the decay of one step is exp(delta * A)
@@ -44,8 +44,8 @@ with suppress(ImportError):
 __all__ = ["Mamba", "MambaBlock", "MambaConfig", "MambaState", "conv_silu", "sample",
            "selective_scan"]
 SCAN_METHODS = ("auto", "sequential", "chunked", "triton")
-FOREVER = 1e12      # a delta after which nothing is left of a state, whatever A is
-Linear = fast.Linear if fast else nn.Linear     # the same, but where a CPU has a faster way
+FOREVER = 1e12      # a delta after which nothing is left of a state
+Linear = fast.Linear if fast else nn.Linear     # nn.Linear, or what computes it sooner on some CPUs
 
 @dataclass
 class MambaConfig:
@@ -86,13 +86,9 @@ class MambaConfig:
             if not right:
                 raise ValueError(f"{name} must be {need}, not {getattr(self, name)!r}")
 
-    @property
-    def d_inner(self):
-        return self.expand * self.d_model
-
-    @property
-    def padded_vocab_size(self):
-        return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+    d_inner = property(lambda self: self.expand * self.d_model)
+    padded_vocab_size = property(lambda self: -(
+        -self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple)
 
 # ---- The selective scan --------------------------------------------------------------------------
 
@@ -110,8 +106,8 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     so that scan(x) equals scan(x[:, :k]) followed by scan(x[:, k:]) with that state. Computes in
     float32 (float64 if u is float64) whatever the inputs are. Differentiable in every tensor.
     method: "sequential" (the loop) | "chunked" (tiles) | "triton" (kernels of mamba_fast/, on
-    CUDA) | "auto", the best there is.  mask: (B, L) bool, False is padding, which leaves the state
-    as it is.  seq_idx: (B, L) int; where it changes, but in padding, the state begins anew.
+    CUDA) | "auto", the fastest that can run.  mask: (B, L) bool, False is padding, which leaves the
+    state as it is.  seq_idx: (B, L) int; where it changes at a real token, the state begins anew.
     ValueError: inputs that do not fit; a method that cannot run here.
     Names and meaning are those of mamba_ssm's selective_scan_fn; the layout is (B, L, D)."""
     if u.dim() != 3 or A.dim() != 2 or u.shape[1] == 0:
@@ -127,7 +123,6 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
         if tensor is not None and (tensor.shape != shape or tensor.is_complex()):
             raise ValueError(f"{name} must be {shape} to fit u {wide}, and real, not "
                              f"{tuple(tensor.shape)} {tensor.dtype}")
-
     dtype, number = u.dtype, torch.promote_types(u.dtype, torch.float32)
     if state is None:
         state = u.new_zeros(batch, d_inner, d_state, dtype=number)
@@ -141,14 +136,13 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
             u_p, delta_p, B_p, C_p, z_p, mask_p, seq_p = (
                 None if t is None else t[:, i:i + part] for t in (u, delta, B, C, z, mask, seq_idx))
             if i > 0 and seq_idx is not None:
-                state = state * (seq_idx[:, i] == seq_idx[:, i - 1])[:, None, None]
+                state = state * ~beginnings(seq_idx, mask)[:, i, None, None]
             y[:, i:i + part], state = selective_scan(
                 u_p, delta_p, A, B_p, C_p, D, z_p, delta_bias, delta_softplus, state, True, method,
                 mask_p, seq_p)
         return (y, state) if return_last_state else y
-
     with torch.autocast(u.device.type, enabled=False):      # it would run the products in 16 bits
-        if method == "triton" and mask is None and seq_idx is None:         # all of it in one
+        if method == "triton" and mask is None and seq_idx is None:         # all in one kernel
             y, h = fast.scan(u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)
             return (y, h) if return_last_state else y
         u, delta, A, B, C, state = (t.to(number) for t in (u, delta, A, B, C, state))
@@ -163,7 +157,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
             begins = beginnings(seq_idx, mask)[..., None]                   # (B, L, 1)
             x = torch.where(begins, delta * u / FOREVER, u)
             delta = delta.masked_fill(begins, FOREVER)
-        recurrence = one_by_one
+        recurrence = one_by_one         # or a function that does the same sooner
         if method != "sequential":
             recurrence = fast.recurrence(method, u, A) if fast else in_tiles
         y, h = recurrence(x, delta, A, B, C, state)
@@ -179,7 +173,7 @@ def beginnings(seq_idx, mask):
     return begins if mask is None else begins & mask
 
 def scan_method(method, u, d_state):
-    """What selective_scan does for a sequence like u: what "auto" is. ValueError: it cannot run."""
+    """The method that runs for u, with "auto" resolved. ValueError: there is none such here."""
     if method not in SCAN_METHODS:
         raise ValueError(f"method must be one of {', '.join(SCAN_METHODS)}, not {method!r}")
     able = method in ("auto", "triton") and fast is not None and fast.has_triton(u, d_state)
@@ -191,7 +185,7 @@ def scan_method(method, u, d_state):
 def one_by_one(u, delta, A, B, C, h):
     """Algorithm 2 as written: one step after the other. All other ways are tested against it."""
     ys = []
-    # unbind, not u[:, t]: each indexing would make a full-size gradient, so backward quadratic in L
+    # u[:, t] would make backward quadratic in L: each has a gradient of full size; unbind has one
     for u_t, delta_t, B_t, C_t in zip(*(t.unbind(1) for t in (u, delta, B, C))):
         decay = torch.exp(delta_t[:, :, None] * A)                          # (B, D, N)
         h = decay * h + (delta_t * u_t)[:, :, None] * B_t[:, None, :]       # (B, D, N)
@@ -199,30 +193,31 @@ def one_by_one(u, delta, A, B, C, h):
     return torch.stack(ys, dim=1), h                                        # (B, L, D), (B, D, N)
 
 # ---- The same recurrence in tiles of T steps -----------------------------------------------------
-# The states of all steps, (B, L, N, D), are 2N times larger than the input and never in memory at
+# The states of all steps, (B, L, N, D), are N times larger than u and never in memory at
 # once. In a tile everything but the recurrence itself is done for all its T steps together. Of a
 # tile only what enters it is kept, by checkpoint; the backward pass computes the rest again. The
 # state is (N, D) here, channels innermost: products and sums over N read it in order.
 
 def in_tiles(u, delta, A, B, C, state):
     """What one_by_one computes, sooner, and with memory for one tile alone."""
-    # as many steps as have about 2^19 numbers, 2 MB, which stay in the cache of a CPU
+    # 4 to 64 steps, with about 2^19 numbers: 2 MB, which stay in the cache of a CPU
     steps = 2 ** max(2, min(6, round(math.log2(2 ** 19 / (len(u) * A.numel())))))
     A, h, ys = A.t().contiguous(), state.transpose(1, 2), []                # (N, D), (B, N, D)
     for tile in zip(*(t.split(steps, dim=1) for t in (u, delta, B, C))):    # (B, T, X) each
         y, h = checkpoint(one_tile, *tile, A, h, use_reentrant=False, preserve_rng_state=False)
         ys.append(y)
-    return torch.cat(ys, dim=1), h.transpose(1, 2).clone()      # a view would keep all hs alive
+    return torch.cat(ys, dim=1), h.transpose(1, 2)                          # (B, L, D), (B, D, N)
 
 def one_tile(u, delta, B, C, A, h):
+    """one_by_one for the T steps of a tile, with A (N, D) and h (B, N, D)."""
     decay = torch.exp(delta[:, :, None] * A)                                # (B, T, N, D)
     x = (delta * u)[:, :, None] * B[..., None]                              # (B, T, N, D)
     hs = Chain.apply(decay, x, h)                                           # (B, T, N, D)
-    return (C[..., None] * hs).sum(2), hs[:, -1]                            # (B, T, D), (B, N, D)
+    return (C[..., None] * hs).sum(2), hs[:, -1].clone()    # a view would keep all of hs alive
 
 class Chain(torch.autograd.Function):
-    """h_t = a_t h_{t-1} + x_t for the steps of a tile, written over x. For the gradients it runs
-    the other way: g_t = dLoss/dh_t is what reaches h_t itself, plus a_{t+1} g_{t+1}."""
+    """h_t = a_t h_{t-1} + x_t for the steps of a tile, in place: x becomes h. For the gradients it
+    runs the other way: g_t = dLoss/dh_t is what reaches h_t itself, plus a_{t+1} g_{t+1}."""
 
     @staticmethod
     def forward(ctx, a, x, h):
@@ -238,8 +233,8 @@ class Chain(torch.autograd.Function):
         (a, hs, h), g = ctx.saved_tensors, g.clone()
         for t in reversed(range(g.shape[1] - 1)):
             g[:, t].addcmul_(a[:, t + 1], g[:, t + 1])
-        before = torch.cat([h[:, None], hs[:, :-1]], dim=1)
-        return g * before, g, a[:, 0] * g[:, 0]
+        h_before = torch.cat([h[:, None], hs[:, :-1]], dim=1)
+        return g * h_before, g, a[:, 0] * g[:, 0]
 
 # ---- The convolution and the block ---------------------------------------------------------------
 
@@ -249,34 +244,41 @@ def conv_silu(x, weight, bias=None, state=None, scan="auto", mask=None, seq_idx=
     before x, or None for zeros.  mask, seq_idx: as in selective_scan, with all padding at the end.
     scan: the method of the scan, whose kernels there may be.
     Returns (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d, which wants (B, D, L)."""
-    (batch, length, d_inner), before, document = x.shape, weight.shape[2] - 1, None
-    if state is not None and state.shape != (batch, before, d_inner):
-        raise ValueError(f"the conv state must be {[batch, before, d_inner]}, not {[*state.shape]}")
+    (batch, length, d_inner), past, document = x.shape, weight.shape[2] - 1, None
+    if state is not None and state.shape != (batch, past, d_inner):
+        raise ValueError(f"the conv state must be {[batch, past, d_inner]}, not {[*state.shape]}")
     y = fast.conv_silu(x, weight, bias, state, scan) if fast and seq_idx is None else None
-    state = x.new_zeros(batch, before, d_inner) if state is None else state.to(x.dtype)
-    # where y is there, x is not needed any more, but for its last inputs
-    needed = x if y is None or mask is not None else x[:, max(0, length - before):]
-    seen = torch.cat([state, needed], dim=1)                                # (B, before + L, D)
-    if seq_idx is not None:     # the document of each of seen; what was before x is of the first
-        document = F.pad(beginnings(seq_idx, mask).cumsum(1), (before, 0))[..., None]
+    state = x.new_zeros(batch, past, d_inner) if state is None else state.to(x.dtype)
+    # if y is there, only the last inputs of x are needed
+    needed = x if y is None or mask is not None else x[:, max(0, length - past):]
+    seen = torch.cat([state, needed], dim=1)                                # (B, past + L, D)
+    if seq_idx is not None:     # the document of each input; the state belongs to the first
+        document = F.pad(beginnings(seq_idx, mask).cumsum(1), (past, 0))[..., None]
     if y is None:
         y = 0 if bias is None else bias
         for k, tap in enumerate(weight[:, 0].unbind(1)):                    # (D,)
             seen_k = seen[:, k:k + length]
             if document is not None:
-                seen_k = seen_k * (document[:, k:k + length] == document[:, before:])
+                seen_k = seen_k * (document[:, k:k + length] == document[:, past:])
             y = y + seen_k * tap
         y = F.silu(y.to(x.dtype))
 
-    def last(t):                                            # (B, before + L, X) -> (B, before, X)
+    def last(t):                                            # (B, past + L, X) -> (B, past, X)
         if mask is None:
-            return t[:, t.shape[1] - before:].clone()       # a view would keep all of t alive
-        steps = mask.sum(1)[:, None, None] + torch.arange(before, device=x.device)[:, None]
+            return t[:, t.shape[1] - past:].clone()       # a view would keep all of t alive
+        steps = mask.sum(1)[:, None, None] + torch.arange(past, device=x.device)[:, None]
         return t.take_along_dim(steps, dim=1)
     state = last(seen)
     if document is not None:
         state = state * (last(document) == document[:, -1:])
     return y, state
+
+def is_plain(linear):
+    """Whether it is F.linear of its weight and bias: no adapter, hook or quantiser is on it."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks,
+             linear._backward_pre_hooks, "forward" in vars(linear))
+    return (type(linear) in (nn.Linear, Linear) and type(linear.weight) is nn.Parameter
+            and not any(hooks))
 
 class MambaState(NamedTuple):
     """What a block remembers of the tokens before."""
@@ -289,8 +291,8 @@ class MambaBlock(nn.Module):
     block(x) -> y, both (B, L, d_model). Stands alone: put it where a Transformer has attention.
     block(x, state) -> (y, state after x) continues where the call ended that returned the state;
     block.init_state(batch) is the first one. Gradients flow through it.
-    mask: (B, L) bool, False is padding, anywhere: all else is as without it.  seq_idx: (B, L) int;
-    where it changes the next document begins, which sees nothing of those before."""
+    mask: (B, L) bool, False is padding, anywhere: real tokens get what they get without it.
+    seq_idx: (B, L) int; where it changes a document begins, which sees nothing of those before."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
@@ -336,12 +338,12 @@ class MambaBlock(nn.Module):
                             for shape, weight in zip(shapes, (self.conv1d.weight, self.A_log))))
 
     def forward(self, x, state=None, mask=None, seq_idx=None):
-        """(B, L, d_model) -> the same, or with a state (it, MambaState). ValueError: no such x."""
+        """(B, L, d_model) -> the same; with a state, (it, MambaState). ValueError: wrong shapes."""
         shapes = [tuple(t.shape) for t in (x, mask, seq_idx) if t is not None]
         if x.dim() != 3 or x.is_complex() or any(shape != shapes[0][:2] for shape in shapes[1:]):
             raise ValueError("x must be (B, L, d_model) and real, mask and seq_idx (B, L), not "
                              f"{x.dtype} and {', '.join(map(str, shapes))}")
-        if mask is not None:    # padding goes to the end of each row, and what it is acts nowhere
+        if mask is not None:    # padding goes to the end of each row, and its content has no effect
             order = (~mask).byte().argsort(dim=1, stable=True)              # (B, L)
             mask, x = mask.take_along_dim(order, 1), x.take_along_dim(order[..., None], 1)
             x = x.masked_fill(~mask[..., None], 0)
@@ -350,9 +352,11 @@ class MambaBlock(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)                             # (B, L, D) each
         x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv, self.scan, mask, seq_idx)
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        plain = fast and fast.is_plain(self.dt_proj)    # its bias is added in the scan, in float32
-        delta = F.linear(dt, self.dt_proj.weight) if plain else self.dt_proj(dt)    # (B, L, D)
-        bias = self.dt_proj.bias if plain else None
+        if is_plain(self.dt_proj):      # then its bias is added in the scan, in float32
+            delta, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias      # (B, L, D)
+        else:       # in 16 bits autocast rounds the bias, which F.linear would not take as it is
+            with torch.autocast(dt.device.type, dt.dtype, enabled=dt.element_size() == 2):
+                delta, bias = self.dt_proj(dt), None
         A = -torch.exp(self.A_log)                                          # (D, N)
         y, h = selective_scan(x, delta, A, B, C, self.D, z, bias, True, h, True, self.scan, mask,
                               seq_idx)
@@ -368,7 +372,7 @@ class MambaBlock(nn.Module):
 
         def keep_exact(t):
             new = fn(t)
-            rounded = id(t) in exact and new.dtype in (torch.float16, torch.bfloat16)
+            rounded = id(t) in exact and new.element_size() == 2
             return t.to(new.device) if rounded else new
         super()._apply(keep_exact, recurse)
         self.mark_parameters()      # they may be other objects now
@@ -389,11 +393,11 @@ class GatedMLP(nn.Module):
         return self.fc2(value * F.silu(gate))
 
 def normed(norm, x):
-    """norm(x), (B, L, d_model), in the type of its weights: x may be the residual in float32."""
+    """norm(x), (B, L, d_model), in the norm's own type: x may be a residual stream in float32."""
     return norm(x.to(getattr(getattr(norm, "weight", None), "dtype", x.dtype)))
 
 class Layer(nn.Module):
-    """layer(x, state) -> (x + mixer(norm(x)), state after x), and with an MLP the same for it."""
+    """layer(x, state) -> (x + mixer(norm(x)), state after x), and then + mlp(norm2(x)) if any."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
@@ -403,9 +407,9 @@ class Layer(nn.Module):
         if config.d_intermediate > 0:
             self.norm2, self.mlp = norm(), GatedMLP(config)
 
-    def forward(self, x, state=None, **rows):
+    def forward(self, x, state=None, **masks):
         """(B, L, d_model), and as for MambaBlock -> ((B, L, d_model), MambaState or None)."""
-        y = self.mixer(self.dropout(normed(self.norm, x)), state, **rows)
+        y = self.mixer(self.dropout(normed(self.norm, x)), state, **masks)
         y, state = (y, None) if state is None else y
         x = x + self.dropout(y)
         if self.mlp is not None:
@@ -461,10 +465,10 @@ class Mamba(nn.Module):
         x, after = self.dropout(self.backbone["embedding"](idx)), []        # (B, L, d_model)
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        # not to a layer of another kind that knows neither, unless one is given
-        rows = {k: t for k, t in {"mask": mask, "seq_idx": seq_idx}.items() if t is not None}
+        # without those that are None: a layer of another kind may know neither
+        masks = {k: t for k, t in {"mask": mask, "seq_idx": seq_idx}.items() if t is not None}
         for layer, layer_state in zip(layers, states):
-            x, layer_state = layer(x, layer_state, **rows)
+            x, layer_state = layer(x, layer_state, **masks)
             after.append(layer_state)
         x = normed(self.backbone["norm_f"], x)
         return x if state is None else (x, after)
@@ -474,15 +478,14 @@ class Mamba(nn.Module):
 
     def _loss(self, x, targets):
         x, targets = x.flatten(0, 1), targets.flatten().clamp(min=-1)
-        loss = fast and fast.cross_entropy(x, self.lm_head, targets, self.config.vocab_size)
+        plain, vocab_size = is_plain(self.lm_head), self.config.vocab_size
+        loss = fast and fast.cross_entropy(x, self.lm_head, plain, targets, vocab_size)
         if loss is None:
             logits = self._logits(x).float()
             loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         return loss / (targets >= 0).sum().clamp(min=1)
 
-    @property
-    def device(self):
-        return next(self.parameters()).device
+    device = property(lambda self: next(self.parameters()).device)
 
     def init_state(self, batch):
         """The state before the first token: a MambaState for each layer. Its size never grows."""
@@ -507,7 +510,7 @@ class Mamba(nn.Module):
     @torch.no_grad()
     def read(self, idx, state=None, num_last_tokens=1, part=2048, mask=None):
         """Reads token ids (B, L) in parts, so that memory does not grow with L. Yields (logits,
-        state) after each: of the part's last num_last_tokens (0: of all), and what it left."""
+        state) after each part, logits of its last num_last_tokens, or with 0 of all its tokens."""
         state = self.init_state(len(idx)) if state is None else state
         for i in range(0, idx.shape[1], part):
             logits, _, state = self(idx[:, i:i + part], None, state, num_last_tokens,
@@ -523,8 +526,8 @@ class Mamba(nn.Module):
         return state
 
     def decoder(self, prompts, state, compile=False):
-        """step(token) -> logits, (B,) -> (B, vocab_size), for what follows the last tokens of the
-        prompts, which it has not read yet; step.state is what it has read."""
+        """step(token) -> logits, (B,) -> (B, vocab_size), to be called with the last tokens of the
+        prompts first; step.state is what it has read."""
         if step := fast and fast.decoder(self, prompts, state, compile, PLAIN):
             return step
 
@@ -551,7 +554,7 @@ class Mamba(nn.Module):
         first = torch.zeros(len(prompts), dtype=torch.long, device=self.device)
         new = torch.stack([first, *stream], dim=1)[:, 1:]                   # (B, max_new_tokens)
         repeats = torch.isin(new, torch.tensor(stop, device=new.device)).sum(1)
-        ends = [new.shape[1] - max(0, n - 1) for n in repeats.tolist()]     # one of them is enough
+        ends = [new.shape[1] - max(0, n - 1) for n in repeats.tolist()]     # the first is kept
         if isinstance(prompts, torch.Tensor):
             return torch.cat([prompts.to(new.device), new[:, :max(ends)]], dim=1)
         prompts = [torch.as_tensor(p, device=new.device) for p in prompts]
@@ -561,9 +564,8 @@ class Mamba(nn.Module):
     def from_pretrained(cls, name_or_folder, device=None, dtype=None, cache_dir=None, **changes):
         """A trained model, in eval mode, from a folder that save_pretrained wrote; or by
         mamba_files.py a run of train.py, any in the layout of mamba_ssm or transformers, or a name
-        on Hugging Face, such as state-spaces/mamba-130m.  dtype: of the weights, by default as in
-        the file; what MambaBlock keeps in float32 stays so.  cache_dir: for downloads.  changes: of
-        options that leave the shapes alone, such as dropout=0.1.
+        on Hugging Face, such as state-spaces/mamba-130m.  dtype: by default as in the file; what
+        MambaBlock keeps in float32 stays so.  cache_dir: for downloads.  changes: as dropout=0.1.
         ValueError: no such model, or damaged.  OSError: not found, no download."""
         options, tensors = (files.read if files else read_folder)(name_or_folder, cache_dir)
         with torch.device("meta"):
@@ -574,18 +576,19 @@ class Mamba(nn.Module):
         return model.to(device, dtype).eval()
 
     def save_pretrained(self, folder, layout="mamba_ssm"):
-        """Writes config.json and weights into folder, for from_pretrained and, by mamba_files.py,
-        for mamba_ssm (pytorch_model.bin), or with layout="transformers" for AutoModelForCausalLM
-        (model.safetensors); all of it or nothing.  OSError: the disk is full, the folder holds
-        other weights.  ValueError: the layout has no place for this model."""
+        """Writes config.json and weights into folder, for from_pretrained. By mamba_files.py all of
+        it or nothing: pytorch_model.bin of mamba_ssm or, by layout="transformers", what its Auto
+        classes load.  OSError: the disk is full, ...  ValueError: no place for this model."""
         options, weights = asdict(self.config), self.state_dict()
         if files:
             return files.write(Path(folder), options, weights, layout)
+        if layout != "mamba_ssm":
+            raise ValueError(f"layout {layout!r} needs mamba_files.py beside mamba.py")
         Path(folder).mkdir(parents=True, exist_ok=True)
         torch.save(weights, Path(folder, "pytorch_model.bin"))
         Path(folder, "config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
 
-# what mamba_fast/ may take over: objects of these very classes, as they are here
+# what mamba_fast/ may take over: objects of these very classes (take out one that you change)
 PLAIN = {cls: cls.forward for cls in (Mamba, Layer, MambaBlock, GatedMLP)}
 
 def read_folder(folder, _):
@@ -619,22 +622,19 @@ class Stream(Iterator):
         for row, prompt in zip(() if seen is None else seen, prompts):
             row.scatter_(0, prompt, True)
         draw = functools.partial(sample, seen=seen, **sampling)
-        self._step = SimpleNamespace(state=state or model.init_state(len(prompts)))     # for now
+        self._step = SimpleNamespace(state=state or model.init_state(len(prompts)))   # until next()
         stop = torch.tensor(stop, dtype=torch.long, device=device) if len(stop) > 0 else None
         self._tokens = self._make(model, prompts, max_new_tokens, draw, stop, seen, compile)
 
     def __next__(self):
         return next(self._tokens)
 
-    @property
-    def state(self):
-        return self._step.state
+    state = property(lambda self: self._step.state)
 
     @torch.no_grad()
     def _make(self, model, prompts, max_new_tokens, draw, stop, seen, compile):
-        training = [m for m in model.modules() if m.training] if model.training else []
-        for module in training:
-            module.training = False
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
         try:
             self._step = model.decoder(prompts, self.state, compile)
             token, ended = torch.stack([p[-1] for p in prompts]), None
@@ -649,8 +649,8 @@ class Stream(Iterator):
                     if (token.device.type == "cpu" or left % 16 == 0) and ended.all():
                         return
         finally:
-            for module in training:
-                module.training = True
+            for module, mode in modes.items():
+                module.training = mode
 
 def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None,
                    generator=None):
@@ -678,7 +678,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_
         logits = torch.where(seen, penalized, logits)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float()
+    logits, temperature = logits.float(), min(temperature, 1e30)        # not to overflow
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -687,13 +687,13 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_
         probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
         if top_p is not None:
             ordered, order = probs.sort(descending=True)
-            enough = ordered.cumsum(-1) - ordered >= top_p      # those before it reach it already
+            enough = ordered.cumsum(-1) - ordered >= top_p      # those before already sum to it
             probs = probs.masked_fill(enough.scatter(-1, order, enough), 0)
         if min_p is not None:
             probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
         logits = logits.masked_fill(probs == 0, -math.inf)
-    # argmax of p / Exponential(1) is a draw from p; here logits - temperature * log(Exponential)
-    # (at most 1e30, not to overflow). Not multinomial, which draws impossible indices on MPS
+    # argmax of p / Exponential(1) is a draw from p; here logits - temperature * log(Exponential).
+    # Not multinomial, which draws impossible indices on MPS
     noise = torch.empty(logits.shape, device=generator.device if generator else logits.device)
     noise = noise.exponential_(generator=generator).clamp_(min=1e-20).log_()
-    return torch.sub(logits, noise.to(logits.device), alpha=min(temperature, 1e30)).argmax(-1)
+    return torch.sub(logits, noise.to(logits.device), alpha=temperature).argmax(-1)

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from . import scan_side_by_side, scan_tiles
 from .decode import decoder, recorded, replayed, scan_triton
 from .int8 import quantize_int8
-from .layers import Linear, causal_conv, cross_entropy, is_plain
+from .layers import Linear, causal_conv, cross_entropy
 
 __all__ = ["Linear", "compiles_well", "conv_silu", "cross_entropy", "decoder", "has_triton",
-           "is_plain", "quantize_int8", "recorded", "recurrence", "replayed", "scan"]
+           "quantize_int8", "recorded", "recurrence", "replayed", "scan"]
 
 COMPILES = hasattr(torch.compiler, "nested_compile_region")     # torch 2.8
 

@@ -47,14 +47,6 @@ class LinearByConvolution(nn.Linear):
 
 Linear = LinearByConvolution if mkl_is_slow() else nn.Linear
 
-
-def is_plain(linear, kind=nn.Linear):
-    """Whether it is F.linear with its weight and bias: no adapter, hook or quantiser is on it."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks,
-             linear._backward_pre_hooks)
-    ours = type(linear) is kind and type(linear.weight) is nn.Parameter
-    return ours and not any(hooks) and "forward" not in vars(linear)
-
 # ------------------------------------------------------------------------------------------------
 # The convolution
 
@@ -114,18 +106,18 @@ class CausalConv(torch.autograd.Function):
 # The loss
 
 
-def cross_entropy(x, head, targets, vocab_size):
+def cross_entropy(x, head, plain, targets, vocab_size):
     """
     The sum of the cross-entropies of head(x)[:, :vocab_size], a number. Logits of a large
     vocabulary take more memory than all the rest of a model, so they are never all there at once.
     None where they are few.
-    x: (R, d_model).  targets: (R,), negative ones are ignored.
+    x: (R, d_model).  targets: (R,), negative ones are ignored.  plain: whether the head is its
+    matrix and nothing more.
     """
     rows = max(1, LOGITS // vocab_size)
     if rows >= len(x):
         return None
-    plain = is_plain(head, Linear) and head.bias is None
-    if plain and torch.is_grad_enabled():
+    if plain and head.bias is None and torch.is_grad_enabled():
         return LinearCrossEntropy.apply(x, head.weight[:vocab_size], targets, rows)
 
     def of_part(x, targets):
