@@ -111,10 +111,9 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     ValueError: inputs that do not fit; a method that cannot run here.
     Names and meaning are those of mamba_ssm's selective_scan_fn; the layout is (B, L, D)."""
     if u.dim() != 3 or A.dim() != 2 or u.shape[1] == 0:
-        raise ValueError("u must be (B, L, D) with L > 0, and A (D, N), not "
-                         f"{tuple(u.shape)} and {tuple(A.shape)}")
-    (batch, length, d_inner), d_state = u.shape, A.shape[1]
-    wide, narrow, flat = (batch, length, d_inner), (batch, length, d_state), (batch, length)
+        raise ValueError(f"u must be (B, L, D), L > 0, A (D, N), not {[*u.shape]}, {[*A.shape]}")
+    wide, (batch, length, d_inner), d_state = tuple(u.shape), u.shape, A.shape[1]
+    narrow, flat = (batch, length, d_state), (batch, length)
     for name, tensor, shape in (
             ("u", u, wide), ("delta", delta, wide), ("z", z, wide), ("A", A, (d_inner, d_state)),
             ("B", B, narrow), ("C", C, narrow), ("state", state, (batch, d_inner, d_state)),
@@ -148,8 +147,9 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
         u, delta, A, B, C, state = (t.to(number) for t in (u, delta, A, B, C, state))
         if delta_bias is not None:
             delta = delta + delta_bias
+        ours = fast if method == "chunked" else None    # whose backward passes keep less
         if delta_softplus:
-            delta = F.softplus(delta)
+            delta = (ours or F).softplus(delta)
         if mask is not None:
             delta = delta.masked_fill(~mask[..., None], 0)
         x = u
@@ -164,7 +164,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
         if D is not None:
             y = y + D * u
         if z is not None:
-            y = y * F.silu(z.to(number))
+            y = ours.gated(y, z.to(number)) if ours else y * F.silu(z.to(number))
     return (y.to(dtype), h) if return_last_state else y.to(dtype)
 
 def beginnings(seq_idx, mask):

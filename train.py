@@ -25,11 +25,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Ctrl-C ends the long import of torch without a traceback.
+    # Until main begins, Ctrl-C ends the process without a traceback: importing torch takes long.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # torch reads these two once. Large pages, on Linux: fresh memory costs a CPU less.
+    # torch reads both once. Large pages, on Linux, make fresh memory cost a CPU less.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Without such a workspace PyTorch does not trust cuBLAS to repeat itself; see repeatable.
+    # For common.repeatable: cuBLAS repeats itself only with a workspace of a fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
@@ -60,11 +60,11 @@ PRESETS = {     # what trains in minutes on such a device
 FINE_TUNING = {"dropout": 0.0, "learning_rate": 1e-4}   # for weights that are already good
 # what the shapes of the weights depend on
 SHAPE = ("d_model", "n_layer", "d_state", "d_conv", "expand", "d_intermediate")
-# what a run cannot change, each with a function that says what its value stands for
+# what a run cannot change, each with a function that makes its values comparable
 FIXED = {**dict.fromkeys(SHAPE, str), "dataset": dataset_name, "init_from": os.path.abspath}
 # what belongs to the command or the machine, not to the run: never taken from a checkpoint
-PASSING = ("eval_only", "cache_dir", "device", "dtype", "compile", "scan", "checkpointing")
-# what says where in the text a step is with --carry_state
+ONE_OFF = ("eval_only", "cache_dir", "device", "dtype", "compile", "scan", "checkpointing")
+# where in the text a step is with --carry_state: if one of these changes, the state begins anew
 PLACE = ("carry_state", "bptt", "batch_size", "block_size", "gradient_accumulation_steps")
 START_OVER = "start over with --init_from=scratch, or use another --out_dir"
 
@@ -107,7 +107,8 @@ class Config:
                                      "default if the tokenizer has one")
     carry_state: bool = flag(False, "each row of a batch reads on in the text where it was, and "
                              "keeps its state; else sequences are drawn anywhere, with none")
-    bptt: int = flag(1, "with carry_state: blocks in a sequence, over which gradients go back", 1)
+    bptt: int = flag(1, "with carry_state: a sequence is this many blocks long, and gradients go "
+                     "over all of it", 1)
     # what is told and kept on the way
     eval_interval: int = flag(250, "steps between evaluations; each saves a checkpoint", 1)
     eval_iters: int = flag(50, "batches in an evaluation, at most the whole validation data", 1)
@@ -141,7 +142,7 @@ def go_on_as(given, checkpoint, out_dir):
     if "optimizer" not in checkpoint:
         raise Problem(f"{out_dir / 'ckpt.pt'} holds a model but no optimizer, so training cannot "
                       "go on from it")
-    before = {k: v for k, v in checkpoint["config"].items() if k not in PASSING}
+    before = {k: v for k, v in checkpoint["config"].items() if k not in ONE_OFF}
     before.setdefault("reset_at_eot", False)    # of a run from before there was this flag
     changed = [k for k in given if k in before and given[k] != before[k]]
     if wrong := [k for k in changed if k in FIXED and FIXED[k](given[k]) != FIXED[k](before[k])]:
@@ -157,8 +158,8 @@ def fill_in(cfg, device, pretrained):
         if getattr(cfg, k) is None:
             setattr(cfg, k, v)
     if cfg.compile is None:     # it takes up to a minute, which only many steps bring back
-        scan_too = fast and fast.compiles_well(device, cfg.d_state) and cfg.scan != "sequential"
-        pays_from = 5000 if device.type == "cuda" else 1000 if scan_too else math.inf
+        compiles = fast and fast.compiles_well(device, cfg.d_state) and cfg.scan != "sequential"
+        pays_from = 5000 if device.type == "cuda" else 1000 if compiles else math.inf
         cfg.compile = cfg.max_iters >= pays_from and not cfg.eval_only
 
 def load_pretrained(cfg, given, device):
@@ -202,9 +203,9 @@ def end_of_text(cfg, data):
     if cfg.reset_at_eot is None:
         cfg.reset_at_eot = token is not None
     # A step takes longer with it: not for a text that does not have the token.
-    occurs = (np.any(part == token) for tokens in (data.train, data.val)
+    found = (np.any(part == token) for tokens in (data.train, data.val)
               for part in np.array_split(tokens, math.ceil(len(tokens) / 2 ** 24)))
-    return token if cfg.reset_at_eot and any(occurs) else None
+    return token if cfg.reset_at_eot and any(found) else None
 
 # ---- The pieces of the loop ----------------------------------------------------------------------
 
@@ -485,8 +486,8 @@ def main(cfg, given):
         fit_vocabulary(model.config, meta, cfg.init_from)
     else:
         torch.manual_seed(cfg.seed)
-        same = {f.name: getattr(cfg, f.name) for f in fields(MambaConfig) if hasattr(cfg, f.name)}
-        model = Mamba(MambaConfig(vocab_size=meta["vocab_size"], **same)).to(device)
+        both = {f.name: getattr(cfg, f.name) for f in fields(MambaConfig) if hasattr(cfg, f.name)}
+        model = Mamba(MambaConfig(vocab_size=meta["vocab_size"], **both)).to(device)
     say(f"{device.type}, {dtype}, scan {scan}{', compiled' if cfg.compile else ''}; "
         f"{model.num_params() / 1e6:.2f}M parameters ({cfg.n_layer} layers of {cfg.d_model})")
     say(f"{data.folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to "
@@ -500,7 +501,7 @@ def main(cfg, given):
     if checkpoint:
         step, best_loss = checkpoint["step"], checkpoint["best_loss"]
         evaluated_step, train_loss = checkpoint["evaluated"], checkpoint["train_loss"]
-        moments = checkpoint["optimizer"]["state"]      # the settings are those of the flags
+        moments = checkpoint["optimizer"]["state"]      # its learning rate, ... come from the flags
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         if scaler.is_enabled() and checkpoint["scaler"]:    # empty after steps in another dtype
             scaler.load_state_dict(checkpoint["scaler"])
@@ -530,20 +531,20 @@ def main(cfg, given):
         compiled = gradients_by(torch.compile(model), *of_this_run)
         if common.works_here("torch.compile", lambda: compiled[0](*batch)):
             calls = compiled
-    # not of float16, whose scaler starts with the first loss, nor of checkpointing, which sets the
-    # random state
+    # A graph can hold neither the scaler of float16, which the first loss makes, nor checkpointing,
+    # which sets the random state.
     if scan == "triton" and dtype != "float16" and not cfg.checkpointing:
         needed, graphs = calls[:cfg.gradient_accumulation_steps], []
         if common.works_here("a CUDA graph", lambda: graphs.extend(fast.replayed(needed, *batch))):
             calls = graphs
     first_gradients, more_gradients = calls[0], calls[-1]
-    if carried:     # what was tried has left something in it
+    if carried:     # undo what the trials left in it
         before = model.init_state(cfg.batch_size)
         if checkpoint and all(checkpoint["config"].get(k) == getattr(cfg, k) for k in PLACE):
             before = checkpoint["carried"]
         put(carried, [[t[rank::world] for t in layer] for layer in before])
 
-    def state():
+    def everything():
         """All that a run needs to go on from here."""
         return {"model": model.state_dict(), "model_config": asdict(model.config), "meta": meta,
                 "step": step, "best_loss": best_loss, "evaluated": evaluated_step,
@@ -575,7 +576,7 @@ def main(cfg, given):
                 check_finite(step, saved_step, val_loss=val_loss)
                 best = val_loss < best_loss
                 evaluated_step, best_loss = step, min(val_loss, best_loss)
-                checkpoint = state()
+                checkpoint = everything()
                 if master:
                     log(step, step * tokens_per_step, train_loss, val_loss,
                         learning_rate(max(step - 1, 0), cfg), speed)
@@ -587,8 +588,8 @@ def main(cfg, given):
             if step >= cfg.max_iters:
                 break
 
-            # Dropout too is a function of seed and step: no random state has to be kept.
-            torch.manual_seed(((cfg.seed << 32) + step * world + rank) % 2 ** 63)
+            # Dropout too is a function of seed, step and rank: no random state has to be kept.
+            torch.manual_seed((cfg.seed << 32) + step * world + rank)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, cfg)
             total = torch.zeros((), device=device)
@@ -623,7 +624,7 @@ def main(cfg, given):
 
         # Stopped between two evaluations. best.pt stays: nobody has evaluated these weights.
         if step != saved_step:
-            checkpoint = state()
+            checkpoint = everything()
             if master:
                 save(out_dir, checkpoint, best=False)
         if world > 1:

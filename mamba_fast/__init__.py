@@ -8,6 +8,7 @@ mamba.py does it in its own way:
     has_triton(...)    True or False: whether the kernels of scan can run here
     scan(...)          never None, and asked only where has_triton says True
     recurrence(...)    a function, never None
+    softplus, gated    never None: the same with backward passes that keep less
     conv_silu(...)     None for the sequential scan, which can be differentiated twice, and in what
                        torch.compile compiles, unless has_triton
     cross_entropy(...) None if all logits fit at once
@@ -24,10 +25,10 @@ import torch.nn.functional as F
 from . import scan_side_by_side, scan_tiles
 from .decode import decoder, recorded, replayed, scan_triton
 from .int8 import quantize_int8
-from .layers import Linear, causal_conv, cross_entropy
+from .layers import Linear, causal_conv, cross_entropy, gated, softplus
 
-__all__ = ["Linear", "compiles_well", "conv_silu", "cross_entropy", "decoder", "has_triton",
-           "quantize_int8", "recorded", "recurrence", "replayed", "scan"]
+__all__ = ["Linear", "compiles_well", "conv_silu", "cross_entropy", "decoder", "gated",
+           "has_triton", "quantize_int8", "recorded", "recurrence", "replayed", "scan", "softplus"]
 
 COMPILES = hasattr(torch.compiler, "nested_compile_region")     # torch 2.8
 

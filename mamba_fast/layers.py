@@ -103,6 +103,48 @@ class CausalConv(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------------
+# What is around the recurrence of the scan
+
+
+def softplus(x):
+    """F.softplus, which keeps the result alone for its backward pass, and not x."""
+    return F.softplus(x) if torch.compiler.is_compiling() else Softplus.apply(x)
+
+
+class Softplus(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = F.softplus(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return torch.expm1(-y).neg_().mul_(g)       # sigmoid(x) is 1 - exp(-softplus(x))
+
+
+def gated(y, z):
+    """y * silu(z) for any shape, which keeps y and z alone for its backward pass, not silu(z)."""
+    return y * F.silu(z) if torch.compiler.is_compiling() else Gate.apply(y, z)
+
+
+class Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, z):
+        ctx.save_for_backward(y, z)
+        return F.silu(z).mul_(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        y, z = ctx.saved_tensors
+        gz = torch.ops.aten.silu_backward(g * y, z)
+        return F.silu(z).mul_(g), gz
+
+
+# ------------------------------------------------------------------------------------------------
 # The loss
 
 

@@ -14,19 +14,18 @@ INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C"
 def as_operator(name, function, channels_first=False):
     """
     (u, delta, A, B, C, state) -> y (B, L, D), last state (B, D, N), made of an autograd.Function.
-    Its forward takes these and `keep`, whether there will be a backward pass. It saves u, delta, A,
-    B, C and a tensor whose first size nobody knows before; the others are (B, N, D), or (B, D, N)
-    if channels_first.
+    Its forward takes these and `keep`, whether there will be a backward pass, for which it saves u,
+    delta, A, B, C and any number of states, (B, N, D) each, or (B, D, N) if channels_first.
     """
     define = functools.partial(torch.library.custom_op, mutates_args=())
 
     def forward(*inputs):
         ctx = Context()
-        return *function.forward(ctx, *inputs), ctx.saved_tensors[-1]
+        return *function.forward(ctx, *inputs), torch.stack(ctx.saved_tensors[5:])
 
-    def backward(gy, glast, *saved):
+    def backward(gy, glast, *inputs_and_kept):
         ctx = Context()
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*inputs_and_kept[:5], *inputs_and_kept[5])
         return function.backward(ctx, gy, glast)[:6]
 
     run = define(name, forward, schema=(

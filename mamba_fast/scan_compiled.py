@@ -35,18 +35,19 @@ class CompiledScan(torch.autograd.Function):
             result, h, kept_s = _compiled(stretch_forward)(*inputs_s, A, h)
             y_s.copy_(result[:, :y_s.shape[1]])
             kept += kept_s if keep else []
-        ctx.save_for_backward(u, delta, A, B, C, torch.stack(kept or [h]))
+        ctx.save_for_backward(u, delta, A, B, C, *(kept or [h]))    # an operator returns some
         return y, h
 
     @staticmethod
     def backward(ctx, gy, glast):
-        u, delta, A, B, C, kept = ctx.saved_tensors
-        inputs = in_stretches(delta, u, B, C, gy)
-        carry, kept = glast.contiguous(), kept.unflatten(0, (-1, STRETCH // TILE // 2))
+        u, delta, A, B, C, *kept = ctx.saved_tensors
+        inputs, carry = in_stretches(delta, u, B, C, gy), glast.contiguous()
+        some = STRETCH // TILE // 2                     # states of a stretch
+        kept = [kept[i:i + some] for i in range(0, len(kept), some)]
         grads, gA = [*map(torch.empty_like, (delta, u, B, C))], torch.zeros_like(carry)
         pieces = zip(*(t.split(STRETCH, dim=1) for t in (*inputs, *grads)), kept)
         for *inputs_s, gdelta_s, gu_s, gB_s, gC_s, kept_s in [*pieces][::-1]:
-            *results, carry, gA = _compiled(stretch_backward)(*inputs_s, [*kept_s], A, carry, gA)
+            *results, carry, gA = _compiled(stretch_backward)(*inputs_s, kept_s, A, carry, gA)
             for grad_s, result in zip((gdelta_s, gu_s, gB_s, gC_s), results):
                 grad_s.copy_(result[:, :grad_s.shape[1]])
         gdelta, gu, gB, gC = grads

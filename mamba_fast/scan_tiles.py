@@ -43,43 +43,55 @@ class TiledScan(torch.autograd.Function):
     def forward(ctx, u, delta, A, B, C, state, keep):
         tiles, i = Tiles(u, delta, A, 2), 0
         y, last_state = torch.empty_like(u), torch.empty_like(state)
-        # the states (B, N, D) between tiles; not to keep them, one place is used again and again
-        kept = A.new_empty(tiles.count + 1 if keep else 1, len(u), *tiles.A.shape)
+        # The states between tiles; not to keep them, one place is used again and again. Many small
+        # tensors: PyTorch gets one large one as fresh memory, which costs a CPU more.
+        kept = [A.new_empty(u.shape[0], *tiles.A.shape) for _ in range(tiles.count * keep + 1)]
         with torch.inference_mode():    # a call costs a fifth less than without gradients alone
-            kept[0] = state.transpose(1, 2)
-            for delta_s, u_s, B_s, C_s, y_s in tiles.cut((delta, u, B, C), (y,)):
-                _, h = tiles.states(delta_s, delta_s * u_s, B_s, kept[i])   # (B, T, N, D)
-                put(dot(C_s, h), y_s)                                       # (B, T, D)
-                i += keep
-                kept[i] = h[:, -1]
+            kept[0].copy_(state.transpose(1, 2))
+            for part in tiles.parts:
+                delta_s, u_s, B_s, C_s = tiles.cut(part, delta, u, B, C)    # (K, B, T, X)
+                y_s = torch.empty_like(u_s)
+                for delta_k, x_k, B_k, C_k, y_k in zip(delta_s, delta_s * u_s, B_s, C_s, y_s):
+                    _, h = tiles.states(delta_k, x_k, B_k, kept[i])         # (B, T, N, D)
+                    dot(C_k, h, out=y_k)                                    # (B, T, D)
+                    i += keep
+                    kept[i].copy_(h[:, -1])
+                tiles.join(part, y, y_s)
             last_state.copy_(kept[i].transpose(1, 2))
-        ctx.save_for_backward(u, delta, A, B, C, kept)
+        ctx.save_for_backward(u, delta, A, B, C, *kept)
         return y, last_state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy, glast):
-        u, delta, A, B, C, kept = ctx.saved_tensors
+        u, delta, A, B, C, *kept = ctx.saved_tensors
         tiles, carry, i = Tiles(u, delta, A, 3), glast.transpose(1, 2), -1
         gu, gdelta, gA, gB, gC, gstate = map(torch.empty_like, (u, delta, A, B, C, glast))
         with torch.autocast(u.device.type, enabled=False), torch.inference_mode():
             gdelta_A = torch.zeros_like(tiles.buffers[0])
             ones = torch.ones_like(gdelta_A[..., 0])
-            inputs, outputs = (delta, u, B, C, gy), (gdelta, gu, gB, gC)
-            for delta_s, u_s, B_s, C_s, gy_s, *places in tiles.cut(inputs, outputs, from_end=True):
-                i, x_s = i - 1, delta_s * u_s
-                a, h = tiles.states(delta_s, x_s, B_s, kept[i])             # (B, T, N, D)
-                g = tiles.adjoints(gy_s, C_s, carry)
-                gx_s = dot(B_s, g)
-                gB_s, gC_s = dot(x_s, g.transpose(2, 3)), dot(gy_s, h.transpose(2, 3))
-                a.mul_(g)
-                carry = a[:, 0].clone()         # for the tile before
-                a[:, 0].mul_(kept[i])
-                a[:, 1:].mul_(h[:, :-1])        # now a has dLoss/d(delta A)
-                gdelta_A.addcmul_(a, delta_s[:, :, None])
-                gdelta_s = dot(ones, a.mul_(tiles.A)).addcmul_(gx_s, u_s)
-                for grad, place in zip((gdelta_s, gx_s.mul_(delta_s), gB_s, gC_s), places):
-                    put(grad, place)
+            for part in tiles.parts[::-1]:
+                delta_s, u_s, *others = tiles.cut(part, delta, u, B, C, gy)
+                inputs = (delta_s, delta_s * u_s, *others)
+                grads = gdelta_s, gx_s, gB_s, gC_s = [*map(torch.empty_like, inputs[:4])]
+                for tile in [*zip(*inputs, *grads)][::-1]:
+                    delta_k, x_k, B_k, C_k, gy_k, gdelta_k, gx_k, gB_k, gC_k = tile
+                    i -= 1
+                    a, h = tiles.states(delta_k, x_k, B_k, kept[i])         # (B, T, N, D)
+                    g = tiles.adjoints(gy_k, C_k, carry)
+                    dot(B_k, g, out=gx_k)
+                    dot(x_k, g.transpose(2, 3), out=gB_k)
+                    dot(gy_k, h.transpose(2, 3), out=gC_k)
+                    a.mul_(g)
+                    carry = a[:, 0].clone()     # for the tile before
+                    a[:, 0].mul_(kept[i])
+                    a[:, 1:].mul_(h[:, :-1])    # now a has dLoss/d(delta A)
+                    gdelta_A.addcmul_(a, delta_k[:, :, None])
+                    dot(ones, a.mul_(tiles.A), out=gdelta_k)
+                gdelta_s.addcmul_(gx_s, u_s)
+                for whole, grad_s in ((gdelta, gdelta_s), (gu, gx_s.mul_(delta_s)), (gB, gB_s),
+                                      (gC, gC_s)):
+                    tiles.join(part, whole, grad_s)
             gA.copy_(gdelta_A.flatten(0, 1).sum(0).t())
             gstate.copy_(carry.transpose(1, 2))
         return gu, gdelta, gA, gB, gC, gstate, None
@@ -89,9 +101,12 @@ class Tiles:
     """How a sequence is cut into tiles of T steps, and the buffers of one tile, (B, T, N, D)."""
 
     def __init__(self, u, delta, A, buffers):
-        (batch, self.length, _), on_cpu = u.shape, u.device.type == "cpu"
-        self.T = steps_of_a_tile(self.length, batch * A.numel(), on_cpu)
-        self.count = math.ceil(self.length / self.T)
+        (batch, length, _), on_cpu = u.shape, u.device.type == "cpu"
+        self.T = steps_of_a_tile(length, batch * A.numel(), on_cpu)
+        self.count = math.ceil(length / self.T)
+        # what is not the recurrence is done for a few tiles at once, in fewer and larger calls
+        some = max(1, 128 // self.T) * self.T
+        self.parts = [slice(i, i + some) for i in range(0, length, some)]
         self.A = A.t().contiguous()                                         # (N, D)
         self.A_log2 = self.A / math.log(2)      # exp(delta A) as 2^(delta A / ln 2): exp2 is faster
         # On a CPU exp is some 100 times slower where the result is denormal (below -87), and so
@@ -100,16 +115,22 @@ class Tiles:
         self.buffers = A.new_empty(buffers, batch, self.T, *self.A.shape)
         self.each_step = [buffer.unbind(1) for buffer in self.buffers]      # T times (B, N, D)
 
-    def cut(self, inputs, outputs, from_end=False):
-        """Tile after tile of tensors (B, L, X): of inputs copies (B, T, X), the last one filled up
-        with steps of delta 0, which change nothing; of outputs views, the last one shorter."""
-        order, some = -1 if from_end else 1, 8 * self.T     # a few tiles at once: fewer calls
-        for i in range(0, self.length, some)[::order]:
-            missing = -min(some, self.length - i) % self.T
-            tiles = [F.pad(t[:, i:i + some], (0, 0, 0, missing)).unflatten(1, (-1, self.T))
-                     .transpose(0, 1).contiguous() for t in inputs]         # (8, B, T, X)
-            tiles += [t[:, i:i + some].split(self.T, dim=1) for t in outputs]
-            yield from [*zip(*tiles)][::order]
+    def cut(self, part, *tensors):
+        """A part of each tensor (B, L, X) in tiles, a copy (K, B, T, X); the last tile is filled up
+        with steps of delta 0, which change nothing."""
+        for t in tensors:
+            t = t[:, part]
+            if missing := -t.shape[1] % self.T:
+                t = F.pad(t, (0, 0, 0, missing))
+            yield t.unflatten(1, (-1, self.T)).transpose(0, 1).contiguous()
+
+    def join(self, part, whole, tiles):
+        """Copies tiles (K, B, T, X) into their part of whole, (B, L, X)."""
+        place = whole[:, part]
+        if place.shape[1] % self.T == 0:
+            place.unflatten(1, (-1, self.T)).transpose(0, 1).copy_(tiles)
+        else:
+            place.copy_(tiles.transpose(0, 1).flatten(1, 2)[:, :place.shape[1]])
 
     def states(self, delta, x, B, h):
         """The decays a and the states h of a tile, (B, T, N, D) each; h (B, N, D) enters it."""
@@ -139,15 +160,10 @@ def steps_of_a_tile(length, size, on_cpu):
     return math.ceil(length / math.ceil(length / most))
 
 
-def dot(weights, x):
-    """(B, T, N) . (B, T, N, D) -> (B, T, D), as one batch of products."""
-    y = torch.bmm(weights.view(-1, 1, weights.shape[2]), x.flatten(0, 1))
-    return y.view(*weights.shape[:2], -1)
-
-
-def put(tile, place):
-    """Copies a tile, (B, T, X), to its place in a whole sequence; that of the last is shorter."""
-    place.copy_(tile[:, :place.shape[1]])
+def dot(weights, x, out):
+    """(B, T, N) . (B, T, N, D) -> out (B, T, D), as one batch of products."""
+    rows, out = (t.view(-1, 1, t.shape[2]) for t in (weights, out))
+    torch.bmm(rows, x.flatten(0, 1), out=out)
 
 
 # the same for torch.compile and torch.export
