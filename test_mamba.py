@@ -1889,7 +1889,8 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     """From float32 to bfloat16. Of tensors there are the weights and no more; of the mapped file never all pages."""
     with torch.device("meta"):
         model = Mamba(MambaConfig(vocab_size=50277, d_model=512, n_layer=20))
-    model.to_empty(device="cpu").lm_head.weight = model.backbone["embedding"].weight
+    model.to_empty(device="cpu")
+    model.lm_head.weight = model.backbone["embedding"].weight
     model.save_pretrained(tmp_path)
     del model
     with Recorder() as recorded:
