@@ -1891,6 +1891,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
         model = Mamba(MambaConfig(vocab_size=50277, d_model=512, n_layer=20))
     model.to_empty(device="cpu")
     model.lm_head.weight = model.backbone["embedding"].weight
+    nn.init.constant_(model.lm_head.weight, math.nan)       # is saved as well
     model.save_pretrained(tmp_path)
     del model
     with Recorder() as recorded:
