@@ -150,7 +150,7 @@ def check_plain(options, weights):
         raise ValueError(f"the model {'lacks' if odd in keys else 'has'} {odd}: to be saved it "
                          "must have the modules that mamba.py made, with adapters merged")
     table, head = (weights[key] for key in TABLES)
-    same = head.data_ptr() == table.data_ptr() or torch.equal(head, table)      # a nan equals nothing
+    same = head.data_ptr() == table.data_ptr() or torch.equal(head, table)  # a nan equals nothing
     if options["tie_embeddings"] and not same:
         raise ValueError("the head is not the embedding: set config.tie_embeddings = False")
 
