@@ -131,11 +131,12 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     at_once = torch.is_grad_enabled() or torch.compiler.is_compiling()
     if method == "chunked" and not at_once and length > part:
         y = torch.empty_like(u)     # part by part, so that memory does not grow with the length
+        begins = None if seq_idx is None else beginnings(seq_idx, mask)
         for i in range(0, length, part):
             u_p, delta_p, B_p, C_p, z_p, mask_p, seq_p = (
                 None if t is None else t[:, i:i + part] for t in (u, delta, B, C, z, mask, seq_idx))
-            if i > 0 and seq_idx is not None:
-                state = state * ~beginnings(seq_idx, mask)[:, i, None, None]
+            if begins is not None:
+                state = state * ~begins[:, i, None, None]
             y[:, i:i + part], state = selective_scan(
                 u_p, delta_p, A, B_p, C_p, D, z_p, delta_bias, delta_softplus, state, True, method,
                 mask_p, seq_p)
@@ -477,12 +478,11 @@ class Mamba(nn.Module):
         return self.lm_head(x)[..., :self.config.vocab_size]                # without padding rows
 
     def _loss(self, x, targets):
-        x, targets = x.flatten(0, 1), targets.flatten().clamp(min=-1)
+        x, targets = x.flatten(0, 1), targets.masked_fill(targets < 0, -100).flatten()
         plain, vocab_size = is_plain(self.lm_head), self.config.vocab_size
         loss = fast and fast.cross_entropy(x, self.lm_head, plain, targets, vocab_size)
         if loss is None:
-            logits = self._logits(x).float()
-            loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+            loss = F.cross_entropy(self._logits(x).float(), targets, reduction="sum")
         return loss / (targets >= 0).sum().clamp(min=1)
 
     device = property(lambda self: next(self.parameters()).device)

@@ -410,6 +410,21 @@ def test_scan_options(softplus):
             check_scan(scan_inputs(3, 65, 5, 4, options), softplus=softplus)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_documents_of_a_long_scan_without_gradients(padded):
+    """It is done in parts of 2,048 steps: a document may begin with a part, and padding too."""
+    inputs = scan_inputs(2, 4200, 3, 4)
+    seq_idx = (torch.arange(4200) // 512).expand(2, -1).clone()         # begins anew at 2048 and 4096
+    mask = torch.ones(2, 4200, dtype=torch.bool)
+    if padded:
+        mask[0, 2048:2060] = mask[1, 4090:] = False
+        seq_idx[0, 2048:2060], seq_idx[1, 4096:] = 3, 9
+    run = functools.partial(selective_scan, **inputs, delta_softplus=True, return_last_state=True, method="chunked", mask=mask, seq_idx=seq_idx)
+    with torch.no_grad():
+        in_parts = run()
+    assert same(in_parts, run(), 1e-5)
+
+
 @pytest.fixture
 def alone(monkeypatch):
     """mamba.py as where no mamba_fast/ lies beside it."""

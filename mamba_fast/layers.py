@@ -153,7 +153,7 @@ def cross_entropy(x, head, plain, targets, vocab_size):
     The sum of the cross-entropies of head(x)[:, :vocab_size], a number. Logits of a large
     vocabulary take more memory than all the rest of a model, so they are never all there at once.
     None where they are few.
-    x: (R, d_model).  targets: (R,), negative ones are ignored.  plain: whether the head is its
+    x: (R, d_model).  targets: (R,), -100 is ignored.  plain: whether the head is its
     matrix and nothing more.
     """
     rows = max(1, LOGITS // vocab_size)
@@ -164,7 +164,7 @@ def cross_entropy(x, head, plain, targets, vocab_size):
 
     def of_part(x, targets):
         logits = head(x)[:, :vocab_size].float()
-        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        return F.cross_entropy(logits, targets, reduction="sum")
     return sum(of_part(*part) for part in zip(x.split(rows), targets.split(rows)))
 
 
