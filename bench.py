@@ -622,7 +622,7 @@ def reading(bench, shape, by_scan):
             for _ in model.read(prompt):
                 pass
         else:       # the decoder has read all but the last token of its prompt: here nothing yet
-            step = model.decoder(prompt[:, :1], model.init_state(1))
+            step = model.decoder([prompt[0, :1]], model.init_state(1))
             for token in prompt.unbind(1):
                 step(token)
     return call

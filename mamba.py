@@ -243,8 +243,7 @@ def conv_silu(x, weight, bias=None, state=None, scan="auto", mask=None, seq_idx=
     """silu of a causal convolution, silu(bias + sum_k weight[:, 0, k] x_{t - (d_conv - 1) + k}).
     x: (B, L, D).  weight: (D, 1, d_conv).  bias: (D,).  state: (B, d_conv - 1, D), the inputs
     before x, or None for zeros.  mask, seq_idx: as in selective_scan, with all padding at the end.
-    scan: the method of the scan, whose kernels there may be.
-    Returns (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d, which wants (B, D, L)."""
+    scan: its method.  Returns (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d: (B, D, L)."""
     (batch, length, d_inner), past, document = x.shape, weight.shape[2] - 1, None
     if state is not None and state.shape != (batch, past, d_inner):
         raise ValueError(f"the conv state must be {[batch, past, d_inner]}, not {[*state.shape]}")
@@ -257,7 +256,8 @@ def conv_silu(x, weight, bias=None, state=None, scan="auto", mask=None, seq_idx=
         document = F.pad(beginnings(seq_idx, mask).cumsum(1), (past, 0))[..., None]
     if y is None:
         y = 0 if bias is None else bias
-        for k, tap in enumerate(weight[:, 0].unbind(1)):                    # (D,)
+        # each tap in one piece of memory: of others a compiler makes slow code
+        for k, tap in enumerate(torch.stack(weight[:, 0].unbind(1))):       # (D,)
             seen_k = seen[:, k:k + length]
             if document is not None:
                 seen_k = seen_k * (document[:, k:k + length] == document[:, past:])

@@ -72,8 +72,11 @@ def fast(test):
     return pytest.mark.fast(pytest.mark.skipif(mamba.fast is None, reason="mamba_fast/ was deleted")(test))
 
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
 def on_gpu(test):
-    return pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(fast(test))
+    return NEEDS_CUDA(fast(test))
 
 
 def small(**changes):
@@ -90,7 +93,34 @@ def lively(**changes):
 
 
 def tokens(*shape, vocab=70, seed=0):
-    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+    return at_random(torch.randint, vocab, shape, seed=seed)
+
+
+def at_random(draw, *args, seed=0):
+    """The same numbers on every device."""
+    return draw(*args, generator=torch.Generator().manual_seed(seed), device="cpu").to(torch.get_default_device())
+
+
+def on(device):
+    """What is made within it, without a word of where, is on this device."""
+    torch.set_default_device(device)
+    yield device
+    torch.set_default_device("cpu")
+
+
+TRITON = pytest.param("triton", marks=NEEDS_CUDA)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def anywhere(request):
+    yield from on(request.param)
+
+
+@pytest.fixture(params=["sequential", "chunked", TRITON])
+def scan(request):
+    """Each method, where it runs."""
+    for _ in on("cuda" if request.param == "triton" else "cpu"):
+        yield request.param
 
 
 def relative(x, reference, scale=0.0):
@@ -662,8 +692,7 @@ BLOCKS = ({}, {"d_conv": 1, "conv_bias": False}, {"scan": "sequential", "bias": 
 
 def some_state(module, batch):
     """Of a block or of a model: what it could have read."""
-    g = torch.Generator().manual_seed(7)
-    random_like = lambda s: MambaState(*(torch.randn(t.shape, generator=g).to(t.dtype) for t in s))
+    random_like = lambda s: MambaState(*(at_random(torch.randn, t.shape, seed=7 + i).to(t.dtype) for i, t in enumerate(s)))
     state = module.init_state(batch)
     return random_like(state) if isinstance(state, MambaState) else [random_like(layer) for layer in state]
 
@@ -692,6 +721,7 @@ def test_a_state_is_never_changed(monkeypatch, changes, grad, alone):
 
 
 @pytest.mark.parametrize("changes", BLOCKS)
+@pytest.mark.usefixtures("anywhere")
 def test_gradients_flow_through_a_state(changes):
     """Outputs, last state and gradients of a block, of the state that it begins with too, do not depend on how x is cut."""
     torch.manual_seed(0)
@@ -719,7 +749,7 @@ def masks():
     for rows in PADDING:
         yield torch.stack([(torch.arange(7) >= left) & (torch.arange(7) < 7 - right) for left, right in rows])
     yield torch.ones(2, 7, dtype=torch.bool)
-    yield torch.rand(3, 70, generator=torch.Generator().manual_seed(0)) < 0.6
+    yield at_random(torch.rand, 3, 70) < 0.6
 
 
 def without_padding(run, x, mask, state, width=16):
@@ -736,7 +766,6 @@ def without_padding(run, x, mask, state, width=16):
     return y, tree_map(lambda *ts: torch.cat(ts), *states)
 
 
-@pytest.mark.parametrize("scan", PLAIN)
 @pytest.mark.parametrize("changes", [{}, {"d_conv": 1}, {"conv_bias": False, "d_conv": 6}])
 def test_padding_of_a_block(scan, changes):
     """Outputs, states and all gradients are those of each row without its padding, whatever the padding is."""
@@ -757,7 +786,6 @@ def test_padding_of_a_block(scan, changes):
             assert same((block(nothing, mask=mask) * mask[..., None]).nan_to_num(9), block(x, mask=mask) * mask[..., None], 1e-6)
 
 
-@pytest.mark.parametrize("scan", PLAIN)
 @pytest.mark.parametrize("padding", [False, True])
 def test_documents_in_a_row(scan, padding):
     """Documents one after the other, of any lengths, with padding between them or not, see nothing of each other."""
@@ -765,7 +793,7 @@ def test_documents_in_a_row(scan, padding):
     block, lengths = MambaBlock(MambaConfig(d_model=16, scan=scan)), [1, 2, 9, 40, 3, 70]
     seq_idx = torch.cat([torch.full((1, n), i % 2) for i, n in enumerate(lengths)], 1)      # two numbers are enough
     x, state = torch.randn(1, sum(lengths), 16).requires_grad_(), some_state(block, 1)
-    mask = torch.rand(seq_idx.shape, generator=torch.Generator().manual_seed(1)) < 0.7 if padding else torch.ones_like(seq_idx) > 0
+    mask = at_random(torch.rand, seq_idx.shape, seed=1) < 0.7 if padding else torch.ones_like(seq_idx) > 0
     mask[:, 0] = mask[:, -1] = True
     mask[:, 13:50] |= ~mask[:, 13:50].any()
     ys, before = [], state
@@ -796,7 +824,6 @@ def test_what_a_block_refuses():
     assert block(torch.empty(0, 9, 16)).shape == (0, 9, 16)
 
 
-@pytest.mark.parametrize("scan", PLAIN)
 def test_checkpointing_keeps_little(scan):
     """Non-reentrant checkpointing of a block gives the same gradients and keeps its input alone."""
     torch.manual_seed(0)
@@ -879,6 +906,7 @@ def test_model_equals_transformers(changes):
 
 @pytest.mark.parametrize("changes", [{}, {"d_intermediate": 48}, {"d_conv": 1}, {"scan": "sequential"},
                                      {"tie_embeddings": False, "d_conv": 2}])
+@pytest.mark.usefixtures("anywhere")
 def test_any_split_gives_the_same_logits(changes):
     model = small(**changes)
     idx = tokens(2, 40)
@@ -901,6 +929,7 @@ def test_any_split_gives_the_same_logits(changes):
             assert relative(ends[-1], full[:, -1:]) < 1e-5 and all(logits.shape == (2, 1, 70) for logits in ends)
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_gradients_flow_through_the_state_of_a_model():
     """Truncated backpropagation without the truncation: a loss cut in two has the gradients of one call."""
     model, idx = lively(d_intermediate=24), tokens(2, 40)
@@ -918,12 +947,11 @@ def test_gradients_flow_through_the_state_of_a_model():
     assert same(results[1], results[0], 1e-5) and same(results[2], results[0], 1e-5)
 
 
-@pytest.mark.parametrize("scan", PLAIN)
 def test_padding_and_documents_of_a_model(scan):
     """Logits, loss, states and gradients; the loss of what is padding is not asked for."""
     model = small(scan=scan)
     for mask in masks():
-        idx = torch.randint(0, 70, mask.shape, generator=torch.Generator().manual_seed(2))
+        idx = tokens(*mask.shape, seed=2)
         state = some_state(model, len(mask))
         logits, _, after = model(idx, state=state, mask=mask)
         run = lambda ids, state: model(ids, state=state)[::2]
@@ -938,6 +966,7 @@ def test_padding_and_documents_of_a_model(scan):
                 torch.autograd.grad(F.cross_entropy(alone.flatten(0, 1), idx.flatten()), list(model.parameters())), 1e-4)
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_a_state_can_be_learned():
     """The first state as parameters of one's own."""
     model, idx = lively(n_layer=2), tokens(1, 20)
@@ -955,6 +984,7 @@ def test_a_state_can_be_learned():
 
 @pytest.mark.parametrize("changes", [{}, {"d_conv": 1, "conv_bias": False}, {"bias": True, "d_state": 5, "d_intermediate": 24}])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("anywhere")
 def test_single_tokens_equal_one_call(changes, dtype):
     """With gradients and without, in logits and in the state."""
     model, idx = small(**changes).eval().to(dtype), tokens(3, 40)
@@ -1161,6 +1191,7 @@ def test_generate_greedy_is_argmax_of_the_full_forward():
     assert torch.equal(out[:, 11:], greedy(model, idx, 20)) and torch.equal(out[:, 11:], greedy_by_steps(model, idx, 20))
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_generate_prompts_of_different_lengths():
     model = small().eval()
     prompts = [tokens(n, seed=n) for n in (5, 1, 12, 5, 3)]
@@ -1271,6 +1302,7 @@ def test_stop_tokens():
         assert row == expected[:end] + [expected[end - 1]] * (max(ends) - end)
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_one_prefix_and_three_continuations():
     model, prefix = lively(), tokens(1, 9)
     with torch.no_grad():
@@ -1307,6 +1339,7 @@ def test_the_state_of_a_stream(lengths):
     assert torch.equal(torch.stack(list(again), 1), torch.stack([text[n + 3:] for text, n in zip(read, lengths)]))
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_generated_tokens_and_states_can_be_trained_on():
     """The steps may run in inference mode, what they leave behind is not of it."""
     model, idx = small(), tokens(2, 5)
@@ -1392,6 +1425,7 @@ WAYS = ("hook", "hook before", "subclass", "wrapper", "parametrisation")
 
 
 @pytest.mark.parametrize("how", WAYS)
+@pytest.mark.usefixtures("anywhere")
 def test_what_runs_is_what_is_there(how):
     """Whatever people put into a model acts in generate as it does in a plain forward, for every submodule that there is."""
     model = lively(n_layer=2, d_intermediate=24, tie_embeddings=False)
@@ -1408,6 +1442,7 @@ def test_what_runs_is_what_is_there(how):
     ("backbone.layers.0.mixer.dt_proj", nn.Linear(2, 64, bias=False)), ("backbone.layers.0.mixer.out_proj", nn.Linear(64, 32)),
     ("backbone.layers.1.mixer.conv1d", nn.Conv1d(64, 64, 4, groups=64, bias=False)), ("lm_head", nn.Linear(32, 100)),
     ("lm_head", nn.Sequential(nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 72))), ("backbone.layers.1", None)])
+@pytest.mark.usefixtures("anywhere")
 def test_replaced_modules(name, module):
     """Of the same class with other options, or of another; or a layer taken out."""
     model, prompts = lively(n_layer=3), tokens(2, 7)
@@ -1416,7 +1451,7 @@ def test_replaced_modules(name, module):
         del model.backbone["layers"][1]
     else:
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
+        setattr(model.get_submodule(parent), leaf, module.to(model.device))
     assert torch.equal(model.generate(prompts, 6, temperature=0)[:, 7:], greedy(model, prompts, 6))
 
 
@@ -1486,6 +1521,7 @@ def test_memory_of_a_long_text():
 
 @pytest.mark.parametrize("targets", [["in_proj"], ["x_proj"], ["out_proj"], ["dt_proj"], ["in_proj", "x_proj", "out_proj", "lm_head"],
                                      "all-linear"])
+@pytest.mark.usefixtures("anywhere")
 def test_lora(targets):
     """An adapter acts in a forward call, in training, in generation, and as much after it is merged."""
     peft = pytest.importorskip("peft")
@@ -1510,9 +1546,14 @@ def quantized_by_torchao(model):
     return model
 
 
-@pytest.mark.parametrize("quantize", [quantized_by_torchao, lambda model: torch.ao.quantization.quantize_dynamic(
-    model, {nn.Linear}, dtype=torch.qint8)], ids=["torchao", "dynamic"])
-def test_quantizers_of_others(quantize):
+def quantized_dynamically(model):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+@pytest.mark.parametrize("quantize", [quantized_by_torchao, quantized_dynamically])
+def test_quantizers_of_others(quantize, anywhere):
+    if (quantize, anywhere) == (quantized_dynamically, "cuda"):
+        return      # PyTorch has it for a CPU alone
     model, prompts = quantize(lively(d_model=64, tie_embeddings=False)), tokens(1, 7)
     assert torch.equal(model.generate(prompts, 6, temperature=0)[:, 7:], greedy(model, prompts, 6))
 
@@ -1559,16 +1600,16 @@ def test_sharded_over_two_processes(tmp_path):
 
 
 @fast
-@pytest.mark.parametrize("compiled_scan", [False, True])
+@pytest.mark.parametrize("scan", ["tiles", "compiled", TRITON], indirect=True)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("what", ["scan", "block", "model"])
-def test_one_graph_for_all_lengths(monkeypatch, what, training, compiled_scan):
+def test_one_graph_for_all_lengths(monkeypatch, what, training, scan):
     """torch.compile(fullgraph=True), and at most three compilations for eight lengths."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     from mamba_fast import scan_compiled
     monkeypatch.setattr(scan_compiled, "_compiled", lambda function: function)      # it has a compiler of its own
-    monkeypatch.setattr(mamba.fast, "compiles_well", lambda *inputs: compiled_scan)
+    monkeypatch.setattr(mamba.fast, "compiles_well", lambda *inputs: scan == "compiled")
     torch.compiler.reset()
     torch.manual_seed(0)
     model, counter = small(n_layer=2, d_state=8), CompileCounterWithBackend("aot_eager")
@@ -1618,6 +1659,7 @@ def test_export_of_any_batch_and_length():
         assert same(exported.module()(*inputs), step(*inputs), 1e-5)
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_checkpointing_of_the_layers():
     """By PyTorch's own wrapper: equal gradients, and of all that a layer keeps its input alone."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -2907,16 +2949,6 @@ def test_generation_by_a_cuda_graph(kind):
     before = copy.deepcopy(state)
     rest = list(model.stream(read[-1][:, None], 5, temperature=0, state=state))
     assert same(rest, list(stream)) and same(state, before)
-
-
-@on_gpu
-@pytest.mark.parametrize("how", WAYS)
-def test_what_runs_is_what_is_there_on_a_gpu(how):
-    names = ["backbone.layers.1", "backbone.layers.0.norm", "backbone.norm_f", "lm_head",
-             *(f"backbone.layers.1.mixer{part}" for part in ("", ".in_proj", ".x_proj", ".dt_proj", ".out_proj"))]
-    if how == "parametrisation":
-        names = [name for name in names if name.rpartition(".")[2] not in ("1", "mixer")]
-    check_what_runs(lively(n_layer=2, d_model=40).cuda(), names, how)
 
 
 @on_gpu

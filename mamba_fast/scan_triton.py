@@ -636,7 +636,7 @@ def _cuts(batch, L, d_inner, warps):
 INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
 FORWARD = f"({INPUTS}, Tensor? state, bool softplus, bool keep) -> ({', '.join(['Tensor'] * 5)})"
 BACKWARD = ("(Tensor gy, Tensor? glast, Tensor states, Tensor BC, Tensor A2, Tensor u, Tensor delta, Tensor? D, Tensor? z, "
-            f"Tensor? delta_bias, bool softplus) -> ({', '.join(['Tensor'] * 6)})")
+            f"Tensor? delta_bias, bool softplus, bool has_state) -> ({', '.join(['Tensor'] * 6)})")
 
 
 def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
@@ -667,8 +667,8 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     return (y, last, states, BC, A2) if keep else (y, last, *(A.new_empty(0) for _ in range(3)))
 
 
-def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
-    """gu, gdelta, gz; gB and gC as (B, 2, N, Lp); gA, gD, gbias as (N + 2, D); (B, chunks, PARTS, N, D), gstate in [:, 0, -1]."""
+def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus, has_state):
+    """gu, gdelta, gz; gB and gC as (B, 2, N, Lp); gA, gD, gbias as (N + 2, D); gstate (B, N, D), if there is a state."""
     (batch, L, d_inner), N = u.shape, len(A2)
     tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner, FILL_BACK)
     gy, u, delta, z = _aligned(gy, u, delta, z)
@@ -694,7 +694,8 @@ def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
             u, delta, A2, BC, D, u if z is None else z, delta_bias, gy, states, adjoint, gu, gdelta, gz, parts, sums,
             tiles=2 * per_chunk, slots=states.shape[1], u_b=u_b, u_l=u_l, g_b=g_b, g_l=g_l, HAS_D=D is not None,
             EXACT=u.dtype != torch.bfloat16, maxnreg=168, **common)
-    return gu, gdelta, gz, parts.sum(0), sums.sum((0, 1, 3)), adjoint
+    gstate = adjoint[:, 0, -1].contiguous() if has_state else A2.new_empty(0)
+    return gu, gdelta, gz, parts.sum(0), sums.sum((0, 1, 3)), gstate
 
 
 def _setup(ctx, inputs, output):
@@ -705,13 +706,14 @@ def _setup(ctx, inputs, output):
 
 
 def _gradients_of(back, ctx, gy, glast, _gstates, _gBC, _gA2):
-    _, _, A2, u, _, D, z, delta_bias = ctx.saved_tensors
+    saved = ctx.saved_tensors       # taken once: a checkpoint computes them for one taking
+    _, _, A2, u, _, D, z, delta_bias = saved
     gy = torch.zeros_like(u) if gy is None else gy
-    gu, gdelta, gz, gBC, sums, adjoint = back(gy, glast, *ctx.saved_tensors, ctx.softplus)
+    gu, gdelta, gz, gBC, sums, gstate = back(gy, glast, *saved, ctx.softplus, ctx.has_state)
     gB, gC = gBC[..., :u.shape[1]].transpose(2, 3).unbind(1)
     gA, gD, gbias = sums[:len(A2)].t(), sums[-2], sums[-1]
     return (gu, gdelta, gA, gB.to(ctx.B_dtype), gC.to(ctx.C_dtype), None if D is None else gD, None if z is None else gz,
-            None if delta_bias is None else gbias, adjoint[:, 0, -1].transpose(1, 2) if ctx.has_state else None, None, None)
+            None if delta_bias is None else gbias, gstate.transpose(1, 2) if ctx.has_state else None, None, None)
 
 
 class _Scan(torch.autograd.Function):
@@ -734,11 +736,11 @@ def _(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
 
 
 @_backward.register_fake
-def _(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus):
-    (batch, L, d_inner), N = u.shape, len(A2)
+def _(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus, has_state):
+    (batch, _, d_inner), N = u.shape, len(A2)
     gu, gdelta, gz = (u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (u, delta, z))
     return (gu, gdelta, gz, A2.new_empty(batch, 2, N, BC.shape[2]), A2.new_empty(N + 2, d_inner),
-            A2.new_empty(batch, _cuts(batch, L, d_inner, FILL_BACK)[2], PARTS.value, N, d_inner))
+            A2.new_empty((batch, N, d_inner) if has_state else 0))
 
 
 def runs_on(device):
@@ -871,7 +873,7 @@ def _run_conv(x, weight, bias, state):
 def _cuts_of_conv(L, W):
     """Steps of a program in the backward pass, and programs side by side."""
     steps = max(64, 8 * -(-(W - 1) // 8))
-    return steps, -(-(L + W - 1) // steps)
+    return steps, (L + W - 1 + steps - 1) // steps      # rounded up as a compiler follows it for any L
 
 
 def _run_conv_back(gy, x, weight, bias, state):
