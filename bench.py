@@ -1,11 +1,14 @@
 """
 What costs what: the selective scan in many ways, a training step and generation, next to others.
+And what is learned: beside Transformers on a text, and on the paper's tasks (bench_compare.py).
 
-python bench.py                                                 # everything, some minutes
+python bench.py                                 # scan, train and generate, some minutes
 python bench.py --suite=scan --shapes=4x1024x512x16,1x4096x1536x16      # each shape is BxLxDxN
 python bench.py --suite=scan --lengths=256,1024,4096 --plot=scan.png
 python bench.py --suite=train --compile
 python bench.py --suite=generate --size=small --device=cuda
+python bench.py --suite=compare --dataset=pydoc --seconds=60            # or --max_iters=500
+python bench.py --suite=tasks
 
 The variants of a table take turns, so that a busy machine slows all of them; times are medians of
 whole calls, with quartiles, after a warm-up. On CUDA the scans run as CUDA graphs: what the GPU
@@ -45,6 +48,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
+from bench_compare import GPT, MODELS, compare, compare_what, tasks
 from common import Problem, autocast, flag, nearest, pick_device, pick_dtype, repeatable, run
 from mamba import Mamba, MambaConfig, selective_scan
 
@@ -56,8 +60,9 @@ except ImportError:     # what needs it is left out
 
 @dataclass
 class Config:
-    suite: str = flag("all", "scan, train, generate or all")
-    seconds: float = flag(3.0, "time for each variant; two calls at least, unless one takes longer")
+    suite: str = flag("all", "scan, train, generate, or all of these; or compare; or tasks")
+    seconds: float = flag(3.0, "time for each variant; two calls at least, unless one takes longer;"
+                          " of compare, for training each model, 60 by default")
     out: str = flag("results.json", "file for all results, raw times included")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16; by default bfloat16 on CUDA, else "
@@ -68,10 +73,12 @@ class Config:
     shapes: str = flag("4x1024x512x16", "BxLxDxN,...: batch, length, channels, numbers remembered "
                        "by each channel")
     lengths: str = flag("", "L,...: also these lengths, with B, D and N of the first shape")
-    plot: str = flag("", "picture of time and memory over --lengths (256,1024,4096 without)")
-    longest: int = flag(65536, "cost per token from L = 256 to here; below 256 it is left out")
+    plot: str = flag("", "picture of time and memory over --lengths (256,1024,4096 without); or of "
+                     "compare's losses, by default beside --out")
+    longest: int = flag(65536, "cost per token from L = 256 to here, below 256 it is left out; and "
+                        "the longest text of compare and tasks")
     memory_gb: float = flag(8.0, "a scan that would take more is left out")
-    # train and generate
+    # train, generate and compare
     d_model: int = flag(256, "width of the small model")
     n_layer: int = flag(4, "its layers")
     vocab_size: int = flag(65, "its vocabulary")
@@ -82,6 +89,14 @@ class Config:
     start: int = flag(1, "tokens that each of them begins with; they are read within the time")
     new_tokens: int = flag(32, "tokens that one call generates for each")
     prompt: int = flag(1000, "tokens of the prompt that is read, and after which a token is timed")
+    # compare and tasks
+    dataset: str = flag("pydoc", "as for train.py")
+    data_dir: str = flag("data", "folder of the prepared data")
+    models: str = flag(",".join(MODELS), "which to compare; =1e-3 behind one is its learning rate")
+    max_iters: int = flag(0, "steps of each model, in place of --seconds", 0)
+    dropout: float = flag(0.1, "of each model", 0, 1)
+    seed: int = flag(1337, "of weights, batches and dropout", 0, 2 ** 31)
+    task_steps: int = flag(0, "steps of each model of tasks; 0: as many as each task needs", 0)
 
 
 PEERS = ("mambapy", "transformers", "mamba_ssm")
@@ -218,13 +233,19 @@ def table(bench, title, variants, tokens, error_of=None, floor=None, remarks=(),
         "x best peer": [f"{row['vs_peer']:.2f}" for row in rows if peers],
         "of floor": [f"{row['of_floor']:.0%}" for row in rows if floor],
     }
-    print(f"\n{title}")
-    shown = [[header, *column] for header, column in columns.items() if column]
-    for name, median, quartiles, *rest in zip(*shown):
-        print(f"{name:<30}  {median:>11}  {quartiles:>18}", *(f"{x:>11}" for x in rest), sep="  ")
-    print(*(f"  {remark}\n" for remark in remarks), sep="", end="", flush=True)
+    show(title, columns, remarks)
     bench.results["tables"].append({"title": title, **about, "rows": rows, "remarks": remarks})
     write(bench)    # after every table, so that Ctrl-C loses only the one it interrupts
+
+
+def show(title, columns, remarks=()):
+    """Prints a table. columns: {header: [what each row has]}; an empty one is left out."""
+    shown = [[header, *column] for header, column in columns.items() if column]
+    first, *widths = (max(11, *map(len, column)) for column in shown)
+    print(f"\n{title}")
+    for name, *rest in zip(*shown):
+        print(f"{name:<{first}}", *(f"{x:>{n}}" for x, n in zip(rest, widths)), sep="  ")
+    print(*(f"  {remark}\n" for remark in remarks), sep="", end="", flush=True)
 
 
 def write(bench):
@@ -449,61 +470,40 @@ def cost_per_token(bench, shape):
 
 def plot(bench, sweep):
     """Time and memory of forward + backward over L, as one picture."""
+    rows = [(of["shape"][1], row) for of in bench.results["tables"]
+            if of.get("shape") in sweep and of["direction"] != "forward" for row in of["rows"]]
+    panels = [("L", label, {name: sorted((length, row[key]) for length, row in rows
+                                         if row["variant"] == name and row[key])
+                            for name in dict.fromkeys(row["variant"] for _, row in rows)})
+              for key, label in (("median_s", "seconds"), ("memory_mb", "MB on top of the inputs"))]
+    batch, _, d_inner, d_state = sweep[0]
+    draw(bench.cfg.plot, f"selective scan, forward + backward: B={batch} D={d_inner} N={d_state}, "
+         f"{bench.results['machine']['name']}", panels, log=True)
+
+
+def draw(path, title, panels, log=False):
+    """A picture of panels side by side, each (label of x, label of y, {name: [(x, y), ...]})."""
     try:
         from matplotlib.figure import Figure  # not pyplot: it may look for a display
     except ImportError:
-        return print("no plot: matplotlib is not installed")
-    figure, tables = Figure(figsize=(11, 4.5)), bench.results["tables"]
-    rows = [(of["shape"][1], row) for of in tables
-            if of.get("shape") in sweep and of["direction"] != "forward" for row in of["rows"]]
-    shown = {"median_s": "seconds", "memory_mb": "MB on top of the inputs"}
-    for axis, (key, label) in zip(figure.subplots(1, 2), shown.items()):
-        for name in dict.fromkeys(row["variant"] for _, row in rows):
-            points = sorted((length, row[key]) for length, row in rows
-                            if row["variant"] == name and row[key])
-            axis.loglog([x for x, _ in points], [y for _, y in points], "o-", label=name)
-        axis.set_xscale("log", base=2)
-        axis.set(xlabel="L", ylabel=label)
+        return print("no picture: matplotlib is not installed")
+    figure = Figure(figsize=(11, 4.5))
+    for axis, (xlabel, ylabel, curves) in zip(figure.subplots(1, len(panels)), panels):
+        for name, points in curves.items():
+            axis.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
+        if log:
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+        axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    batch, _, d_inner, d_state = sweep[0]
-    figure.suptitle(f"selective scan, forward + backward: B={batch} D={d_inner} N={d_state}, "
-                    f"{bench.results['machine']['name']}")
-    figure.savefig(bench.cfg.plot, dpi=150, bbox_inches="tight")
-    print(f"wrote {bench.cfg.plot}")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    print(f"wrote {path}")
 
 
 # ----------------------------------------------------------------------------------------------
 # Whole models
-
-
-class GPT(nn.Module):
-    """nanoGPT's Transformer, to compare with: learned positions, norms before, causal attention."""
-
-    def __init__(self, vocab_size, d_model, n_layer, block_size):
-        super().__init__()
-        self.n_head = d_model // 64 if d_model % 64 == 0 else 1
-        self.tokens = nn.Embedding(vocab_size, d_model)
-        self.positions = nn.Embedding(block_size, d_model)
-        norm, linear = (functools.partial(of, bias=False) for of in (nn.LayerNorm, nn.Linear))
-        self.layers = nn.ModuleList(nn.ModuleDict({
-            "norm1": norm(d_model),
-            "qkv": linear(d_model, 3 * d_model), "out": linear(d_model, d_model),
-            "norm2": norm(d_model),
-            "up": linear(d_model, 4 * d_model), "down": linear(4 * d_model, d_model),
-        }) for _ in range(n_layer))
-        self.norm, self.head = norm(d_model), linear(d_model, vocab_size)
-        self.head.weight = self.tokens.weight
-
-    def forward(self, idx):
-        x = self.tokens(idx) + self.positions.weight[:idx.shape[1]]
-        for layer in self.layers:
-            qkv = layer["qkv"](layer["norm1"](x)).unflatten(2, (3, self.n_head, -1))
-            qkv = qkv.permute(2, 0, 3, 1, 4)                                # (3, B, heads, L, d)
-            y = F.scaled_dot_product_attention(*qkv, is_causal=True)        # (B, heads, L, d)
-            x = x + layer["out"](y.transpose(1, 2).flatten(2))
-            x = x + layer["down"](F.gelu(layer["up"](layer["norm2"](x))))
-        return self.head(self.norm(x))
 
 
 class Mambapy(nn.Module):
@@ -551,7 +551,7 @@ def training_step(bench, name, x, y, remarks):
     cfg = bench.cfg
     if name == "Transformer":
         # a Mamba layer has 6 d_model^2 parameters, a Transformer's 12: for one size half as many
-        model = GPT(cfg.vocab_size, cfg.d_model, max(1, cfg.n_layer // 2), cfg.block_size)
+        model = GPT(cfg.vocab_size, cfg.d_model, max(1, cfg.n_layer // 2), 4 * cfg.d_model)
     else:
         model = build(name, cfg.vocab_size, cfg.d_model, cfg.n_layer)
     parameters = sum(p.numel() for p in model.parameters())
@@ -563,7 +563,7 @@ def training_step(bench, name, x, y, remarks):
     def gradients(x, y):
         optimizer.zero_grad(set_to_none=True)
         with autocast(bench.device, bench.dtype):
-            if name.startswith("ours"):
+            if name.startswith("ours") or name == "Transformer":
                 loss = network(x, y)[1]
             else:
                 logits = network(x).logits if name == "transformers" else network(x)
@@ -712,7 +712,7 @@ def machine_of(device):
 
 
 def main(cfg, given):
-    for name, choices in (("suite", ("scan", "train", "generate", "all")),
+    for name, choices in (("suite", ("scan", "train", "generate", "all", "compare", "tasks")),
                           ("size", ("small", "130m", "both"))):
         if (value := getattr(cfg, name)) not in choices:
             hint = nearest(value, choices)
@@ -721,6 +721,11 @@ def main(cfg, given):
                  "block_size", "texts", "start", "new_tokens", "prompt"):
         if getattr(cfg, name) <= 0:
             raise Problem(f"--{name} must be above 0, not {getattr(cfg, name)}")
+    if cfg.suite == "compare":
+        if cfg.max_iters and "seconds" in given:
+            raise Problem("--seconds and --max_iters are two ways to say how long; give one")
+        cfg.seconds = given.get("seconds", 60.0)
+        compared = compare_what(cfg)
     shapes = parse_sizes("shapes", cfg.shapes, 4, "BxLxDxN, as in 4x1024x512x16,1x4096x512x16")
     lengths = cfg.lengths or ("256,1024,4096" if cfg.plot else "")
     if lengths:
@@ -737,7 +742,8 @@ def main(cfg, given):
             machine[name] = importlib.metadata.version(name)
     results = {"machine": machine, "flags": asdict(cfg), "tables": []}
     bench = SimpleNamespace(cfg=cfg, device=device, dtype=pick_dtype(cfg.dtype, device),
-                            peers=peers, results=results)
+                            peers=peers, results=results, clock=clock, show=show, draw=draw,
+                            clock_and_memory=clock_and_memory, write=write)
     write(bench)    # now, not after minutes, it shows whether the file can be written
     print(", ".join(f"{key} {value}" for key, value in machine.items() if key != "name"))
     absent = ", ".join(name for name in PEERS if name not in peers)
@@ -754,6 +760,10 @@ def main(cfg, given):
         train_suite(bench)
     if cfg.suite in ("generate", "all"):
         generate_suite(bench)
+    if cfg.suite == "compare":
+        compare(bench, *compared)
+    if cfg.suite == "tasks":
+        tasks(bench)
     print(f"\nwrote {cfg.out}")
 
 

@@ -12,8 +12,11 @@ import errno
 import math
 import os
 import re
+import select
+import shlex
 import signal
 import sys
+import threading
 import urllib.parse
 import zipfile
 from pathlib import Path
@@ -25,27 +28,32 @@ from tqdm import tqdm
 class Problem(Exception):
     """Something the person can put right: shown as one line, without a traceback."""
 
-def run(main, Config):
+def run(main, Config, interrupt=signal.default_int_handler):
     """Calls main(cfg, given): the Config that the command line says, and a dict of the flags in it.
     What the person can put right (a Problem, a full disk, too little memory) ends the script with
-    one line on stderr and status 2, Ctrl-C with status 130."""
+    one line on stderr and status 2, Ctrl-C with status 130; main may return a status of its own.
+    interrupt: the handler of Ctrl-C. In a notebook handlers are left as they are."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):     # a console without a character shows the others
-        stream.reconfigure(errors="replace", line_buffering=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # set aside while torch was imported
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # those of a notebook have no such thing
+            # Files and pipes get UTF-8; a console without a character shows the others.
+            encoding = None if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="replace", line_buffering=True)
+    # Whoever sits at a prompt goes on in this process: IPython, a notebook, python -i.
+    ours = not hasattr(sys, "ps1") and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)  # set aside while torch was imported
     # or huggingface_hub tells of each attempt without a network, before one line here says it all
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # What is wrong with flags or data is so in all processes of torchrun; one of a machine says it.
-    first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-    status = 2
+    message, status, say.unread = None, 2, False
     try:
-        return main(*parse_flags(Config))
-    except Problem as problem:
-        message = first_here and str(problem)
+        status = main(*parse_flags(Config)) or (141 if say.unread else 0)
+    except Problem as problem:  # the same in all processes of torchrun: one of a machine says it
+        message = is_first_here() and str(problem)
     except KeyboardInterrupt:
-        message, status = first_here and "interrupted", 130
+        message, status = is_first_here() and "interrupted", 130
     except ModuleNotFoundError as error:
         message = f"this needs a package: pip install {error.name}"
     except OSError as error:  # disk full, no permission, ...
@@ -56,23 +64,42 @@ def run(main, Config):
         if isinstance(error, MemoryError) or "memory" in str(error):  # torch's words for it
             message = "not enough memory; try a smaller model, --batch_size or --block_size"
         elif "by peer" in str(error):  # gloo's words for a process at the other end that is gone
-            message = first_here and "another process of this run has ended"
+            message = is_first_here() and "another process of this run has ended"
         else:
             raise
-    finally:    # from here on Ctrl-C ends Python at once, without a traceback
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    finally:
+        if ours:    # from here on Ctrl-C ends Python at once, without a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     if message:
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
-def nobody_reads(error):
-    """Whether this OSError is that of a pipe with nobody at its end, as in `train.py | head -1`.
-    If so, what is still written to stdout gets lost, without another error."""
+def is_first_here():
+    """Whether no other process of torchrun on this machine comes before this one."""
+    return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+
+def end_at_once(number, frame):
+    """A handler of Ctrl-C that ends the process, whatever it was doing: an exception raised there
+    may get lost, or come out as another one. What write_whole has begun stays as a .tmp file."""
+    with contextlib.suppress(OSError):
+        # A terminal that Ctrl-S has stopped must not hold this up.
+        if is_first_here() and select.select([], [2], [], 0)[1]:
+            os.write(2, f"{Path(sys.argv[0]).name}: interrupted\n".encode())
+    os._exit(130)
+
+def nobody_reads(error, of_stdout=False):
+    """Whether this OSError is that of a pipe with nobody at its end, as in `train.py | head -1`,
+    or, of_stdout, of a terminal that is closed. If so, what is still written there gets lost,
+    without another error."""
     on_windows = (os.name, error.errno, error.filename) == ("nt", errno.EINVAL, None)
-    if not (isinstance(error, BrokenPipeError) or on_windows):
+    closed = of_stdout and error.errno == errno.EIO
+    if not (isinstance(error, BrokenPipeError) or on_windows or closed):
         return False
     # or Python fails again where it flushes at its end
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    out, err, null = sys.stdout.fileno(), sys.stderr.fileno(), os.open(os.devnull, os.O_WRONLY)
+    for stream in (out, err) if os.path.samestat(os.fstat(out), os.fstat(err)) else (out,):
+        os.dup2(null, stream)
     return True
 
 def say(line):
@@ -84,7 +111,7 @@ def say(line):
         tqdm.write(line)
         sys.stdout.flush()
     except OSError as error:
-        if not nobody_reads(error):
+        if not nobody_reads(error, of_stdout=True):
             raise
         say.unread = True
 
@@ -102,8 +129,17 @@ def works_here(what, attempt):
         attempt()
         return True
     except (RuntimeError, ImportError, OSError) as error:  # no compiler, an unknown device, ...
+        if isinstance(behind(error), KeyboardInterrupt):
+            raise KeyboardInterrupt from None
         say(f"{what} does not work here ({type(error).__name__}); going on without it")
         return False
+
+def behind(error):
+    """What torch has made another error of: an OSError or KeyboardInterrupt, else error itself."""
+    cause = error
+    while cause and not isinstance(cause, (OSError, KeyboardInterrupt)):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
 
 # ---- Flags: each field of a script's Config dataclass is one -------------------------------------
 
@@ -118,10 +154,27 @@ def finite(text):
         raise ValueError
     return value
 
+# flags of the scripts that are paths: in them ~ is the home folder, as in FILE:~/prompt.txt
+PATHS = {"dataset", "data_dir", "out_dir", "init_from", "cache_dir", "pretrained", "tokenizer",
+         "html", "export", "out", "plot"}
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 KINDS = {   # how the text of a flag is read, and what is said where that cannot be
     "int": (int, "a whole number"), "float": (finite, "a number"), "str": (str, "text"),
     "bool": (lambda text: BOOLS[text.lower()], "True or False")}
+
+def as_flag(name, value):
+    """A flag as one types it into a shell."""
+    return f"--{name}={shlex.quote(str(value))}"
+
+def fits(field, value):
+    """Whether a value, as from a file, is one that this flag can have."""
+    kind, *optional = field.type.split(" | ")  # "int | None" -> "int", ["None"]
+    least, below = field.metadata["bounds"] or (-math.inf, math.inf)
+    if value is None:
+        return bool(optional)
+    if kind in ("int", "float"):
+        return type(value) in (int, {"int": int, "float": float}[kind]) and least <= value < below
+    return type(value).__name__ == kind
 
 def parse_flags(Config, argv=None):
     """Reads --key=value, --key value and, for a bool, --key alone; by default from the command
@@ -137,7 +190,7 @@ def parse_flags(Config, argv=None):
         word, equals, text = words.pop(0).partition("=")
         name = word[2:]
         if not word.startswith("--"):
-            hint = f", as --{next(iter(fields))}={word}" if word[:1] != "-" else ""
+            hint = f", as {as_flag(next(iter(fields)), word)}" if word[:1] != "-" else ""
             raise Problem(f"unexpected argument '{word}'; flags are written --name=value{hint}")
         if name not in fields:
             hint = nearest(name, fields, "--") or "; --help lists those there are"
@@ -159,6 +212,9 @@ def parse_flags(Config, argv=None):
                 raise ValueError
         except (KeyError, ValueError):
             raise Problem(f"{word} takes {what}, not '{text}'") from None
+        path = re.fullmatch("(FILE:)?(~.*)", text, re.DOTALL)
+        if path and (name in PATHS or path[1]):
+            value = (path[1] or "") + os.path.expanduser(path[2])
         given[name] = value
     return Config(**given), given
 
@@ -287,16 +343,17 @@ def write_whole(path, write, previous=None):
         target = path if previous else os.path.realpath(path)
         if os.path.exists(target) and not os.path.isfile(target):
             raise ValueError("it is there, and not a file")
-        unfinished = f"{target}.tmp"
+        unfinished = f"{str(target).removesuffix('.pt')}.tmp"
         with open(unfinished, "wb") as file:
             write(file)
             flush_to_disk(file)
         if previous and os.path.exists(target):
             os.replace(target, previous)
         os.replace(unfinished, target)
-    except (OSError, RuntimeError, ValueError) as error:
-        # torch.save hides what the disk said behind a RuntimeError; a NUL in a name is a ValueError
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    except (OSError, RuntimeError, ValueError) as error:  # a NUL in a name is a ValueError
+        cause = behind(error)
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
         reason = getattr(cause, "strerror", None) or cause
         raise Problem(f"could not write {path}: {reason}; "
                       "what was saved before is untouched") from None
@@ -310,8 +367,9 @@ def flush_to_disk(file):
     os.fsync(file.fileno())
 
 def lock(folder):
-    """An open file that keeps a second run out of folder as long as it is open: the system closes
-    it however this process ends. Problem: another run is in there."""
+    """Makes the folder, and returns an open file that keeps a second run out of it as long as it is
+    open: the system closes it however this process ends. Problem: another run is in there."""
+    folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "a")  # noqa: SIM115
     try:
         if os.name == "nt":
@@ -326,7 +384,67 @@ def lock(folder):
     except OSError as error:  # a network file system without locks
         say(f"cannot lock {folder} ({error.strerror}): nothing will stop a second run in there "
             "from overwriting this one")
-    return file
+    if is_same(folder / "lock", os.fstat(file.fileno())):
+        return file
+    file.close()    # of a run that has ended just now, and taken its empty folder along
+    return lock(folder)
+
+def is_same(path, stat):
+    """Whether the file or folder that had this os.stat is at path."""
+    try:
+        return os.path.samestat(os.stat(path), stat)
+    except FileNotFoundError:
+        return False
+
+class RunFolder:
+    """`with RunFolder(path) as folder` makes it and keeps every other run out. If nothing has been
+    put into it in the end, it is gone again. folder.path is where it is.
+    Problem: another run is in there, or was until just now; it cannot be written into."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        way = (self.path, *self.path.absolute().parents)
+        there = next(path for path in way if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise Problem(f"cannot write into {there}; choose another --out_dir")
+        self.made, before = way[:way.index(there)], self.saved()
+        self.hold(self.path)
+        if self.saved() != before:
+            raise Problem(f"another run has just saved in {self.path}; the same command goes on "
+                          "from there")
+        for name in ("ckpt.tmp", "best.tmp", "log.csv.tmp"):    # of a run that was killed
+            unfinished = self.path / name
+            remove = unfinished.rmdir if unfinished.is_dir() else unfinished.unlink
+            with contextlib.suppress(OSError):
+                remove()
+        return self
+
+    def saved(self):
+        return {path: path.stat().st_mtime_ns for path in self.path.glob("*.pt")}
+
+    def hold(self, path):
+        self.path, self.lock, self.stat = path, lock(path), os.stat(path)
+
+    def make_again(self):
+        """To be called before something is saved: if the folder was renamed or deleted, a new one
+        is made, beside what has its name by now."""
+        if is_same(self.path, self.stat):
+            return
+        before, number = self.path, 2
+        while self.path.exists():
+            self.path, number = before.with_name(f"{before.name}-{number}"), number + 1
+        say(f"{before} was renamed or deleted: from here on this run is saved in {self.path}")
+        self.hold(self.path)
+
+    def __exit__(self, *error):
+        self.lock.close()
+        with contextlib.suppress(OSError):
+            if self.made and os.listdir(self.path) == ["lock"]:
+                os.unlink(self.path / "lock")
+            for path in self.made:
+                path.rmdir()    # which removes nothing that is not empty
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
@@ -341,26 +459,31 @@ def reading(path, kind):
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise Problem(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # noqa: BLE001
-        raise Problem(f"{path} is damaged or not {kind} ({type(error).__name__})") from None
+        told = isinstance(error, (Problem, ValueError)) and str(error).partition("\n")[0][:200]
+        raise Problem(f"{path} is damaged or not {kind} ({told or type(error).__name__})") from None
 
 def read_whole(path, device="cpu"):
     """What torch.save wrote, after a look at the checksums, which torch.load does not take."""
     import torch
     with zipfile.ZipFile(path) as archive:
+        if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):
+            raise ValueError("it holds more than its size")  # hours to unpack, perhaps
         if archive.testzip():
             raise ValueError("a checksum is wrong")
     return torch.load(path, map_location=device, weights_only=True)
 
-def load_checkpoint(*paths):
+def load_checkpoint(*paths, Config=None):
     """The first of these files that is a whole checkpoint, on the CPU: a dict, its file under
-    "path". Those before it that are damaged are named on stderr. Problem: there is none."""
+    "path". Those before it that are damaged are named on stderr. Problem: there is none.
+    Config: that of train.py, if training shall go on from it."""
     problems = []
     for path in filter(Path.exists, paths):
         try:
             with reading(path, "a checkpoint"):
                 checkpoint = {**read_whole(path), "path": path}
-                if not {"model", "model_config", "meta", "step"} <= checkpoint.keys():
-                    raise ValueError
+                model = check_model(checkpoint)
+                if Config and "optimizer" in checkpoint:
+                    check_training(checkpoint, model, Config)
         except Problem as problem:
             problems.append(str(problem))
             continue
@@ -381,3 +504,81 @@ def load_model(checkpoint, **changes):
         reason = str(error).split("\n\t")[-1]
         raise Problem(f"config and weights of the checkpoint do not fit: {reason}") from None
     return model
+
+# What a file may hold is checked before it is used: a crafted one must neither write beyond a
+# tensor nor fill the memory. A value of an unknown kind is never shown: that might take forever.
+
+def check_kinds(saved, **kinds):
+    """ValueError: a dict lacks one of these names, or has another kind of value there."""
+    for name, kind in kinds.items():
+        if name not in saved:
+            raise ValueError(f"it has no {name}")
+        if not isinstance(saved[name], kind):
+            raise ValueError(f"its {name} is a {type(saved[name]).__name__}")  # noqa: TRY004
+
+def check_tensor(name, tensor, shape=None):
+    """ValueError: not a tensor of this shape, with memory for all of it, of finite numbers."""
+    import torch
+    if not (isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+            and tensor.is_contiguous() and tensor.is_floating_point()):
+        raise ValueError(f"{name} is no ordinary tensor")
+    if shape is not None and tensor.shape != shape:
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} has numbers that are not finite")
+
+def check_model(checkpoint):
+    """The model of a checkpoint. ValueError or Problem: it does not hold a whole one."""
+    check_kinds(checkpoint, model=dict, model_config=dict, meta=dict, step=int)
+    options, weights = checkpoint["model_config"], checkpoint["model"]
+    check_kinds(options, **dict.fromkeys(options, (int, float, str)))
+    check_kinds(options, n_layer=int, vocab_size=int)
+    for name, tensor in weights.items():
+        check_tensor(name, tensor)
+    layers = sum(name.endswith(".A_log") for name in weights)
+    longest = max((side for tensor in weights.values() for side in tensor.shape), default=0)
+    if options["n_layer"] != layers:
+        raise ValueError(f"n_layer is {options['n_layer']}, and it has the weights of {layers}")
+    for name, value in options.items():
+        if name != "n_layer" and isinstance(value, int) and value > longest:
+            raise ValueError(f"config and weights do not fit: size mismatch for {name}")
+    check_kinds(checkpoint["meta"], tokenizer=dict)
+    tokenizer = checkpoint["meta"]["tokenizer"]
+    check_kinds(tokenizer, type=str)
+    check_kinds(tokenizer, **{"chars" if tokenizer["type"] == "char" else "json": str})
+    if len(tokenizer.get("chars", "")) not in (0, options["vocab_size"]):
+        raise ValueError("alphabet and vocabulary do not fit")
+    return load_model(checkpoint)
+
+def check_training(checkpoint, model, Config):
+    """ValueError: training cannot go on from what the checkpoint of this model holds."""
+    check_kinds(checkpoint, config=dict, optimizer=dict, scaler=dict, best_loss=(int, float),
+                evaluated=int, train_loss=(int, float, type(None)))
+    check_kinds(checkpoint["meta"], sha256=str)
+    check_kinds(checkpoint["optimizer"], state=dict)
+    check_kinds(checkpoint["scaler"], **dict.fromkeys(checkpoint["scaler"], (int, float)))
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for name, value in checkpoint["config"].items():
+        if name not in fields:
+            raise ValueError(f"of a newer version: the option {name} is unknown to this one")
+        if not fits(fields[name], value):
+            raise ValueError(f"its {name} is not one that --{name} takes")
+    for name in ("since_best", "threads"):  # which older versions do not keep
+        if type(checkpoint.get(name, 1)) is not int:
+            raise ValueError(f"its {name} is not a whole number")
+    groups, moments = model.configure_optimizers(1.0).param_groups, checkpoint["optimizer"]["state"]
+    parameters = dict(enumerate(p for group in groups for p in group["params"]))
+    if moments and moments.keys() != parameters.keys():
+        raise ValueError("its optimizer is one of other parameters")
+    for i, of_one in moments.items():
+        check_kinds(of_one, step=object, exp_avg=object, exp_avg_sq=object)
+        for name, tensor in of_one.items():
+            shape = () if name == "step" else parameters[i].shape
+            check_tensor(f"{name} of parameter {i}", tensor, shape)
+    if (carried := checkpoint.get("carried")) is not None:
+        for tensor in (tensor for layer in carried for tensor in layer):
+            check_tensor("the carried state", tensor)
+        shapes = [[[t.shape for t in layer] for layer in state]
+                  for state in (carried, model.init_state(len(carried[0][0])))]
+        if shapes[0] != shapes[1]:
+            raise ValueError("the carried state has other shapes")

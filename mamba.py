@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 fast = files = None
@@ -92,8 +92,9 @@ class MambaConfig:
 
 # ---- The selective scan --------------------------------------------------------------------------
 
-def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
-                   state=None, return_last_state=False, method="auto", mask=None, seq_idx=None):
+def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D=None, z=None,
+                   delta_bias=None, delta_softplus=False, state=None, return_last_state=False,
+                   method="auto", mask=None, seq_idx=None) -> Tensor | tuple[Tensor, Tensor]:
     """The recurrence at the heart of Mamba (paper, section 3.2 and Algorithm 2; zero-order hold for
     A, Euler for B):
 
@@ -249,7 +250,6 @@ def conv_silu(x, weight, bias=None, state=None, scan="auto", mask=None, seq_idx=
         raise ValueError(f"the conv state must be {[batch, past, d_inner]}, not {[*state.shape]}")
     y = fast.conv_silu(x, weight, bias, state, scan) if fast and seq_idx is None else None
     state = x.new_zeros(batch, past, d_inner) if state is None else state.to(x.dtype)
-    # if y is there, only the last inputs of x are needed
     needed = x if y is None or mask is not None else x[:, max(0, length - past):]
     seen = torch.cat([state, needed], dim=1)                                # (B, past + L, D)
     if seq_idx is not None:     # the document of each input; the state belongs to the first
@@ -311,7 +311,7 @@ class MambaBlock(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """What is special about the first weights; call it after a host network's apply(init)."""
         self.A_log.copy_(torch.log(torch.arange(1, self.d_state + 1, dtype=torch.float32)))
         self.D.fill_(1)
@@ -332,13 +332,13 @@ class MambaBlock(nn.Module):
         self.dt_proj.bias._no_reinit = True
         self.A_log._no_weight_decay = self.D._no_weight_decay = True
 
-    def init_state(self, batch):
+    def init_state(self, batch: int) -> MambaState:
         """The state before the first token: zeros."""
         shapes = (self.conv1d.kernel_size[0] - 1, len(self.D)), self.A_log.shape
         return MambaState(*(torch.zeros(batch, *shape, dtype=weight.dtype, device=weight.device)
                             for shape, weight in zip(shapes, (self.conv1d.weight, self.A_log))))
 
-    def forward(self, x, state=None, mask=None, seq_idx=None):
+    def forward(self, x: Tensor, state: MambaState | None = None, mask=None, seq_idx=None):
         """(B, L, d_model) -> the same; with a state, (it, MambaState). ValueError: wrong shapes."""
         shapes = [tuple(t.shape) for t in (x, mask, seq_idx) if t is not None]
         if x.dim() != 3 or x.is_complex() or any(shape != shapes[0][:2] for shape in shapes[1:]):
@@ -424,7 +424,7 @@ class Mamba(nn.Module):
 
     def __init__(self, config: MambaConfig):
         super().__init__()
-        self.config = config
+        self.config, self.tokenizer = config, None      # that of weights which came with one
         self.backbone = nn.ModuleDict({
             "embedding": nn.Embedding(config.padded_vocab_size, config.d_model),
             "layers": nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
@@ -456,7 +456,7 @@ class Mamba(nn.Module):
             return None, self._loss(x, targets), *after
         return self._logits(x[:, -num_last_tokens:]), None, *after
 
-    def hidden(self, idx, state=None, mask=None, seq_idx=None):
+    def hidden(self, idx: Tensor, state=None, mask=None, seq_idx=None):
         """(B, L, d_model) of token ids (B, L), for the head; with a state, (it, the next state)."""
         layers = self.backbone["layers"]
         states = [None] * len(layers) if state is None else state
@@ -487,16 +487,16 @@ class Mamba(nn.Module):
 
     device = property(lambda self: next(self.parameters()).device)
 
-    def init_state(self, batch):
+    def init_state(self, batch: int) -> list[MambaState]:
         """The state before the first token: a MambaState for each layer. Its size never grows."""
         return [layer.mixer.init_state(batch) for layer in self.backbone["layers"]]
 
-    def num_params(self, embedding=True):
+    def num_params(self, embedding: bool = True) -> int:
         """Number of parameters; with embedding=False without its table (and an untied head)."""
         tables = {id(self.backbone["embedding"].weight), id(self.lm_head.weight)}
         return sum(p.numel() for p in self.parameters() if embedding or id(p) not in tables)
 
-    def configure_optimizers(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95)):
+    def configure_optimizers(self, learning_rate: float, weight_decay=0.1, betas=(0.9, 0.95)):
         """AdamW with decay on the projection matrices alone: decay would pull A_log, D, delta's
         bias and the norms to a wrong place (A to -1 for every state, D to 0), and an embedding row
         that is rarely used would just fade."""
@@ -508,7 +508,7 @@ class Mamba(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     @torch.no_grad()
-    def read(self, idx, state=None, num_last_tokens=1, part=2048, mask=None):
+    def read(self, idx: Tensor, state=None, num_last_tokens=1, part=2048, mask=None) -> Iterator:
         """Reads token ids (B, L) in parts, so that memory does not grow with L. Yields (logits,
         state) after each part, logits of its last num_last_tokens, or with 0 of all its tokens."""
         state = self.init_state(len(idx)) if state is None else state
@@ -537,12 +537,12 @@ class Mamba(nn.Module):
         step.state = self.prefill(prompts, state)
         return step
 
-    def stream(self, prompts, max_new_tokens, **settings):
+    def stream(self, prompts, max_new_tokens: int, **settings) -> Stream:
         """The tokens of generate, (B,) each, as they are made: see Stream."""
         return Stream(self, prompts, max_new_tokens, **settings)
 
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-                 generator=None, stop=(), **settings):
+    def generate(self, prompts: Tensor | list, max_new_tokens: int, temperature=1.0, top_k=None,
+                 top_p=None, generator=None, stop=(), **settings) -> Tensor | list[Tensor]:
         """prompts: (B, L) token ids, or a list of B prompts of any lengths. Returns them with
         max_new_tokens more each, as one tensor, or as a list; at temperature 0 each prompt gives
         what it gives alone.  temperature, ..., generator, min_p, repetition_penalty: see sample.
@@ -575,13 +575,13 @@ class Mamba(nn.Module):
             model.lm_head.weight = model.backbone["embedding"].weight
         return model.to(device, dtype).eval()
 
-    def save_pretrained(self, folder, layout="mamba_ssm"):
+    def save_pretrained(self, folder: str | Path, layout: str = "mamba_ssm") -> None:
         """Writes config.json and weights into folder, for from_pretrained. By mamba_files.py all of
         it or nothing: pytorch_model.bin of mamba_ssm or, by layout="transformers", what its Auto
         classes load.  OSError: the disk is full, ...  ValueError: no place for this model."""
         options, weights = asdict(self.config), self.state_dict()
         if files:
-            return files.write(Path(folder), options, weights, layout)
+            return files.write(Path(folder), options, weights, layout, self.tokenizer)
         if layout != "mamba_ssm":
             raise ValueError(f"layout {layout!r} needs mamba_files.py beside mamba.py")
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -665,8 +665,8 @@ def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetiti
         if not right:
             raise ValueError(f"sampling needs {need}, not {value}")
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None,
-           repetition_penalty=None, seen=None):
+def sample(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None,
+           repetition_penalty=None, seen=None) -> Tensor:
     """Draws one token id for each row of logits (B, V); returns (B,), without waiting for a GPU.
     temperature: 0 takes the likeliest token.  top_k: only among the k likeliest.  top_p: among the
     fewest that together have this probability.  min_p: among those at least min_p times as likely

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import mamba
-from mamba_files import TABLES, TRANSFORMERS, write_files
+from mamba_files import TABLES, TRANSFORMERS, of_characters, write_files
 
 # ---- ONNX ----------------------------------------------------------------------------------------
 
@@ -46,10 +46,8 @@ def write_onnx(model, folder, tokenizer):
         read = exported(Read(model), (torch.zeros(2, 8, dtype=torch.long),),
                         ({0: batch, 1: length},), ["tokens"], names)
     vocabulary, text, script = alphabet_or_json(tokenizer)
-    write_files(Path(folder), {
-        "step.onnx": step.save, "read.onnx": read.save,
-        vocabulary: lambda path: path.write_text(text, encoding="utf-8"),
-        "generate.py": lambda path: path.write_text(script, encoding="utf-8")})
+    write_files(Path(folder), {"step.onnx": step.save, "read.onnx": read.save, vocabulary: text,
+                               "generate.py": script})
 
 
 class Step(nn.Module):
@@ -214,32 +212,27 @@ def write_tokenizer(folder, tokenizer, model):
     this tokenizer of prepare_data.py does, and generate ends at its end of a text, if it has one.
     ValueError: the tokenizer has more tokens than the model.  OSError: the disk is full, ...
     """
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, and the model knows "
-                         f"{model.config.vocab_size}")
-    saved = tokenizer.to_dict()
-    is_char = saved["type"] == "char"
-    content = of_characters(saved["chars"]) if is_char else json.loads(saved["json"])
-    content["post_processor"] = None        # it could add tokens before and after a text
+    write_files(Path(folder), tokenizer_files(tokenizer.to_dict(), model.config.vocab_size))
+
+
+def tokenizer_files(saved, vocab_size):
+    """{name: text} of these files for a tokenizer whose to_dict() this was. ValueError: it has more
+    tokens than the model knows, vocab_size."""
+    if saved["type"] == "char":
+        content, end_of_text = of_characters(saved["chars"]), None
+        tokens = len(saved["chars"])
+    else:
+        from tokenizers import Tokenizer  # only here: characters do without
+        tokenizer, content = Tokenizer.from_str(saved["json"]), json.loads(saved["json"])
+        content["post_processor"] = None    # it could add tokens before and after a text
+        end_of_text = tokenizer.token_to_id("<|endoftext|>")
+        tokens = max(tokenizer.get_vocab().values()) + 1
+    if tokens > vocab_size:
+        raise ValueError(f"the tokenizer has {tokens} tokens, and the model knows {vocab_size}")
     # transformers would else take another class, by the type of the model, and tidy up spaces
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if tokenizer.end_of_text is not None:
+    if end_of_text is not None:
         config["eos_token"] = "<|endoftext|>"
     files = {"tokenizer.json": content, "tokenizer_config.json": config,
-             "generation_config.json": {"eos_token_id": tokenizer.end_of_text}}
-    write_files(Path(folder), {
-        name: lambda path, value=value: path.write_text(json.dumps(value, indent=2), "utf-8")
-        for name, value in files.items()})
-
-
-def of_characters(chars):
-    """The tokenizer.json in which each character is a token, as a dict."""
-    return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
-                          "invert": False},
-        "decoder": {"type": "Fuse"},
-        # <unk> is not in it: a character outside the alphabet is an error
-        "model": {"type": "WordLevel", "unk_token": "<unk>",
-                  "vocab": {character: i for i, character in enumerate(chars)}}}
+             "generation_config.json": {"eos_token_id": end_of_text}}
+    return {name: json.dumps(value, indent=2) for name, value in files.items()}

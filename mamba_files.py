@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -42,6 +43,7 @@ TENSOR = {"dtype", "shape", "data_offsets"}     # what the header of a .safetens
 ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")     # a name on Hugging Face: owner/model
 TABLES = ("backbone.embedding.weight", "lm_head.weight")        # with a row for each token
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NEOX, NEOX_TOKENS = "EleutherAI/gpt-neox-20b", 50277    # whose tokenizer released weights have
 
 
 def read(name_or_folder, cache_dir=None):
@@ -55,9 +57,11 @@ def read(name_or_folder, cache_dir=None):
         with blame(path):
             saved = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
             options, paths = checked(saved["model_config"]), [path]
+            tokenizer = saved.get("meta", {}).get("tokenizer")
     else:
         path = hub_file(name, "config.json", cache_dir)
         options, paths = read_options(path), weight_files(name, cache_dir)
+        tokenizer = read_tokenizer(name) if Path(name, "tokenizer.json").is_file() else None
     n_layer, found = options.get("n_layer", 0), 0
     if n_layer > 100:       # a model of so many takes a while to make: first a look at the weights
         for file in paths:
@@ -65,14 +69,52 @@ def read(name_or_folder, cache_dir=None):
                 found += sum(key.endswith(".A_log") for key in open_weights(file)[1])
         if found != n_layer:
             raise ValueError(f"{path}: n_layer is {n_layer}, but the weights have {found} layers")
-    return options, lambda *wanted: fitting(name, paths, *wanted)
+    return options, lambda *wanted: fitting(name, paths, tokenizer, *wanted)
 
 
-def write(folder, options, weights, layout="mamba_ssm"):
+def read_tokenizer(name_or_folder, cache_dir=None):
+    """
+    The tokenizer of a model, as the dict that load_tokenizer of prepare_data.py takes: of a run, of
+    the tokenizer.json beside weights, or GPT-NeoX's for released weights that come without one.
+    ValueError: damaged.  OSError: not found, or no download; see hub_file.
+    """
+    name = os.fspath(name_or_folder)
+    path = checkpoint_of(name) or tokenizer_file(name, cache_dir)
+    with blame(path):
+        if path.suffix == ".pt":
+            saved = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+            saved = saved["meta"]["tokenizer"]
+            if not isinstance(saved[{"char": "chars", "bpe": "json"}[saved["type"]]], str):
+                raise ValueError("its tokenizer is not a text")
+            return saved
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        vocab = content["model"].get("vocab")
+        if isinstance(vocab, dict) and content == of_characters(chars := "".join(vocab)):
+            return {"type": "char", "chars": chars}
+        return {"type": "bpe", "json": text}
+
+
+def check_usable(model, tokenizer, name):
+    """ValueError: from_pretrained has loaded what no text can be written or learned with: a weight
+    that is not a finite number, or a tokenizer (None: any) with more tokens than the model knows.
+    """
+    known = model.config.vocab_size
+    if tokenizer and tokenizer.vocab_size > known:
+        raise ValueError(f"the tokenizer of {name} has {tokenizer.vocab_size:,} tokens, and the "
+                         f"weights know {known:,}: put their own tokenizer.json beside them")
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{key} of {name} has values that are not finite numbers: the file is "
+                             "damaged, or of a training that diverged")
+
+
+def write(folder, options, weights, layout="mamba_ssm", tokenizer=None):
     """
     Writes config.json and weights into a folder, all of it or nothing: by layout pytorch_model.bin
-    of "mamba_ssm" or model.safetensors of "transformers".
-    options: of MambaConfig, a dict.  weights: the state_dict of the model.
+    of "mamba_ssm" or model.safetensors of "transformers"; and beside them the tokenizer, if given.
+    options: of MambaConfig, a dict.  weights: the state_dict of the model.  tokenizer: as of
+    read_tokenizer.
     ValueError: the layout has no place for this model.
     OSError: the disk is full, or the folder holds weights that others would read instead.
     """
@@ -80,32 +122,37 @@ def write(folder, options, weights, layout="mamba_ssm"):
         raise ValueError(f"layout must be 'mamba_ssm' or 'transformers', not {layout!r}")
     check_plain(options, weights)
     config, weights = as_mamba_ssm(options, weights)
-    file, save = "pytorch_model.bin", torch.save
+    file, save, texts = "pytorch_model.bin", torch.save, {}
     if layout == "transformers":
         from safetensors.torch import save_file
 
         from mamba_export import as_transformers  # only here: it imports mamba.py
         file, save = "model.safetensors", lambda *args: save_file(*args, {"format": "pt"})
         config, weights = as_transformers(options, weights)
+    if tokenizer:
+        from mamba_export import tokenizer_files  # as above
+        texts = tokenizer_files(tokenizer, options["vocab_size"])
     if other := [name for name in WEIGHTS if name != file and (folder / name).exists()]:
         raise FileExistsError(f"{folder} holds {other[0]}, which others would read; "
                               "choose another folder")
-    write_files(folder, {
-        file: lambda path: save(weights, path),
-        "config.json": lambda path: path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")})
+    texts = {"config.json": json.dumps(config, indent=2) + "\n", **texts}
+    write_files(folder, {file: lambda path: save(weights, path), **texts})
 
 
-def write_files(folder, writers):
-    """Makes files in a folder, all of them or none. writers: {name: a function that writes it to
-    the path that it is given}.  OSError: the disk is full, ..."""
+def write_files(folder, contents):
+    """Makes files in a folder, all of them or none. contents: {name: its text, or a function that
+    writes it to the path that it is given}.  OSError: the disk is full, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-        for name, write_to in writers.items():
+        for name, content in contents.items():
             path = Path(unfinished, name)
             path.touch()
             mode = path.stat().st_mode      # safetensors would keep a file from all other persons
             try:
-                write_to(path)
+                if isinstance(content, str):
+                    path.write_text(content, encoding="utf-8")
+                else:
+                    content(path)
             except OSError:
                 raise
             except Exception as error:      # what torch and safetensors make of an OSError
@@ -155,9 +202,11 @@ def check_plain(options, weights):
         raise ValueError("the head is not the embedding: set config.tie_embeddings = False")
 
 
-def fitting(name, paths, model, device, dtype):
+def fitting(name, paths, tokenizer, model, device, dtype):
     """Yields (key, tensor) one by one: all that the model needs and nothing else; a head that is
-    tied is the embedding. ValueError: paths, the files of `name`, hold more, less or other."""
+    tied is the embedding. The model keeps the tokenizer, to be saved with it again.
+    ValueError: paths, the files of `name`, hold more, less or other."""
+    model.tokenizer = tokenizer
     missing = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     tied, tables = model.config.tie_embeddings, {}
     for path in paths:
@@ -257,6 +306,8 @@ def read_weights(path, tied):
             plain = tensor.dtype in DTYPES and tensor.layout == torch.strided
             if not plain or tensor.is_meta:
                 raise ValueError(f"{key} is {tensor.dtype}, {tensor.layout}, on {tensor.device}")
+            if tensor.untyped_storage().nbytes() < tensor.nbytes:   # few numbers, expanded to many
+                raise ValueError(f"{key} is {tuple(tensor.shape)}, but not all of it is there")
             if tied and key == "lm_head.weight":
                 embedding = tensor_of(next(k for k in keys if k.startswith("backbone.embedding")))
                 if tensor.data_ptr() != embedding.data_ptr() and not torch.equal(tensor, embedding):
@@ -314,6 +365,38 @@ def blame(path):
                          "delete it, and the same command downloads it again") from None
 
 
+def tokenizer_file(name, cache_dir):
+    """The path of the tokenizer.json beside the weights, or of GPT-NeoX's."""
+    # Those of state-spaces come without, or with GPT-NeoX's: do not ask the network each time.
+    local = name.startswith("state-spaces/")
+    try:
+        return hub_file(name, "tokenizer.json", cache_dir, local)
+    except FileNotFoundError:
+        tokens = read_options(Path(name, "config.json"))["vocab_size"] if os.path.isdir(name) else 0
+        if 0 < tokens < NEOX_TOKENS:
+            raise FileNotFoundError(
+                f"{name} has no tokenizer.json, and its vocabulary of {tokens:,} is not GPT-NeoX's:"
+                " put that of these weights there (python sample.py --out_dir=<run> "
+                "--export=<folder> writes both), or train them with --new_vocabulary") from None
+    except ConnectionError as error:
+        print(f"whether {name} has a tokenizer of its own is not known ({error}); taking "
+              "GPT-NeoX's", file=sys.stderr)
+    return hub_file(NEOX, "tokenizer.json", cache_dir)
+
+
+def of_characters(chars):
+    """The tokenizer.json in which each character is a token, as a dict."""
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
+                          "invert": False},
+        "post_processor": None, "decoder": {"type": "Fuse"},
+        # <unk> is not in it: a character outside the alphabet is an error
+        "model": {"type": "WordLevel", "unk_token": "<unk>",
+                  "vocab": {character: i for i, character in enumerate(chars)}}}
+
+
 def hub_file(name, file, cache_dir=None, local=False):
     """
     The path of a file of a model. name: a folder, or a name on Hugging Face, such as
@@ -343,8 +426,9 @@ def hub_file(name, file, cache_dir=None, local=False):
         return Path(hub.hf_hub_download(name, file, cache_dir=cache_dir))
     except errors.LocalEntryNotFoundError:
         raise ConnectionError(f"{where} is not on this machine, and Hugging Face cannot be "
-                              "reached: is there a network, or is HF_HUB_OFFLINE set? A folder "
-                              "with the files works without") from None
+                              "reached: is there a network, or is HF_HUB_OFFLINE set? Without one "
+                              "give a folder with the files, or by --cache_dir or HF_HOME a cache "
+                              "that has them") from None
     except errors.RepositoryNotFoundError:      # also what is said of one that needs a login
         raise PermissionError(f"{where}: Hugging Face has no such model, or it needs a login "
                               "(HF_TOKEN)") from None

@@ -4,68 +4,89 @@ Turns text into tokens to train on: data/<name>/train.bin, val.bin and meta.json
 python prepare_data.py                                        # pydoc: Python's own manual, offline
 python prepare_data.py --dataset=shakespeare                  # also: alice, tinystories (2 GB)
 python prepare_data.py --dataset=book.txt --tokenizer=bpe     # your text, a vocabulary made for it
-python prepare_data.py --dataset=folder --tokenizer=gpt-neox  # all .txt in it, for mamba-130m
+python prepare_data.py --dataset=folder --tokenizer=gpt-neox  # all texts in it, for mamba-130m
 python prepare_data.py --dataset=https://example.org/text.txt --tokenizer=tokenizer.json --name=mine
 
-The first 90 % of the characters train, the last 10 % validate; memory does not grow with the text.
+A text is UTF-8: .txt, .md, or .jsonl with a "text" in each line, all of them also as .gz. The first
+90 % of its characters train, the last 10 % validate; memory does not grow with it.
 """
 from __future__ import annotations
 
-import codecs
+import contextlib
+import functools
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import sys
-import tempfile
 import time
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":  # `python -P` does not look for modules beside the script
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 import numpy as np
 
-from common import Problem, dataset_name, flag, flush_to_disk, is_url, nearest, progress, run
+import common
+from common import Problem, dataset_name, flag, is_url, progress, reading, say
+from texts import BREAK, DATASETS, find_text, is_text, read, sha256_of
 
 
 @dataclass
 class Config:
-    dataset: str = flag("pydoc", "pydoc, shakespeare, alice, tinystories, a .txt file, a folder of "
+    dataset: str = flag("pydoc", "pydoc, shakespeare, alice, tinystories, a text file, a folder of "
                         "them, or a URL")
     tokenizer: str = flag("char", "char, bpe (trained on the text), gpt-neox, or a tokenizer.json")
     vocab_size: int = flag(4096, "tokens of a vocabulary trained here (bpe)")
     data_dir: str = flag("data", "folder of all prepared data, and of downloaded texts")
     cache_dir: str = flag("", "for gpt-neox and tinystories; by default Hugging Face's own cache")
     name: str = flag("", "folder under data_dir; by default the names of dataset and tokenizer")
+    allow_special: bool = flag(False, "<|endoftext|> and its like in a text are the tokens of that "
+                               "name; else they are characters as all others")
 
 # Tokenizers: encode(text) -> ids, decode(ids) -> text, encode_stream(blocks of text) -> arrays of
-# ids, vocab_size, end_of_text (the id between two documents, or None), to_dict() for meta.json
+# ids, vocab_size, end_of_text (the id between two documents, or None), to_dict() for meta.json.
+# allow_special: special tokens that are spelled out in the text are those tokens.
+# lost: a Counter, to which the characters are added that the tokenizer cannot spell.
 class CharTokenizer:
     """One token per character."""
     end_of_text = None
 
     def __init__(self, chars):
+        if len(set(chars)) != len(chars):
+            raise ValueError("a character stands twice in the alphabet")
         self.chars, self.vocab_size = chars, len(chars)
         self.table = np.full(sys.maxunicode + 1, -1, np.int32)  # code point -> token
         self.table[code_points(chars)] = np.arange(len(chars))
 
-    def encode_stream(self, blocks):
+    def encode_stream(self, blocks, allow_special=False, lost=None):
         for block in blocks:
-            ids = self.table[code_points(block)]
+            codes = code_points(block)
+            ids = self.table[codes]
             if ids.min(initial=0) < 0:
-                raise Problem(f"character {block[ids.argmin()]!r} is not in this model's "
-                              f"vocabulary ({self.vocab_size} characters)")
-            yield ids
+                if lost is None:
+                    raise Problem(f"character {block[ids.argmin()]!r} is not in this model's "
+                                  f"vocabulary ({self.vocab_size:,} characters)")
+                lost.update(map(chr, codes[ids < 0]))
+            yield ids[ids >= 0]
 
-    def encode(self, text):
+    def encode(self, text, allow_special=False):
         """Tokens of a text. Problem: a character outside the vocabulary."""
         return next(self.encode_stream([text])).tolist()
 
     def decode(self, ids):
         return "".join(self.chars[i] for i in ids)
+
+    def spells(self, text):
+        """Whether all characters of a text are in the alphabet."""
+        return bool((self.table[code_points(text)] >= 0).all())
 
     def to_dict(self):
         return {"type": "char", "chars": self.chars}
@@ -109,17 +130,23 @@ class BPETokenizer:
         tokenizer.train_from_iterator(stretches, trainer)
         return cls(tokenizer.to_str())
 
-    def encode_stream(self, blocks):
+    def encode_stream(self, blocks, allow_special=False, lost=None):
         pieces = cut_between_words(blocks)
         while batch := list(itertools.islice(pieces, 16)):  # they go to all cores at once
-            for encoding in self._encode(batch):
-                yield np.array(encoding.ids, np.int64)
+            texts = [piece for piece in batch if piece is not BREAK]
+            encodings = iter(self._encode(texts, allow_special))
+            for piece in batch:
+                ids = [self.end_of_text] if piece is BREAK else next(encodings).ids
+                if lost is not None and piece is not BREAK:
+                    lost.update(self.not_spelled(piece, ids))
+                yield np.array(ids, np.int64)
 
-    def encode(self, text):
+    def encode(self, text, allow_special=False):
         """Tokens of a text. Problem: there are none for it, or it is not valid Unicode."""
-        return self._encode([text])[0].ids
+        return self._encode([text], allow_special)[0].ids
 
-    def _encode(self, texts):
+    def _encode(self, texts, allow_special):
+        self.tokenizer.encode_special_tokens = not allow_special
         try:
             return self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # noqa: BLE001 (as above: whole words, say, and none for others)
@@ -128,6 +155,30 @@ class BPETokenizer:
 
     def decode(self, ids):
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def not_spelled(self, text, ids):
+        """A Counter of the characters of a text that do not come back when its ids are decoded.
+        Two spellings of the same character, and a space at an end, make no difference."""
+        known = [i for i in ids if i != self.unknown]
+        before, after = (unicodedata.normalize("NFC", t).strip(" ")
+                         for t in (text, self.decode(known)))
+        if before == after:
+            return Counter()
+        before, after = Counter(before), Counter(after)
+        return before - after or after - before
+
+    def spells(self, text):
+        """Whether all of a text comes back when its tokens are decoded."""
+        try:
+            return not self.not_spelled(text, self.encode(text))
+        except Problem:  # it has no tokens for a part of it
+            return False
+
+    @functools.cached_property
+    def unknown(self):
+        """The token that stands for what has none, or None."""
+        model = json.loads(self.tokenizer.to_str())["model"]
+        return model.get("unk_id", self.tokenizer.token_to_id(model.get("unk_token") or ""))
 
     def to_dict(self):
         return {"type": "bpe", "json": self.tokenizer.to_str()}
@@ -144,6 +195,11 @@ def cut_between_words(blocks):
     they may be others, which still decode to the text."""
     rest = ""
     for block in blocks:
+        if block is BREAK:
+            yield from filter(None, (rest,))
+            rest = ""
+            yield BREAK
+            continue
         rest += block
         while len(rest) > PIECE:
             cut = CUT.search(rest, PIECE, LONGEST)
@@ -156,10 +212,11 @@ def cut_between_words(blocks):
         yield rest
 
 def load_tokenizer(saved):
-    """The tokenizer whose to_dict() this was, from meta.json or a checkpoint."""
-    if saved["type"] == "char":
-        return CharTokenizer(saved["chars"])
-    return BPETokenizer(saved["json"])
+    """The tokenizer whose to_dict() this was, from meta.json or a checkpoint. Any error: it is not
+    what to_dict() gives."""
+    if saved["type"] not in ("char", "bpe"):
+        raise ValueError("an unknown kind of tokenizer")
+    return CharTokenizer(saved["chars"]) if saved["type"] == "char" else BPETokenizer(saved["json"])
 
 def open_tokenizer(tokenizer, cache_dir=None):
     """The tokenizer that --tokenizer names: gpt-neox or the path of a tokenizer.json."""
@@ -172,171 +229,22 @@ def open_tokenizer(tokenizer, cache_dir=None):
             raise Problem(f"{error}; --tokenizer=char and bpe need no network") from None
     elif not path.is_file():
         raise Problem(f"unknown tokenizer '{tokenizer}': it is char, bpe, gpt-neox or the path of "
-                      f"a tokenizer.json{nearest(tokenizer, ('char', 'bpe', 'gpt-neox'))}")
+                      f"a tokenizer.json{common.nearest(tokenizer, ('char', 'bpe', 'gpt-neox'))}")
     # what is not UTF-8 becomes what no tokenizer.json may hold, and is refused as such
     return BPETokenizer(path.read_text(encoding="utf-8", errors="surrogateescape"), path)
-
-# Texts: where they come from
-
-DATASETS = ("pydoc", "shakespeare", "alice", "tinystories")
-SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
-               "input.txt")
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-ALICE = "https://www.gutenberg.org/cache/epub/11/pg11.txt"
-WITHOUT_NETWORK = "`python train.py` works without network on the built-in pydoc data"
-
-def find_text(dataset, downloads, cache_dir=None):
-    """The sources of a text, each a path or the bytes themselves. Problem: there is no such text.
-    downloads: the folder for what comes from a URL; cache_dir: for what Hugging Face has."""
-    path = Path(dataset)
-    if dataset == "pydoc":
-        try:
-            from pydoc_data.topics import topics
-        except ImportError:
-            raise Problem("this Python comes without pydoc_data: give a --dataset") from None
-        return ["\n\n".join(topics[key] for key in sorted(topics)).encode()]
-    if dataset == "shakespeare":
-        return [download(SHAKESPEARE, downloads / "shakespeare.txt", SHAKESPEARE_SHA256)]
-    if dataset == "alice":
-        path = download(ALICE, downloads / "alice.txt")
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
-        # without the licence, which would be the whole validation part
-        story = re.search(r"\*\*\* ?START OF[^\n]*\n(.*)\*\*\* ?END OF", text, re.DOTALL)
-        if not story:
-            path.unlink()
-            raise Problem(f"{ALICE} gave something else than the book; nothing was kept")
-        return [(story[1].strip() + "\n").encode()]
-    if dataset == "tinystories":
-        return tinystories(cache_dir)
-    if is_url(dataset):
-        # the hash keeps apart two URLs that end alike
-        digest = hashlib.sha256(dataset.encode()).hexdigest()
-        return [download(dataset, downloads / f"{dataset_name(dataset)}-{digest[:8]}.txt")]
-    if path.is_file():
-        return [path]
-    if dataset and path.is_dir():  # Path("") is the current folder
-        if files := sorted(file for file in path.rglob("*.txt") if file.is_file()):
-            return files
-        raise Problem(f"{dataset} is a folder without .txt files")
-    raise Problem(f"unknown dataset '{dataset}', and no such file or folder: it is "
-                  f"{', '.join(DATASETS)}, a .txt file, a folder or a URL"
-                  f"{nearest(dataset, DATASETS)}")
-
-def tinystories(cache_dir):
-    """Its two files, to train and to validate: in Hugging Face's cache, or downloaded into it."""
-    from huggingface_hub import hf_hub_download
-    files = (f"TinyStories-{part}.txt" for part in ("train", "valid"))
-    try:
-        return [Path(hf_hub_download("roneneldan/TinyStories", file, repo_type="dataset",
-                                     cache_dir=cache_dir or None)) for file in files]
-    except Exception as error:  # no network has many names there
-        if getattr(error, "errno", None):  # a full disk, no permission, ...
-            raise
-        raise Problem(f"cannot download TinyStories from Hugging Face ({type(error).__name__}): "
-                      f"is there a network? {WITHOUT_NETWORK}") from None
-
-PAUSES = (1, 2, 4)  # seconds before a dropped download goes on
-
-def download(url, path, sha256=None):
-    """Fetches url to path, unless it is there already, and returns path. It grows as path.part,
-    from which a later call goes on, and gets its name when it is whole and sha256, if known, right.
-    Problem: no network, or it keeps dropping; no such file; not what it should be."""
-    import requests  # only here: nothing else needs it
-    if path.exists() and sha256 in (None, sha256_of(path)):
-        return path
-    part = path.with_name(path.name + ".part")
-    for pause in (*PAUSES, None):
-        try:
-            fetch(url, part)
-            break
-        except ValueError as error:  # not an address; nonsense in what the server says of the file
-            raise Problem(f"cannot download {url}: {error}") from None
-        except requests.RequestException as error:
-            # without a network waiting helps nobody
-            no_network = isinstance(error, requests.ConnectionError) and not part.exists()
-            if no_network or pause is None:
-                raise Problem(f"cannot download {url} ({type(error).__name__}): is there a network?"
-                              f" the same command goes on; {WITHOUT_NETWORK}") from None
-            time.sleep(pause)
-    if sha256 not in (None, sha256_of(part)):
-        part.unlink()
-        raise Problem(f"{url} is not what it should be (its sha256 differs); nothing was kept")
-    os.replace(part, path)
-    return path
-
-def fetch(url, part):
-    """Adds to the file part what it lacks. requests.RequestException: this attempt failed."""
-    import requests
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity",  # compressed it would not fit the size and the range
-               "Range": f"bytes={have}-" if have else None}
-    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as answer:
-        sent = answer.headers.get("Content-Range", "")
-        if answer.status_code == 416 and have:  # nothing comes after it: was it of another file?
-            part.unlink()
-            return fetch(url, part)
-        if answer.status_code == 200:
-            have = 0  # all of it comes: this server may not know Range
-        elif answer.status_code != 206 or not sent.startswith(f"bytes {have}-"):
-            raise Problem(f"{url}: status {answer.status_code} {answer.reason}")
-        length = answer.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        print(f"downloading {url}")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "ab" if have else "wb") as file, progress(total, part.stem, have) as bar:
-            for chunk in answer.iter_content(1 << 16):
-                bar.update(file.write(chunk))
-    if total not in (None, part.stat().st_size):
-        raise requests.ConnectionError
-
-BLOCK = 1 << 20  # bytes read at a time
-
-def open_source(source):
-    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-
-def sha256_of(*sources):
-    """The hash of the contents of these sources, one after the other."""
-    digest = hashlib.sha256()
-    for source in sources:
-        with open_source(source) as file:
-            while data := file.read(BLOCK):
-                digest.update(data)
-    return digest.hexdigest()
-
-def read(source, start=0, stop=math.inf, bar=None):
-    """The characters start to stop of a source, exactly as they stand, in blocks. bar is told of
-    the bytes. Problem: it is not text."""
-    name = "the text" if isinstance(source, bytes) else source
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open_source(source) as file:
-        position, data = 0, True
-        while data and position < stop:
-            data = file.read(BLOCK)
-            if b"\0" in data:
-                offset = file.tell() - len(data) + data.index(0)
-                raise Problem(f"{name} has a NUL byte at offset {offset}: binary, or UTF-16 text")
-            try:
-                block = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                # error.object begins with what was left of the last block
-                offset = file.tell() - len(error.object) + error.start
-                byte = f"0x{error.object[error.start]:02x}"
-                raise Problem(f"{name} is not UTF-8: byte {byte} at offset {offset}; convert it, "
-                              "for example with: iconv -f latin1 -t utf-8") from None
-            if bar is not None and position >= start:
-                bar.update(len(data))
-            yield block[max(start - position, 0):max(min(stop - position, len(block)), 0)]
-            position += len(block)
 
 # From text to tokens
 
 TRAIN_BPE_ON = 1 << 24  # bytes of text that a vocabulary is trained on, at most
 DIFFERENT = 1 << 22  # bytes of different words in it, at most: each takes 100 times as much memory
+FILES = ("train.bin", "val.bin", "meta.json")
 
-def prepare(cfg, block_size=0):
+def prepare(cfg, block_size=0, tokenizer=None, again=True):
     """Makes data_dir/<name> as cfg (a Config) says and returns its path; a failure leaves what was
-    there. Problem: what is given is not a text, a tokenizer or a name; the text is too short for
-    block_size; a download failed."""
+    there. Problem: what is given is not a text, a tokenizer or a name; the tokenizer cannot spell
+    the text; the text is too short for block_size; a download failed.
+    tokenizer: one to take instead of that of cfg; what it cannot spell is left out, and said.
+    again: also if this text has been prepared already."""
     name = dataset_name(cfg.dataset, cfg.tokenizer, cfg.name)
     folder = Path(cfg.data_dir) / name
     if Path(name).name != name or name == "..":
@@ -346,82 +254,131 @@ def prepare(cfg, block_size=0):
         if not 257 <= cfg.vocab_size <= TRAIN_BPE_ON:
             raise Problem(f"--vocab_size={cfg.vocab_size} must be at least 257 (256 bytes and "
                           f"{END_OF_TEXT}) and at most {TRAIN_BPE_ON}")
-    elif cfg.tokenizer != "char":
+    given = tokenizer
+    if cfg.tokenizer not in ("char", "bpe"):
         tokenizer = open_tokenizer(cfg.tokenizer, cfg.cache_dir)
-    sources = find_text(cfg.dataset, Path(cfg.data_dir, "downloads"), cfg.cache_dir)
-    size = sum(len(s) if isinstance(s, bytes) else s.stat().st_size for s in sources)
+    noticed = {}
+    sources = find_text(cfg.dataset, Path(cfg.data_dir, "downloads"), cfg.cache_dir, noticed)
+    with alone_in(folder) as new:
+        if not again and is_prepared(folder, cfg.dataset):
+            return folder  # by another process, while this one waited
+        meta = {"name": name, "source": cfg.dataset, "sha256": sha256_of(*sources),
+                **write_tokens(new, cfg, sources, tokenizer, given, noticed)}
+        # of this folder alone, and not for the checkpoint of a run
+        flags = {key: str(v) for key, v in vars(cfg).items() if v != getattr(Config, key)}
+        meta["here"] = {"flags": None if given else flags, "checked": stamps(new)}
+        write_meta(new, meta)
+        load_data(new, block_size)  # a text that is too short ends here
+        verb = "replaced" if (folder / "meta.json").exists() else "wrote"
+        # meta.json moves last: if a crash comes between, load_data sees that they do not fit
+        for file in FILES:
+            os.replace(new / file, folder / file)
+    say(f"tokens: {meta['train_tokens']:,} to train, {meta['val_tokens']:,} to validate, "
+        f"vocabulary {meta['vocab_size']:,} ({meta['dtype']})\n{verb} {folder}")
+    return folder
+
+def write_tokens(folder, cfg, sources, tokenizer, given, noticed):
+    """Writes train.bin and val.bin into a folder and returns what meta.json says of them."""
+    # A tokenizer that is made for this text is not there yet.
+    has_end = tokenizer.end_of_text is not None if tokenizer else cfg.tokenizer == "bpe"
+    separator = BREAK if has_end else "\n"
+    allow_special = cfg.allow_special
+    if stories := cfg.dataset == "tinystories":  # which has a token between two stories
+        separator, allow_special = "", True
 
     # First pass: is it text, how long is it, which characters does it have?
-    seen, lengths = np.zeros(sys.maxunicode + 1, bool), []
+    size = sum(len(s) if isinstance(s, bytes) else s.stat().st_size for s in sources)
+    seen, count = np.zeros(sys.maxunicode + 1, bool), 0
     with progress(size, "reading") as bar:
-        for source in sources:
-            lengths.append(0)
-            for block in read(source, bar=bar):
-                seen[code_points(block)] = True
-                lengths[-1] += len(block)
-    count, chars = sum(lengths), "".join(map(chr, np.flatnonzero(seen)))
+        for block in read(sources, separator, bar, noticed):
+            seen[code_points(block or "")] = True
+            count += len(block or "")
+    chars = "".join(map(chr, np.flatnonzero(seen)))
     if count < 10:
         only = f"has only {count} characters; 10 are needed" if count else "is empty"
         raise Problem(f"{cfg.dataset} {only}")
+    noticed["count"] = f"{cfg.dataset}: {count:,} characters, {len(chars):,} different ones"
+    say("\n".join(noticed.values()))
 
-    # The split counts characters, whatever the tokenizer, so that losses per character or byte can
-    # be compared. TinyStories comes split. What stands before the cut in each source trains.
-    split = lengths[0] if cfg.dataset == "tinystories" else int(count * 0.9)
-    starts = np.cumsum(lengths) - lengths
-    cuts = np.clip(split - starts, 0, lengths).tolist()
-    train = [(source, 0, cut) for source, cut in zip(sources, cuts) if cut > 0]
-    val = [(source, cut, n) for source, cut, n in zip(sources, cuts, lengths) if cut < n]
+    # The split counts characters, whatever the tokenizer, so that losses per byte can be compared.
+    # TinyStories comes split.
+    split = sum(map(len, read(sources[:1]))) if stories else int(count * 0.9)
 
-    if cfg.tokenizer == "char":
-        tokenizer = CharTokenizer(chars)
-    elif cfg.tokenizer == "bpe":
-        tokenizer = train_bpe(train, size * split / count, cfg.vocab_size)
+    def part(name, bar=None):
+        return (block for of, block in in_parts(read(sources, separator, bar), split) if of == name)
+    if cfg.tokenizer == "bpe":
+        tokenizer = train_bpe(part, size, split / count, cfg.vocab_size)
+    tokenizer = tokenizer or CharTokenizer(chars)
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 65536 else "uint32")
-    val_bytes = sum(len(block.encode()) for part in val for block in read(*part))
-    meta = {"name": name, "source": cfg.dataset, "sha256": sha256_of(*sources),
-            "dtype": dtype.name, "vocab_size": tokenizer.vocab_size,
-            "train_chars": split, "val_chars": count - split, "val_bytes": val_bytes,
+    meta = {"dtype": dtype.name, "vocab_size": tokenizer.vocab_size,
+            "train_chars": split, "val_chars": count - split,
+            "val_bytes": sum(len(block.encode()) for block in part("val") if block is not BREAK),
             "tokenizer": tokenizer.to_dict()}
 
-    # Second pass: the tokens, in a temporary folder. From there all files move, or none.
-    verb = "replaced" if (folder / "meta.json").exists() else "wrote"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder if folder.exists() else folder.parent) as new:
-        with progress(size, "encoding") as bar:
-            for part, texts in (("train", train), ("val", val)):
-                tokens = write_tokens(Path(new, f"{part}.bin"), texts, tokenizer, dtype, bar)
-                meta[f"{part}_tokens"] = tokens
-        with open(Path(new, "meta.json"), "w", encoding="utf-8") as file:
-            json.dump(meta, file)
-            flush_to_disk(file)
-        load_data(Path(new), block_size)  # a text that is too short ends here
-        folder.mkdir(exist_ok=True)
-        # meta.json moves last: if a crash comes between, load_data sees that the sizes do not fit
-        for file in ("train.bin", "val.bin", "meta.json"):
-            os.replace(Path(new, file), folder / file)
-    print(f"{cfg.dataset}: {count:,} characters, {len(chars):,} different ones")
-    print(f"tokens: {meta['train_tokens']:,} to train, {meta['val_tokens']:,} to validate, "
-          f"vocabulary {tokenizer.vocab_size:,} ({dtype})")
-    print(f"{verb} {folder}; next: python train.py --dataset={name}")
-    return folder
+    # Second pass: the tokens. If all characters of the text, each twice in a row, and its beginning
+    # come back from their tokens, so will the rest. Else what is lost is counted in all of it.
+    beginning = next(read(sources))[:50_000]
+    spelled = tokenizer.spells(" ".join(f"a{c}{c}b" for c in chars) + beginning)
+    lost = {name: None if spelled else Counter() for name in ("train", "val")}
+    with progress(2 * size, "encoding") as bar:
+        for name in ("train", "val"):
+            digest = hashlib.sha256()
+            with open(folder / f"{name}.bin", "wb") as file:
+                for ids in tokenizer.encode_stream(part(name, bar), allow_special, lost[name]):
+                    digest.update(tokens := ids.astype(dtype))
+                    file.write(tokens)
+                common.flush_to_disk(file)
+                meta[f"{name}_tokens"] = file.tell() // dtype.itemsize
+            meta[f"{name}_sha256"] = digest.hexdigest()
+    if not spelled and (of_all := lost["train"] + lost["val"]):
+        say_or_refuse(cfg, given, of_all, count)
+        meta["val_bytes"] -= sum(len(c.encode()) * n for c, n in lost["val"].items())
+    return meta
 
-def train_bpe(parts, size, vocab_size):
-    """A BPETokenizer trained on parts of the text, which have `size` bytes."""
+def say_or_refuse(cfg, given, lost, count):
+    """Says which of `count` characters are lost to a tokenizer that was given. Problem: these are
+    more than half, or the tokenizer is one that a person chose."""
+    total = sum(lost.values())
+    share = f"{total:,} of its {count:,} characters ({total / count:.2%})"
+    most = ", ".join(f"{char!r} ({n:,})" for char, n in lost.most_common(10))
+    most += ", ..." * (len(lost) > 10)
+    if not given:
+        raise Problem(f"--tokenizer={cfg.tokenizer} cannot spell {cfg.dataset}: {share} do not "
+                      f"come back when its tokens are decoded: {most}; --tokenizer=bpe spells all")
+    if total > count / 2:
+        raise Problem(f"{cfg.dataset} does not fit the tokenizer of these weights; {share} are not "
+                      f"in it: {most}")
+    say(f"{cfg.dataset} in the tokenizer of these weights; not in it: {most}. {share} are left out")
+
+def in_parts(blocks, split):
+    """("train", block) for the first so many characters, then ("val", block)."""
+    position = 0
+    for block in blocks:
+        if block is not BREAK:
+            cut = max(split - position, 0)
+            yield from (pair for pair in (("train", block[:cut]), ("val", block[cut:])) if pair[1])
+            position += len(block)
+        elif position != split:
+            yield "train" if position < split else "val", BREAK
+
+def train_bpe(part, size, share, vocab_size):
+    """A BPETokenizer trained on part("train"), which is this share of a text of `size` bytes."""
     with progress(size, "training bpe") as bar:
-        pieces, every = pieces_to_learn_from(parts, math.ceil(size / TRAIN_BPE_ON), bar)
+        n = math.ceil(size * share / TRAIN_BPE_ON)
+        pieces, every = pieces_to_learn_from(part("train", bar), n)
     on_screen = size > 4e6 and sys.stderr.isatty()
     tokenizer = BPETokenizer.train(pieces, vocab_size, show_progress=on_screen)
     if every > 1:
-        print(f"bpe: trained on one in {every} stretches of the text, spread over all of it")
+        say(f"bpe: trained on one in {every:,} stretches of the text, spread over all of it")
     if tokenizer.vocab_size < vocab_size:
-        print(f"the text is too small for {vocab_size} tokens: it gave {tokenizer.vocab_size}")
+        say(f"the text is too small for {vocab_size:,} tokens: it gave {tokenizer.vocab_size:,}")
     return tokenizer
 
 WORD = re.compile(r"[^\W\d_]+|\d+|(?:[^\w\s]|_)+")  # GPT-2's pattern, near enough to count words
 
-def pieces_to_learn_from(parts, n, bar):
-    """(one in n of the pieces of all parts, n); n doubles until their different words are few."""
-    pieces = (piece for part in parts for piece in cut_between_words(read(*part, bar)))
+def pieces_to_learn_from(blocks, n):
+    """(one in n of the pieces of a text, n); n doubles until their different words are few."""
+    pieces = filter(None, cut_between_words(blocks))
     pieces = list(itertools.islice(pieces, 0, None, n))
     while True:
         words = {word for piece in pieces for word in WORD.findall(piece)}
@@ -429,69 +386,231 @@ def pieces_to_learn_from(parts, n, bar):
             return pieces, n
         pieces, n = pieces[::2], 2 * n
 
-def write_tokens(path, parts, tokenizer, dtype, bar):
-    """Writes the tokens of parts, each (source, start, stop), and end_of_text between two of them.
-    Returns how many."""
-    with open(path, "wb") as file:
-        for i, part in enumerate(parts):
-            if i > 0 and tokenizer.end_of_text is not None:
-                file.write(np.array(tokenizer.end_of_text, dtype))
-            stream = tokenizer.encode_stream(read(*part, bar))
-            file.writelines(ids.astype(dtype) for ids in stream)
-        flush_to_disk(file)
-        return file.tell() // dtype.itemsize
+@contextlib.contextmanager
+def alone_in(folder):
+    """A folder in there for unfinished files, which goes at the end. Until then it is of this
+    process alone: another one waits."""
+    new, waits = folder / "tmp_prepare", False
+    while True:
+        try:
+            with contextlib.suppress(FileNotFoundError):  # who had it has just deleted it
+                held = common.lock(new)
+                break
+        except Problem:
+            if not waits:
+                say(f"another process is preparing {folder}; waiting for it")
+            waits = True
+            time.sleep(0.1)
+    try:
+        for path in leftovers(folder):
+            if path != new:
+                shutil.rmtree(path)
+        yield new
+    finally:
+        if os.name == "nt":
+            held.close()  # or it could not be deleted
+        shutil.rmtree(new, ignore_errors=True)
+        held.close()
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing came of it
+
+def leftovers(folder):
+    """The unfinished folders of killed runs: those in folder, and what earlier versions left beside
+    it. A folder that holds anything else is not one of them."""
+    for place, known in ((folder, {*FILES, "lock"}), (folder.parent, set(FILES[:2]))):
+        for path in place.glob("tmp????????"):
+            if path.is_dir() and known.issuperset(os.listdir(path)):
+                yield path
 
 # Prepared data
+
+class Tokens:
+    """The tokens in a file, read where they are wanted: tokens[start:stop] and windows(). A memory
+    map would end the process if the file got shorter; this is a Problem."""
+
+    def __init__(self, path, dtype, count):
+        self.path, self.dtype, self.count = path, np.dtype(dtype), count
+        with reading(path, "a file of tokens"):
+            self.file = open(path, "rb", buffering=0)  # noqa: SIM115 (it stays open)
+        size, expected = os.fstat(self.file.fileno()).st_size, count * self.dtype.itemsize
+        if size != expected:
+            raise Problem(f"{path} has {size:,} bytes, not {expected:,}")
+        # pread is for processes that share the file, too. Windows has none.
+        self.read = (functools.partial(os.pread, self.file.fileno()) if hasattr(os, "pread")
+                     else self.seek_and_read)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, part):
+        start, stop, step = part.indices(self.count)
+        return self.windows([start], max(stop - start, 0))[0, ::step]
+
+    def windows(self, starts, length):
+        """(len(starts), length): the tokens from each start on. After the last comes the first."""
+        width, rows = self.dtype.itemsize, []
+        size, end = length * width, self.count * width
+        with reading(self.path, "a file of tokens"):
+            for start in np.asarray(starts).tolist():
+                place = start * width % end
+                row = self.read(min(size, end - place), place)
+                while len(row) < size:  # the last token has been read, or all that a system can
+                    here = (place + len(row)) % end
+                    more = self.read(min(size - len(row), end - here), here)
+                    if not more:
+                        raise ValueError("it has become shorter since this run began")
+                    row += more
+                rows.append(row)
+        return np.frombuffer(b"".join(rows), self.dtype).reshape(len(rows), length)
+
+    def seek_and_read(self, size, place):
+        self.file.seek(place)
+        return self.file.read(size)
+
+    def check(self, vocab_size, sha256=None):
+        """Problem: a token beyond the vocabulary, or all of them have another hash than this."""
+        digest, largest = hashlib.sha256(), 0
+        for start in range(0, self.count, 1 << 20):
+            tokens = self[start:start + (1 << 20)]
+            digest.update(tokens)
+            largest = max(largest, int(tokens.max()))
+        if largest >= vocab_size:
+            raise Problem(f"{self.path} has a token {largest:,}, and the vocabulary is of "
+                          f"{vocab_size:,}")
+        if sha256 not in (None, digest.hexdigest()):
+            raise Problem(f"{self.path} holds other tokens than were written into it")
 
 class Data(NamedTuple):
     folder: Path
     meta: dict            # what meta.json holds
-    train: np.ndarray     # (train_tokens,) uint16 or uint32, mapped from the file
-    val: np.ndarray       # (val_tokens,)
+    train: Tokens         # (train_tokens,) uint16 or uint32
+    val: Tokens           # (val_tokens,)
     tokenizer: CharTokenizer | BPETokenizer
 
-def open_data(dataset, data_dir, block_size=0, may_prepare=True):
+def open_data(dataset, data_dir, block_size=0, may_prepare=True, tokenizer=None):
     """The Data of a dataset (as for --dataset, or the name of a folder in data_dir). It is prepared
     by characters if it is missing or its text has changed, unless not may_prepare.
+    tokenizer: what it must be prepared with instead; this has a folder of its own.
     Problem: it cannot be prepared, is damaged, or has not block_size + 1 tokens in each part."""
     folder = Path(data_dir, dataset_name(dataset))
-    if may_prepare and not is_prepared(folder, dataset):
-        prepare(Config(dataset=dataset, data_dir=data_dir), block_size)
-    return load_data(folder, block_size)
+    if tokenizer is not None:
+        dataset, folder = in_tokens_of(tokenizer, dataset, folder)
+    if may_prepare:
+        if any(leftovers(folder)) and os.access(folder, os.W_OK):
+            with alone_in(folder):
+                pass  # they are gone
+        if not is_prepared(folder, dataset):
+            cfg = Config(dataset, data_dir=data_dir, name=folder.name if tokenizer else "")
+            prepare(cfg, block_size, tokenizer, again=False)
+    return load_data(folder, block_size, dataset)
+
+def in_tokens_of(tokenizer, dataset, folder):
+    """(the text of a dataset, the folder of its tokens by this tokenizer); folder: that of its
+    tokens by any."""
+    if (folder / "meta.json").exists():
+        meta = read_meta(folder, dataset)
+        if not is_text(dataset) or meta["tokenizer"] == tokenizer.to_dict():
+            return dataset, folder
+    digest = sha256_of(json.dumps(tokenizer.to_dict()).encode())
+    return dataset, folder.with_name(f"{folder.name}-as-{digest[:8]}")
 
 def is_prepared(folder, dataset):
     """Whether folder holds the tokens of this dataset: if it is files, of what they hold today."""
     if not (folder / "meta.json").exists():
         return False
-    meta = load_data(folder).meta
+    meta = read_meta(folder, dataset)
+    if not is_text(dataset):
+        return True
     if dataset in DATASETS or is_url(dataset):
         return meta["source"] == dataset
-    # what does not exist is the name of a folder that prepare_data.py made
-    return not Path(dataset).exists() or sha256_of(*find_text(dataset, None)) == meta["sha256"]
+    sources = find_text(dataset, None)
+    if "train_sha256" not in meta and Path(dataset).is_dir():  # earlier versions read these files
+        sources = sorted(file for file in Path(dataset).rglob("*.txt") if file.is_file())
+    return sha256_of(*sources) == meta["sha256"]
 
-def load_data(folder, block_size=0):
-    """The Data in folder. Problem: it is missing, its files do not fit each other, or one of the
-    parts has no window of block_size tokens and the one after."""
+def load_data(folder, block_size=0, dataset=""):
+    """The Data in folder, of this dataset if that is known. Problem: it is missing, its files are
+    not what was written, or one of them has not block_size + 1 tokens."""
+    meta = read_meta(folder, dataset)
+    if meta["tokenizer"]["type"] == "bpe":
+        import tokenizers  # noqa: F401 (the file is not to blame if that is missing)
+    with advice(folder, dataset, meta):
+        with reading(folder / "meta.json", "of prepared data"):
+            tokenizer = load_tokenizer(meta["tokenizer"])
+            if tokenizer.vocab_size != meta["vocab_size"]:
+                raise ValueError("the vocabulary has another size")
+        parts = {part: Tokens(folder / f"{part}.bin", meta["dtype"], meta[f"{part}_tokens"])
+                 for part in ("train", "val")}
+        # What has the size and the time of when it was read is not read again.
+        here = meta.setdefault("here", {"flags": {}})
+        if here.get("checked") != (today := stamps(folder)):
+            for part, tokens in parts.items():
+                tokens.check(meta["vocab_size"], meta.get(f"{part}_sha256"))
+            here["checked"] = today
+            with contextlib.suppress(Problem):  # then it is read again the next time
+                write_meta(folder, meta)
+        del meta["here"]
+    for part, tokens in parts.items():
+        if len(tokens) <= block_size:
+            smaller = f"too few for --block_size={block_size}: take a smaller one, or "
+            raise Problem(f"{meta['source']} has only {len(tokens):,} tokens in its {part} part; "
+                          f"{smaller if block_size else ''}give a longer text")
+    return Data(folder, meta, *parts.values(), tokenizer)
+
+def write_meta(folder, meta):
+    common.write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta).encode()))
+
+def stamps(folder):
+    """{part: [size, time of the last change]} of the files of tokens in folder."""
+    stats = {part: os.stat(folder / f"{part}.bin") for part in ("train", "val")}
+    return {part: [stat.st_size, stat.st_mtime_ns] for part, stat in stats.items()}
+
+def read_meta(folder, dataset):
+    """What meta.json in folder holds. Problem: it is missing or damaged."""
+    path = folder / "meta.json"
+    with advice(folder, dataset, {}), reading(path, "of prepared data"):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        common.check_kinds(meta, name=str, source=str, sha256=str, tokenizer=dict, vocab_size=int,
+                    train_tokens=int, val_tokens=int, val_bytes=int)
+        common.check_kinds(meta["tokenizer"], type=str)
+        common.check_kinds(meta.get("here", {"flags": {}}), flags=(dict, type(None)))
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError("its dtype is not one of tokens")
+        if min(meta["train_tokens"], meta["val_tokens"], meta["val_bytes"]) < 0:
+            raise ValueError("a number in it is negative")
+    return meta
+
+@contextlib.contextmanager
+def advice(folder, dataset, meta):
+    """Adds to a Problem with prepared data how to make them. meta: {} if it is not known."""
     try:
-        meta, parts = json.loads((folder / "meta.json").read_text(encoding="utf-8")), []
-        for part in ("train", "val"):
-            tokens = meta[f"{part}_tokens"]
-            if tokens <= block_size:
-                smaller = f"too few for --block_size={block_size}: take a smaller one, or "
-                raise Problem(f"{meta['source']} has only {tokens} tokens in its {part} part; "
-                              f"{smaller if block_size else ''}give a longer text")
-            parts.append(np.memmap(folder / f"{part}.bin", meta["dtype"], mode="r"))
-            if len(parts[-1]) != tokens:
-                raise ValueError
-        return Data(folder, meta, *parts, load_tokenizer(meta["tokenizer"]))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        raise Problem(f"{folder} is missing or damaged; make it with: python prepare_data.py "
-                      f"--dataset=<name, file, folder or URL> --name={folder.name}") from None
+        yield
+    except Problem as problem:
+        raise Problem(f"{problem}; {how_to_make(folder, dataset, meta)}") from None
+
+def how_to_make(folder, dataset, meta):
+    flags = meta.get("here", {}).get("flags", {})
+    if flags is None:
+        return f"delete {folder}, and the same command prepares it"
+    if not flags:  # the default ones, or those of an earlier version, or not known
+        source = dataset if dataset and is_text(dataset) else "<name, file, folder or URL>"
+        flags = {"dataset": meta.get("source", source), "name": folder.name,
+                 "data_dir": folder.parent}
+        if meta and meta["tokenizer"]["type"] != "char":
+            flags["tokenizer"] = "<the same as before>"
+    return f"make it with: {command('prepare_data.py', flags)}"
+
+def command(script, flags):
+    """python script --name=value ... as a shell reads it."""
+    return " ".join(("python", script, *itertools.starmap(common.as_flag, flags.items())))
 
 def main(cfg, given):
     if "vocab_size" in given and cfg.tokenizer != "bpe":
         raise Problem("--vocab_size goes with --tokenizer=bpe; others have a size of their own")
-    prepare(cfg)
+    flags = {"dataset": prepare(cfg).name}
+    if cfg.data_dir != Config.data_dir:
+        flags["data_dir"] = cfg.data_dir
+    say(f"next: {command('train.py', flags)}")
 
 if __name__ == "__main__":
-    run(main, Config)
+    common.run(main, Config)

@@ -15,22 +15,25 @@ python sample.py --export=folder --format=onnx        # writes the model for oth
 """
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    if not hasattr(sys, "ps1"):  # in a notebook Ctrl-C must not end the process
+        # It ends the long import of torch without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+
 import functools
 import hashlib
 import html
 import itertools
-import os
 import re
-import signal
-import sys
 import time
 import unicodedata
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-if __name__ == "__main__":
-    # Ctrl-C ends the long import of torch without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -38,16 +41,17 @@ import torch.nn.functional as F
 
 import common
 from common import Problem, flag
-from mamba import SCAN_METHODS, Mamba, MambaState, check_sampling, fast
-from mamba_files import hub_file
-from prepare_data import load_tokenizer, open_tokenizer
+from mamba import SCAN_METHODS, Mamba, check_sampling, fast
+from mamba_files import RUN, check_usable, read_tokenizer
+from prepare_data import load_tokenizer
 
 
 @dataclass
 class Config:
     out_dir: str = flag("", "folder of the run; the newest under out/ by default")
     pretrained: str = flag("", "released weights instead: a folder, or a name on Hugging Face")
-    start: str = flag("", "text to continue, or FILE:path; by default the model begins a text")
+    start: str = flag("", r"text to continue, \n \t \\ as in --stop, or FILE:path; by default the "
+                      "model begins a text")
     num_samples: int = flag(1, "texts to write", least=1)
     max_new_tokens: int = flag(500, "length of each (each answer with --interactive)", least=1)
     temperature: float = flag(0.8, "below 1 safer, above 1 wilder, 0 always the likeliest token")
@@ -55,8 +59,11 @@ class Config:
     top_p: float | None = flag(None, "only among the likeliest that together are this probable")
     min_p: float | None = flag(None, "tokens at least this many times as likely as the likeliest")
     repetition_penalty: float | None = flag(None, "above 1, as 1.1: what was there is less likely")
-    stop: str = flag("", r"text that ends an answer, not shown; several as A|B; \n newline, \| bar")
+    stop: str = flag("", r"text that ends an answer, not shown; several as A|B; \n newline, \t "
+                     r"tab, \| bar, \\ backslash")
     ignore_eos: bool = flag(False, "go on after the token that ends a text (characters have none)")
+    allow_special: bool = flag(False, "<|endoftext|> and its like in --start and in a chat are the "
+                               "tokens of that name; by default they are text")
     seed: int | None = flag(None, "the same seed, the same text; by default another every time",
                             least=0, below=2 ** 63)
     interactive: bool = flag(False, "a line from you, an answer, and so on; /help there tells more")
@@ -86,19 +93,14 @@ def main(cfg, given):
         model, tokenizer = load_pretrained(source, device, getattr(torch, dtype), cfg.scan,
                                            cfg.cache_dir)
     else:
-        out_dir = Path(cfg.out_dir or newest_run())
-        names = ("best.pt", "ckpt.pt", "ckpt.prev.pt")
-        checkpoint = common.load_checkpoint(*(out_dir / name for name in names))
-        source = f"{out_dir}, step {checkpoint['step']}"
-        model = common.load_model(checkpoint, scan=cfg.scan).eval()
+        source, model, tokenizer = load_run(Path(cfg.out_dir or newest_run()), cfg.scan)
         model.to(device, getattr(torch, dtype))
-        tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
     if cfg.export:
         return export(cfg, model, tokenizer)
     if cfg.quantize:
         fast.quantize_int8(model)
     start = text_of(cfg.start)
-    prompt = tokenizer.encode(start) if start else []
+    prompt = tokenizer.encode(start, cfg.allow_special) if start else []
     if cfg.show and not prompt:
         raise Problem("--show has nothing to read: the text of --start is empty")
     if not 0 <= (cfg.layer or 0) < model.config.n_layer:
@@ -106,14 +108,18 @@ def main(cfg, given):
 
     generator = make_generator(cfg, device)
     scan = common.pick_scan(cfg.scan, device, dtype, model.config.d_state)
-    int8 = ", int8 weights" if cfg.quantize else ""
+    int8, seed = ", int8 weights" * bool(cfg.quantize), f", seed {cfg.seed}" * (not cfg.show)
     print(f"{source}: {model.num_params() / 1e6:.2f}M parameters; {device}, {dtype}{int8}, "
-          f"scan {scan}, seed {cfg.seed}", file=sys.stderr)
+          f"scan {scan}{seed}", file=sys.stderr)
     if cfg.show:
-        show(cfg, model, tokenizer, prompt)
-    elif cfg.interactive:
-        # a byte that is no text is refused with its line, as any character
-        sys.stdin.reconfigure(errors="surrogateescape")
+        return show(cfg, model, tokenizer, prompt)
+    if cfg.compile and fast and device.type == "cpu":
+        compile_step(model)
+    if cfg.interactive:
+        if hasattr(sys.stdin, "reconfigure"):  # that of a notebook has not
+            # A file or a pipe is UTF-8. A byte that is no text is refused as any character is.
+            encoding = None if sys.stdin.isatty() else "utf-8"
+            sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
         chat(Conversation(model, tokenizer, prompt), cfg, generator)
     else:
         write_samples(cfg, model, tokenizer, start, prompt, generator)
@@ -158,44 +164,47 @@ def newest_run():
         raise Problem("there is no model under out/; train one with: python train.py")
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
 
+def load_run(out_dir, scan):
+    """(what it is, model, tokenizer) of a run, from its best checkpoint that is whole."""
+    checkpoint = common.load_checkpoint(*(out_dir / name for name in RUN))
+    model = common.load_model(checkpoint, scan=scan).eval()
+    with common.reading(checkpoint["path"], "a checkpoint"):
+        tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError("its tokenizer is that of another model")
+    return f"{out_dir}, step {checkpoint['step']}", model, tokenizer
+
 def load_pretrained(name, device, dtype, scan, cache_dir=None):
     """(model, tokenizer) of a folder or a name on Hugging Face."""
     try:
         model = Mamba.from_pretrained(name, device, dtype, cache_dir, scan=scan)
-        path = tokenizer_file(name, cache_dir)
-    except ValueError as error:
+        tokenizer = load_tokenizer(read_tokenizer(name, cache_dir))
+        check_usable(model, tokenizer, name)
+    except (ValueError, Problem) as error:
         raise Problem(f"--pretrained={name}: {error}") from None
-    tokenizer, config = open_tokenizer(str(path)), model.config
-    if tokenizer.vocab_size > config.vocab_size:
-        raise Problem(f"{path} has {tokenizer.vocab_size:,} tokens and {name} knows "
-                      f"{config.vocab_size:,}: put its own tokenizer.json beside the weights")
     # Some config.json count rows of padding as tokens. They stay, and are never drawn.
-    config.vocab_size = tokenizer.vocab_size
-    config.pad_vocab_size_multiple = len(model.lm_head.weight)
+    model.config.vocab_size = tokenizer.vocab_size
+    model.config.pad_vocab_size_multiple = len(model.lm_head.weight)
     return model, tokenizer
 
-def tokenizer_file(name, cache_dir):
-    """The path of the tokenizer.json beside the weights, or else of GPT-NeoX's."""
-    # Those of state-spaces come without, or with GPT-NeoX's: do not ask the network each time.
-    local = name.startswith("state-spaces/")
-    try:
-        return hub_file(name, "tokenizer.json", cache_dir, local)
-    except FileNotFoundError:
-        pass
-    except ConnectionError as error:
-        print(f"whether {name} has a tokenizer of its own is not known ({error}); taking "
-              "GPT-NeoX's", file=sys.stderr)
-    return hub_file("EleutherAI/gpt-neox-20b", "tokenizer.json", cache_dir)
-
 def text_of(start):
-    """The text that a --start is: itself, or what stands in its FILE:."""
+    r"""The text that a --start is: itself, its \n and \t read, or what stands in its FILE:. As in
+    the text of prepare_data.py CRLF and CR become newlines, in a file by read_text."""
     if not start.startswith("FILE:"):
-        return start
+        return with_newlines(unescaped(start))
     path = Path(start[len("FILE:"):])
     try:
         return path.read_text(encoding="utf-8-sig")  # some editors on Windows put a mark in front
     except UnicodeDecodeError as error:
         raise Problem(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+def with_newlines(text):
+    return re.sub(r"\r\n?", "\n", text)
+
+def unescaped(text):
+    r"""\n and \t are a newline and a tab, \| and \\ | and \. Any other \ is itself."""
+    meant = {"n": "\n", "t": "\t"}
+    return re.sub(r"\\([nt|\\])", lambda match: meant.get(match[1], match[1]), text)
 
 def make_generator(cfg, device):
     """On a GPU one of its own: random numbers from the CPU would make it wait. MPS takes those."""
@@ -217,6 +226,13 @@ def export(cfg, model, tokenizer):
         raise Problem(f"--format={cfg.format}: {error}") from None
     print(f"wrote {', '.join(sorted(os.listdir(folder)))} into {folder}", file=sys.stderr)
 
+def compile_step(model):
+    """Compiles the step of a token, so that this is not counted in the time of a text."""
+    print("compiling ...", file=sys.stderr)
+    began = time.perf_counter()
+    next(model.stream([[0]], 1, compile=True))
+    print(f"compiling took {time.perf_counter() - began:.1f} s", file=sys.stderr)
+
 def write_samples(cfg, model, tokenizer, start, prompt, generator):
     began, count = time.perf_counter(), 0
     for _ in range(cfg.num_samples):
@@ -227,7 +243,7 @@ def write_samples(cfg, model, tokenizer, start, prompt, generator):
         print("\n---------------" if cfg.num_samples > 1 else "", flush=True)
         count += text.tokens_made
     seconds = time.perf_counter() - began
-    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
+    print(f"{count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s", file=sys.stderr)
 
 # ---- Tokens to text ------------------------------------------------------------------------------
 
@@ -258,11 +274,8 @@ def as_text(tokenizer, tokens, before=(), cut_off=False):
     yield rest.rstrip(unfinished) if cut_off else rest
 
 def stop_strings(text):
-    r"""Those in a --stop, separated by |. \n and \t are a newline and a tab, \| and \\ | and \."""
-    parts = re.findall(r"(?:\\.|[^|])+", text, re.DOTALL)
-    meant = {"n": "\n", "t": "\t"}
-    return [re.sub(r"(?s)\\(.)", lambda match: meant.get(match[1], match[1]), part)
-            for part in parts]
+    """Those in a --stop, separated by |."""
+    return [unescaped(part) for part in re.findall(r"(?s)(?:\\.|[^|])+", text)]
 
 def until(stops, pieces):
     """The pieces up to the first end of a stop string. What may begin one waits to be decided."""
@@ -300,6 +313,14 @@ class Conversation:
         self.state = self.model.init_state(1)
         self.unread = list(self.prompt)  # tokens that are not yet in the state
         self.seen = set()  # those that are, for the repetition penalty
+
+    def hear(self, line, allow_special):
+        """Takes in a line from the person. Problem: a character that the model does not know."""
+        try:
+            new = self.tokenizer.encode(line + "\n", allow_special)
+        except Problem:  # of an alphabet without a newline; any other comes again
+            new = self.tokenizer.encode(line, allow_special)
+        self.unread = self.unread + new
 
     def answer(self, cfg, generator):
         """The model's text in pieces, to a stop string, an end-of-text or max_new_tokens."""
@@ -358,16 +379,24 @@ class Conversation:
         """Problem: not whole, or of another model; the conversation then stays as it was."""
         with common.reading(path, "a conversation"):
             saved = common.read_whole(path, self.model.device)
-            if saved.keys() != {"fingerprint", "state", "unread", "seen"}:
-                raise ValueError
+            common.check_kinds(saved, fingerprint=str, state=list, unread=list, seen=list)
         if saved["fingerprint"] != self.fingerprint:
             raise Problem(f"{path} is a conversation with another model, or with this one in "
                           "another --dtype or --quantize")
-        self.state = [MambaState(*layer) for layer in saved["state"]]
-        self.unread, self.seen = saved["unread"], set(saved["seen"])
+        with common.reading(path, "a conversation"):
+            for token in (*saved["unread"], *saved["seen"]):
+                if type(token) is not int or not 0 <= token < self.model.config.vocab_size:
+                    raise ValueError("a token that the model does not know")
+            state = self.model.init_state(1)
+            if [len(layer) for layer in saved["state"]] != [2] * len(state) or not saved["unread"]:
+                raise ValueError("not all of it is there")
+            for own, kept in zip(itertools.chain(*state), itertools.chain(*saved["state"])):
+                common.check_tensor("its state", kept, own.shape)
+                own.copy_(kept.detach())
+        self.state, self.unread, self.seen = state, saved["unread"], set(saved["seen"])
         print(f"loaded {path}", file=sys.stderr)
 
-SETTINGS = (*SAMPLING, "stop", "ignore_eos", "max_new_tokens", "seed")
+SETTINGS = (*SAMPLING, "stop", "ignore_eos", "allow_special", "max_new_tokens", "seed")
 COMMANDS = """\
 /reset             forget the conversation
 /save FILE         keep the conversation in a file of a few MB
@@ -394,6 +423,7 @@ def chat(talk, cfg, generator):
                 print(COMMANDS, file=sys.stderr)
             elif command == "/reset":
                 talk.reset()
+                print("the conversation is forgotten", file=sys.stderr)
             elif command in ("/save", "/load") and not rest:
                 raise Problem(f"{command} needs the name of a file")
             elif command == "/save":
@@ -409,11 +439,7 @@ def chat(talk, cfg, generator):
             elif command.startswith("/"):
                 raise Problem(f"unknown command {command}; /help shows the commands")
             else:
-                try:
-                    new = talk.tokenizer.encode(line + "\n")
-                except Problem:  # of an alphabet without a newline; any other comes again
-                    new = talk.tokenizer.encode(line)
-                talk.unread = talk.unread + new
+                talk.hear(with_newlines(line), cfg.allow_special)
                 talk.interrupted, before = False, signal.signal(signal.SIGINT, interrupt)
                 for piece in talk.answer(cfg, generator):
                     print(piece, end="", flush=True)
@@ -430,11 +456,15 @@ def with_setting(cfg, words):
     """cfg with the setting that "name value" says. Problem: it says none."""
     name, value = (re.split(r"\s+|=", words, maxsplit=1) + [""])[:2]
     if name not in SETTINGS:
-        raise Problem(f"no setting '{name}'{common.nearest(name, SETTINGS)}; /set shows them")
-    _, changed = common.parse_flags(Config, [f"--{name}={value}"])
-    cfg = replace(cfg, **changed)
-    check(cfg)
-    return cfg
+        hint = common.nearest(name, SETTINGS) or "; /set shows them"
+        raise Problem(f"no setting '{name}'{hint}")
+    try:
+        _, changed = common.parse_flags(Config, [f"--{name}={value}"])
+        cfg = replace(cfg, **changed)
+        check(cfg)
+        return cfg
+    except Problem as problem:  # which speaks of flags
+        raise Problem(re.sub("^--", "/set ", str(problem))) from None
 
 # ---- Looking inside: --show ----------------------------------------------------------------------
 
@@ -481,7 +511,8 @@ def show(cfg, model, tokenizer, ids):
     # What is shown are spans: a text, and its share of the colour, from 0 to 1, or None.
     spans = [(text, None if value is None else np.clip((value - low) / (high - low or 1), 0, 1))
              for text, value in characters]
-    steps = [(" ", step / 20) for step in range(21)]
+    # spaces that do not vanish at the end of a line
+    steps = [("\u00a0", step / 20) for step in range(21)]
     scale = [(f"{low:.3g} ", None), *steps, (f" {high:.3g}", None)]
 
     if cfg.html:
@@ -522,14 +553,17 @@ def painted(text, share):
     colour = f"\033[38;2;{ink};48;2;{ground}m"
     return colour + text.replace("\n", f"↵\033[0m\n{colour}") + "\033[0m"
 
-OPACITY = 0.6  # of the orange where the share is 1: text on it stays readable, light or dark
+def opacity(share):
+    """Of the orange on a page. Text on it stays readable, light or dark, and less is no value."""
+    return f"{0.1 + 0.5 * share:.2f}"
 
 def as_html(what, scale, spans, numbers):
     """One HTML page, in pieces; the text in <main> is that of the spans."""
     def span(text, share, more=""):
         # a browser would turn the character \r itself into a newline
         text = html.escape(text).replace("\r", "&#13;").replace("\n", "<i></i>\n")
-        return f'<span style="--a:{OPACITY * (share or 0):.2f}"{more}>{text}</span>'
+        colour = "" if share is None else f' style="--a:{opacity(share)}"'
+        return f"<span{colour}{more}>{text}</span>"
 
     yield f"""<!DOCTYPE html>
 <html lang="en">
@@ -540,7 +574,7 @@ def as_html(what, scale, spans, numbers):
 :root {{ color-scheme: light dark }}
 body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
 p, main {{ font: 1rem/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }}
-span {{ background: rgb(255 110 0 / var(--a)) }}
+span {{ background: rgb(255 110 0 / var(--a, 0)) }}
 i::before {{ content: "↵"; opacity: 0.5 }}
 </style>
 <p>{what}: {"".join(span(*step) for step in scale)}</p>
@@ -574,9 +608,9 @@ rect {{ fill: rgb(255, 110, 0) }}
         for share, cells in itertools.groupby(row, key=lambda cell: cell[1]):
             text = "".join(character for character, _ in cells)
             length = COLUMN * columns(text)
-            if share:
+            if share is not None:
                 yield (f'<rect x="{x}" y="{y}" width="{length}" height="{ROW}" '
-                       f'fill-opacity="{OPACITY * share:.2f}"/>')
+                       f'fill-opacity="{opacity(share)}"/>')
             if not text.isspace():
                 # made as long as its ground, whatever the font; spaces would be lost at its ends
                 solid = html.escape(text, quote=False).replace(" ", "\u00a0")

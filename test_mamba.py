@@ -15,6 +15,7 @@ import dataclasses
 import errno
 import functools
 import gc
+import gzip
 import hashlib
 import html.parser
 import http.server
@@ -58,8 +59,10 @@ import common
 import mamba
 import prepare_data
 import sample
+import texts
 import train
 from mamba import Mamba, MambaBlock, MambaConfig, MambaState, selective_scan
+from mamba2 import Mamba2Block, Mamba2Config, ssd
 
 ROOT = Path(__file__).resolve().parent
 
@@ -121,6 +124,21 @@ def scan(request):
     """Each method, where it runs."""
     for _ in on("cuda" if request.param == "triton" else "cpu"):
         yield request.param
+
+
+@pytest.fixture(params=["mamba", "mamba2"])
+def layer(request, monkeypatch):
+    """Each kind of layer: within a test MambaBlock, MambaConfig and what a model is made of are those of this kind."""
+    if request.param == "mamba2":
+        if "scan" in request.fixturenames and request.getfixturevalue("scan") == "triton":
+            pytest.skip("Mamba-2 has no Triton kernel")
+        monkeypatch.setattr(mamba, "MambaBlock", Mamba2Block)
+        monkeypatch.setitem(globals(), "MambaBlock", Mamba2Block)
+        monkeypatch.setitem(globals(), "MambaConfig", functools.partial(Mamba2Config, headdim=8, d_state=16, chunk_size=8))
+    return request.param
+
+
+OF_EACH_LAYER = pytest.mark.usefixtures("layer")
 
 
 def relative(x, reference, scale=0.0):
@@ -692,14 +710,15 @@ BLOCKS = ({}, {"d_conv": 1, "conv_bias": False}, {"scan": "sequential", "bias": 
 
 def some_state(module, batch):
     """Of a block or of a model: what it could have read."""
-    random_like = lambda s: MambaState(*(at_random(torch.randn, t.shape, seed=7 + i).to(t.dtype) for i, t in enumerate(s)))
+    random_like = lambda s: type(s)(*(at_random(torch.randn, t.shape, seed=7 + i).to(t.dtype) for i, t in enumerate(s)))
     state = module.init_state(batch)
-    return random_like(state) if isinstance(state, MambaState) else [random_like(layer) for layer in state]
+    return random_like(state) if isinstance(state, tuple) else [random_like(layer) for layer in state]
 
 
 @pytest.mark.parametrize("changes", BLOCKS)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("alone", [False, True])
+@OF_EACH_LAYER
 def test_a_state_is_never_changed(monkeypatch, changes, grad, alone):
     """A block and a model return another one, which shares no memory with it and keeps no other memory alive."""
     if alone:       # without mamba_fast/
@@ -722,6 +741,7 @@ def test_a_state_is_never_changed(monkeypatch, changes, grad, alone):
 
 @pytest.mark.parametrize("changes", BLOCKS)
 @pytest.mark.usefixtures("anywhere")
+@OF_EACH_LAYER
 def test_gradients_flow_through_a_state(changes):
     """Outputs, last state and gradients of a block, of the state that it begins with too, do not depend on how x is cut."""
     torch.manual_seed(0)
@@ -767,6 +787,7 @@ def without_padding(run, x, mask, state, width=16):
 
 
 @pytest.mark.parametrize("changes", [{}, {"d_conv": 1}, {"conv_bias": False, "d_conv": 6}])
+@OF_EACH_LAYER
 def test_padding_of_a_block(scan, changes):
     """Outputs, states and all gradients are those of each row without its padding, whatever the padding is."""
     torch.manual_seed(0)
@@ -787,6 +808,7 @@ def test_padding_of_a_block(scan, changes):
 
 
 @pytest.mark.parametrize("padding", [False, True])
+@OF_EACH_LAYER
 def test_documents_in_a_row(scan, padding):
     """Documents one after the other, of any lengths, with padding between them or not, see nothing of each other."""
     torch.manual_seed(0)
@@ -815,6 +837,7 @@ def test_documents_in_a_row(scan, padding):
     assert same(got, expected, 1e-5)
 
 
+@OF_EACH_LAYER
 def test_what_a_block_refuses():
     block, x = MambaBlock(MambaConfig(d_model=16)), torch.randn(2, 9, 16)
     for wrong, words in (((x[0],), "x must be"), ((x, block.init_state(3)), "must be"), ((x, None, torch.ones(2, 8) > 0), "mask and seq_idx"),
@@ -824,6 +847,7 @@ def test_what_a_block_refuses():
     assert block(torch.empty(0, 9, 16)).shape == (0, 9, 16)
 
 
+@OF_EACH_LAYER
 def test_checkpointing_keeps_little(scan):
     """Non-reentrant checkpointing of a block gives the same gradients and keeps its input alone."""
     torch.manual_seed(0)
@@ -907,6 +931,7 @@ def test_model_equals_transformers(changes):
 @pytest.mark.parametrize("changes", [{}, {"d_intermediate": 48}, {"d_conv": 1}, {"scan": "sequential"},
                                      {"tie_embeddings": False, "d_conv": 2}])
 @pytest.mark.usefixtures("anywhere")
+@OF_EACH_LAYER
 def test_any_split_gives_the_same_logits(changes):
     model = small(**changes)
     idx = tokens(2, 40)
@@ -930,6 +955,7 @@ def test_any_split_gives_the_same_logits(changes):
 
 
 @pytest.mark.usefixtures("anywhere")
+@OF_EACH_LAYER
 def test_gradients_flow_through_the_state_of_a_model():
     """Truncated backpropagation without the truncation: a loss cut in two has the gradients of one call."""
     model, idx = lively(d_intermediate=24), tokens(2, 40)
@@ -947,6 +973,7 @@ def test_gradients_flow_through_the_state_of_a_model():
     assert same(results[1], results[0], 1e-5) and same(results[2], results[0], 1e-5)
 
 
+@OF_EACH_LAYER
 def test_padding_and_documents_of_a_model(scan):
     """Logits, loss, states and gradients; the loss of what is padding is not asked for."""
     model = small(scan=scan)
@@ -985,6 +1012,7 @@ def test_a_state_can_be_learned():
 @pytest.mark.parametrize("changes", [{}, {"d_conv": 1, "conv_bias": False}, {"bias": True, "d_state": 5, "d_intermediate": 24}])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("anywhere")
+@OF_EACH_LAYER
 def test_single_tokens_equal_one_call(changes, dtype):
     """With gradients and without, in logits and in the state."""
     model, idx = small(**changes).eval().to(dtype), tokens(3, 40)
@@ -998,6 +1026,7 @@ def test_single_tokens_equal_one_call(changes, dtype):
     assert relative(torch.cat(parts, 1), whole) < tolerance and same(state, last, tolerance)
 
 
+@OF_EACH_LAYER
 def test_single_tokens_under_autocast():
     model, idx, results = small().eval(), tokens(2, 12), []
     for step in (12, 1):
@@ -1011,6 +1040,7 @@ def test_single_tokens_under_autocast():
     assert relative(results[1], results[0]) < 3e-2
 
 
+@OF_EACH_LAYER
 def test_loss():
     model, idx = small(), tokens(2, 20)
     targets = tokens(2, 20, seed=1)
@@ -1060,6 +1090,7 @@ def test_what_stays_float32():
     assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@OF_EACH_LAYER
 def test_dropout():
     model, idx = small(dropout=0.5), tokens(2, 30)
     assert not torch.equal(model(idx)[0], model(idx)[0])
@@ -1100,6 +1131,7 @@ def test_traced_as_torch_compile_does_it(monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"d_intermediate": 16, "dropout": 0.1, "bias": True, "scan": "sequential"}])
+@OF_EACH_LAYER
 def test_all_operators_have_an_mps_kernel(changes):
     """Apple's GPU: no Mac is needed to see that every operation has a kernel there."""
     available = mps_operators()
@@ -1184,6 +1216,7 @@ def greedy_by_steps(model, prompts, count):
     return torch.cat(new, 1)
 
 
+@OF_EACH_LAYER
 def test_generate_greedy_is_argmax_of_the_full_forward():
     model, idx = small(), tokens(2, 11)
     out = model.generate(idx, 20, temperature=0)
@@ -1192,6 +1225,7 @@ def test_generate_greedy_is_argmax_of_the_full_forward():
 
 
 @pytest.mark.usefixtures("anywhere")
+@OF_EACH_LAYER
 def test_generate_prompts_of_different_lengths():
     model = small().eval()
     prompts = [tokens(n, seed=n) for n in (5, 1, 12, 5, 3)]
@@ -1303,6 +1337,7 @@ def test_stop_tokens():
 
 
 @pytest.mark.usefixtures("anywhere")
+@OF_EACH_LAYER
 def test_one_prefix_and_three_continuations():
     model, prefix = lively(), tokens(1, 9)
     with torch.no_grad():
@@ -1321,6 +1356,7 @@ def test_one_prefix_and_three_continuations():
 
 
 @pytest.mark.parametrize("lengths", [(7,), (7, 7), (7, 1, 3)])
+@OF_EACH_LAYER
 def test_the_state_of_a_stream(lengths):
     """It is all that has been read, which is all but the token given last; and it stays what it is when the stream goes on."""
     model, prompts = small().eval(), [tokens(n, seed=n) for n in lengths]
@@ -1340,6 +1376,7 @@ def test_the_state_of_a_stream(lengths):
 
 
 @pytest.mark.usefixtures("anywhere")
+@OF_EACH_LAYER
 def test_generated_tokens_and_states_can_be_trained_on():
     """The steps may run in inference mode, what they leave behind is not of it."""
     model, idx = small(), tokens(2, 5)
@@ -1426,11 +1463,12 @@ WAYS = ("hook", "hook before", "subclass", "wrapper", "parametrisation")
 
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.usefixtures("anywhere")
-def test_what_runs_is_what_is_there(how):
+def test_what_runs_is_what_is_there(layer, how):
     """Whatever people put into a model acts in generate as it does in a plain forward, for every submodule that there is."""
     model = lively(n_layer=2, d_intermediate=24, tie_embeddings=False)
     names = [name for name, module in model.named_modules() if not isinstance(module, (nn.ModuleDict, nn.ModuleList))]
-    assert set(NAMES) <= set(names)
+    of_mamba_alone = {f"backbone.layers.1.mixer.{name}" for name in ("x_proj", "dt_proj")}
+    assert set(NAMES) - set(names) == (set() if layer == "mamba" else of_mamba_alone)
     if how in ("wrapper", "parametrisation"):
         names = [name for name in names if name and (how == "wrapper" or hasattr(model.get_submodule(name), "weight"))]
     check_what_runs(model, names, how)
@@ -1660,6 +1698,7 @@ def test_export_of_any_batch_and_length():
 
 
 @pytest.mark.usefixtures("anywhere")
+@OF_EACH_LAYER
 def test_checkpointing_of_the_layers():
     """By PyTorch's own wrapper: equal gradients, and of all that a layer keeps its input alone."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -1912,6 +1951,7 @@ def test_damaged_weights(tmp_path):
                                ("norm_f.weight", torch.ones(32).to(torch.float8_e5m2), "norm_f.weight is torch.float8_e5m2"),
                                ("norm_f.weight", torch.ones(32).to_sparse(), "norm_f.weight is torch.float32, torch.sparse_coo"),
                                ("norm_f.weight", torch.ones(32, device="meta"), "norm_f.weight is .*, on meta"),
+                               ("norm_f.weight", torch.ones(1).expand(32), "norm_f.weight is .32,., but not all of it is there"),
                                ("norm_f.weight", 1.0, "'float' object has no attribute"), (7, torch.ones(3), "7|int")):
         weights = {**small().state_dict(), key if key == 7 else f"backbone.{key}": tensor}
         torch.save(weights, tmp_path / "untied" / "pytorch_model.bin")
@@ -1962,6 +2002,289 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     before = peak()
     Mamba.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert peak() - before < size + 2 ** 27 + 40e6 < 3.1 * size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mamba2.py
+
+
+def ssd_loop64(u, delta, A, B, C, D=None, delta_bias=None, state=None):
+    """Mamba-2's recurrence once more, in float64 and by other means than mamba2.py: (y, last_state)."""
+    u, delta, A, B, C, D, delta_bias, state = (None if t is None else t.double() for t in (u, delta, A, B, C, D, delta_bias, state))
+    delta = delta if delta_bias is None else delta + delta_bias
+    delta = torch.logaddexp(delta, torch.zeros_like(delta))
+    h, ys, per_group = 0 if state is None else state, [], u.shape[2] // B.shape[2]
+    groups = [head // per_group for head in range(u.shape[2])]
+    for t in range(u.shape[1]):
+        h = torch.exp(delta[:, t] * A)[:, :, None, None] * h
+        h = h + torch.einsum("bh,bhp,bhn->bhpn", delta[:, t], u[:, t], B[:, t, groups])
+        y = torch.einsum("bhpn,bhn->bhp", h, C[:, t, groups])
+        ys.append(y if D is None else y + torch.einsum("h,bhp->bhp", D, u[:, t]))
+    return torch.stack(ys, 1), h
+
+
+def ssd_inputs(batch, length, heads, headdim, groups, d_state, dtype=torch.float32, seed=0):
+    rand = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    inputs = {"u": rand(batch, length, heads, headdim), "delta": rand(batch, length, heads) - 2, "A": -torch.exp(rand(heads)),
+              "B": rand(batch, length, groups, d_state), "C": rand(batch, length, groups, d_state), "D": rand(heads),
+              "delta_bias": rand(heads), "state": rand(batch, heads, headdim, d_state)}
+    return {k: v.to(dtype).requires_grad_() for k, v in inputs.items()}
+
+
+def check_ssd(inputs, tolerance=1e-5, **settings):
+    """Outputs, last state and all gradients against the loop."""
+    expected = ssd_loop64(**inputs)
+    reference = gradients(*expected, inputs)
+    for method in PLAIN:
+        y, last = ssd(**inputs, delta_softplus=True, return_last_state=True, method=method, **settings)
+        assert y.dtype == inputs["u"].dtype and last.dtype in (torch.float32, torch.float64)
+        got = gradients(y, last, inputs)
+        errors = {"y": relative(y, expected[0]), "last_state": relative(last, expected[1])}
+        # these are sums of what may cancel: that of delta_bias of delta's, and those of A and delta where all is forgotten
+        scales = {"delta_bias": reference["delta"].norm().item(), **dict.fromkeys(("A", "delta"), reference["u"].norm().item())}
+        errors.update({name: relative(got[name], reference[name], scales.get(name, 0)) for name in inputs})
+        bad = {name: error for name, error in errors.items() if not error < tolerance}
+        assert not bad, (method, bad)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 31, 64, 65, 130])
+def test_ssd_equals_float64(length):
+    for heads, headdim, groups, d_state, chunk_size in ((1, 1, 1, 1, 8), (4, 5, 1, 3, 8), (4, 3, 2, 16, 5), (3, 8, 3, 4, 64), (6, 2, 2, 3, 1)):
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+            inputs = ssd_inputs(2, length, heads, headdim, groups, d_state, dtype)
+            check_ssd(inputs, tolerance, chunk_size=chunk_size)
+        for option in ("D", "delta_bias", "state"):
+            check_ssd({k: v for k, v in inputs.items() if k != option}, 1e-12, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_ssd_gradcheck(method):
+    """First and second derivatives."""
+    inputs = ssd_inputs(2, 7, 2, 2, 1, 2, torch.float64)
+
+    def run(*values):
+        return ssd(**dict(zip(inputs, values)), delta_softplus=True, return_last_state=True, method=method, chunk_size=3)
+    assert torch.autograd.gradcheck(run, tuple(inputs.values()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, tuple(inputs.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("chunk_size", [16, 64])
+@pytest.mark.parametrize("rare", [False, True])
+@pytest.mark.parametrize("size", [0.0, 1e-6, 1.0, 100.0, 1e5])
+def test_ssd_of_extreme_decay(size, rare, chunk_size):
+    """Steps that forget nothing or all, and rare ones that forget all amid those that forget little: no difference of sums
+    loses what is small."""
+    inputs = ssd_inputs(2, 300, 2, 3, 1, 4)
+    steps = torch.rand(2, 300, 2, generator=torch.Generator().manual_seed(2)) * size
+    if rare:
+        steps = torch.where(torch.arange(300)[:, None] % 7 == 3, steps, 1e-3)
+    inputs["delta"] = torch.where(steps > 15, steps, torch.log(torch.expm1(steps.clamp(max=15)) + 1e-38)).requires_grad_()
+    inputs["A"] = torch.tensor([-1.0, -16.0]).requires_grad_()
+    inputs.pop("delta_bias")
+    check_ssd(inputs, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [8, 32])
+def test_ssd_in_parts_of_any_length(chunk_size):
+    """Any split; and by itself it goes over 64 chunks at a time."""
+    inputs, each_step = ssd_inputs(2, 600, 2, 3, 1, 4), ("u", "delta", "B", "C")
+    settings = {"delta_softplus": True, "return_last_state": True, "method": "chunked", "chunk_size": chunk_size}
+    check_ssd(inputs, chunk_size=chunk_size)
+    whole = ssd(**inputs, **settings)
+    expected = gradients(*whole, inputs)
+    for cuts in ((1,), (599,), (64, 65), (3, 260, 511)):
+        ys, state = [], inputs["state"]
+        for start, end in zip((0, *cuts), (*cuts, 600)):
+            part = {k: v[:, start:end] if k in each_step else v for k, v in inputs.items()}
+            y, state = ssd(**{**part, "state": state}, **settings)
+            ys.append(y)
+        y = torch.cat(ys, 1)
+        assert relative(y, whole[0]) < 2e-6 and relative(state, whole[1]) < 2e-6
+        got = gradients(y, state, inputs)
+        assert all(relative(got[k], expected[k], expected["delta"].norm().item() if k == "delta_bias" else 0) < 1e-5 for k in inputs)
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_ssd_of_16_bits(method):
+    """float32 inside, under autocast too: the only error is the rounding of what comes out. The state stays float32."""
+    for dtype, tolerance in ((torch.bfloat16, 8e-3), (torch.float16, 1e-3)):
+        exact = ("A", "D", "delta_bias", "state")
+        inputs = {k: v.detach().to(torch.float32 if k in exact else dtype) for k, v in ssd_inputs(2, 130, 4, 3, 2, 8).items()}
+        expected = ssd_loop64(**inputs)
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y, last = ssd(**inputs, delta_softplus=True, return_last_state=True, method=method)
+            assert y.dtype == dtype and last.dtype == torch.float32
+            assert relative(y, expected[0]) < tolerance and relative(last, expected[1]) < 1e-5
+
+
+def test_ssd_clamps_delta():
+    inputs = ssd_inputs(1, 20, 2, 3, 1, 4)
+    clamped = {**inputs, "delta": F.softplus(inputs["delta"] + inputs["delta_bias"]).clamp(0.1, 0.2), "delta_bias": None}
+    for method in PLAIN:
+        expected = ssd(**clamped, method=method)
+        assert relative(ssd(**inputs, delta_softplus=True, dt_limit=(0.1, 0.2), method=method), expected) < 1e-6
+
+
+def test_what_ssd_refuses():
+    inputs = {k: v.detach() for k, v in ssd_inputs(2, 9, 4, 3, 2, 5).items()}
+    for name, wrong in (("u", torch.ones(2, 9, 12)), ("delta", torch.ones(2, 9, 12)), ("A", torch.ones(4, 5)), ("B", torch.ones(2, 9, 3, 5)),
+                        ("C", torch.ones(2, 9, 2, 4)), ("D", torch.ones(12)), ("state", torch.ones(2, 4, 5, 3)), ("mask", torch.ones(2, 8)),
+                        ("seq_idx", torch.ones(9)), ("C", torch.ones(2, 9, 2, 5) * 1j), ("method", "triton"), ("chunk_size", 257)):
+        with pytest.raises(ValueError, match=rf"\b{name} "):
+            ssd(**{**inputs, name: wrong})
+    for changes in ({"headdim": 7}, {"ngroups": 3}, {"chunk_size": 500}, {"scan": "triton"}, {"A_init_range": (0, 1)}, {"dt_limit": (1, 0.5)}):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} must be"):
+            Mamba2Config(d_model=32, **changes)
+
+
+TWO = ({}, {"ngroups": 2, "d_state": 5, "expand": 3, "headdim": 12, "d_conv": 3}, {"bias": True, "conv_bias": False, "chunk_size": 64},
+       {"dt_limit": (0.1, 0.3), "headdim": 16, "scan": "sequential"})
+
+
+def second(**changes):
+    return Mamba2Config(**{"vocab_size": 70, "d_model": 32, "n_layer": 2, "headdim": 8, "d_state": 16, "chunk_size": 8, **changes})
+
+
+def mamba2_model(**changes):
+    """A model of Mamba-2 whose every weight matters."""
+    torch.manual_seed(0)
+    model = Mamba(second(**changes)).eval()
+    for layer in model.backbone["layers"]:
+        layer.mixer = Mamba2Block(model.config)
+    for name, p in model.named_parameters():
+        nn.init.normal_(p, std=0.2) if p.dim() > 1 else nn.init.uniform_(p, -2, 0.5)
+    return model
+
+
+def mamba2_of_transformers(config):
+    transformers = pytest.importorskip("transformers")
+    return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(
+        vocab_size=config.padded_vocab_size, hidden_size=config.d_model, state_size=config.d_state, num_hidden_layers=config.n_layer,
+        expand=config.expand, head_dim=config.headdim, num_heads=config.nheads, n_groups=config.ngroups, conv_kernel=config.d_conv,
+        use_bias=config.bias, use_conv_bias=config.conv_bias, time_step_limit=config.dt_limit, chunk_size=16,
+        layer_norm_epsilon=config.norm_eps, tie_word_embeddings=True, pad_token_id=None, bos_token_id=None, eos_token_id=None)).eval()
+
+
+@pytest.mark.parametrize("length", [1, 37])
+@pytest.mark.parametrize("changes", TWO)
+def test_mamba2_equals_transformers(changes, length):
+    """A block and a model: outputs, logits, loss and all gradients."""
+    model = mamba2_model(**changes)
+    peer, theirs = mamba2_of_transformers(model.config), lambda name: name.replace("embedding.", "embeddings.")
+    peer.load_state_dict({theirs(name): p for name, p in model.state_dict().items()})
+    block, peer_block, x = model.backbone["layers"][1].mixer, peer.backbone.layers[1].mixer, torch.randn(2, length, 32, requires_grad=True)
+    results = []
+    for one, own in ((block, block), (peer_block, block)):
+        y, parameters = one(x), dict(one.named_parameters())
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *(parameters[name] for name, _ in own.named_parameters())])])
+    assert same(*results, 1e-4)
+    idx = tokens(3, length)
+    assert relative(model(idx)[0], peer(idx).logits[..., :70]) < 1e-5
+    model(idx, idx.roll(-1, 1))[1].backward()
+    F.cross_entropy(peer(idx).logits[..., :70].flatten(0, 1), idx.roll(-1, 1).flatten()).backward()
+    grads = {name: p.grad for name, p in peer.named_parameters()}
+    for name, p in model.named_parameters():
+        assert relative(p.grad, grads[theirs(name)], 1e-4 * grads[theirs("backbone.embedding.weight")].norm().item()) < 1e-4, name
+
+
+@pytest.mark.parametrize("changes", TWO[:3])      # its step of a token forgets dt_limit
+def test_mamba2_generates_as_transformers(changes):
+    model = mamba2_model(vocab_size=80, **changes)
+    peer, prompt = mamba2_of_transformers(model.config), tokens(2, 9)
+    peer.load_state_dict({name.replace("embedding.", "embeddings."): p for name, p in model.state_dict().items()})
+    expected = peer.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)
+    assert torch.equal(model.generate(prompt, 20, temperature=0), expected)
+    assert torch.equal(model.generate(list(prompt), 20, temperature=0)[1], expected[1])
+
+
+def test_mamba2_has_the_names_and_shapes_of_the_released_weights():
+    with torch.device("meta"):
+        block = Mamba2Block(Mamba2Config(d_model=768))
+    assert {name: tuple(p.shape) for name, p in block.named_parameters()} == {
+        "in_proj.weight": (3352, 768), "conv1d.weight": (1792, 1, 4), "conv1d.bias": (1792,), "dt_bias": (24,), "A_log": (24,),
+        "D": (24,), "norm.weight": (1536,), "out_proj.weight": (768, 1536)}
+
+
+def test_mamba2_initialisation():
+    torch.manual_seed(0)
+    block = Mamba2Block(Mamba2Config(d_model=2048, headdim=4, d_state=1, dt_min=0.002, dt_max=0.05))
+    for _ in range(2):
+        A, dt = torch.exp(block.A_log), F.softplus(block.dt_bias).log()
+        quarter = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+        assert (A.quantile(quarter) - (1 + 15 * quarter)).abs().max() < 1
+        low, high = math.log(0.002), math.log(0.05)
+        assert (dt.quantile(quarter) - (low + (high - low) * quarter)).abs().max() < 0.2
+        assert torch.equal(block.D, torch.ones(1024)) and torch.equal(block.norm.weight, torch.ones(4096))
+        assert block.dt_bias._no_reinit and all(p._no_weight_decay for p in (block.A_log, block.D, block.dt_bias))
+        for p in block.parameters():
+            nn.init.zeros_(p)
+        block.reset_parameters()
+
+
+@pytest.mark.parametrize("changes", [{}, {"ngroups": 2}, {"norm_before_gate": True}, {"norm_before_gate": True, "ngroups": 4},
+                                     {"rmsnorm": False}])
+def test_gate_and_norm_of_mamba2(changes):
+    """As mamba_ssm's RMSNormGated computes it, group by group, and after the gate or before it."""
+    block, x = mamba2_model(**changes).backbone["layers"][0].mixer, torch.randn(2, 9, 32)
+    seen = {}
+    block.in_proj.register_forward_hook(lambda module, given, y: seen.update(z=y[..., :64]))
+    block.out_proj.register_forward_pre_hook(lambda module, given: seen.update(normed=given[0]))
+    norm = block.norm if block.config.rmsnorm else None
+    if norm is not None:
+        norm.register_forward_pre_hook(lambda module, given: seen.update(y=given[0]))
+    block(x)
+    gate = seen["z"] * torch.sigmoid(seen["z"])
+    if norm is None:
+        plain = copy.deepcopy(block)
+        plain.out_proj = nn.Identity()
+        assert "norm.weight" not in block.state_dict() and same(seen["normed"], plain(x), 1e-6)
+        return
+    y = seen["y"] if norm.norm_before_gate else seen["y"] * gate
+    groups = [part / (part.square().mean(-1, keepdim=True) + 1e-5).sqrt() for part in y.chunk(norm.groups, -1)]
+    expected = torch.cat(groups, -1) * norm.weight * (gate if norm.norm_before_gate else 1)
+    assert relative(seen["normed"], expected) < 1e-5
+
+
+def test_what_stays_float32_in_mamba2():
+    model, idx = mamba2_model(), tokens(2, 30)
+    expected = model(idx)[0]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.bfloat16()
+    for name, p in model.named_parameters():
+        exact = name.endswith(("A_log", ".D", "dt_bias"))
+        assert p.dtype == (torch.float32 if exact else torch.bfloat16), name
+        assert not exact or torch.equal(p, before[name])
+    logits, _, state = model(idx, state=model.init_state(2))
+    assert all(layer.h.dtype == torch.float32 and layer.conv.dtype == torch.bfloat16 for layer in state)
+    assert logits.dtype == torch.bfloat16 and relative(logits, expected) < 0.05
+    assert model.backbone["layers"][0].mixer.dt_bias._no_reinit
+    assert model.double().backbone["layers"][0].mixer.A_log.dtype == torch.float64
+
+
+def test_one_graph_of_mamba2_for_all_lengths():
+    """torch.compile(fullgraph=True), and few compilations for many lengths."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    torch.compiler.reset()
+    block, counter = mamba2_model().backbone["layers"][0].mixer, CompileCounterWithBackend("eager")
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    for length in (5, 20, 64, 100, 257):
+        x = torch.randn(2, length, 32, requires_grad=True)
+        results = [[y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])] for y in (block(x), compiled(x))]
+        assert same(*results, 1e-5)
+    assert counter.frame_count <= 3
+
+
+def test_export_of_mamba2():
+    """torch.export with any batch: of a sequence, and of the step of a token, which takes and returns states."""
+    block, batch = mamba2_model().backbone["layers"][0].mixer, torch.export.Dim("batch", min=2)
+    for length in (1, 20):
+        state = some_state(block, 3)
+        exported = torch.export.export(block, (torch.randn(3, length, 32), state),
+                                       dynamic_shapes=({0: batch}, tree_map(lambda t: {0: batch}, state))).module()
+        for rows in (2, 5):
+            inputs = torch.randn(rows, length, 32), some_state(block, rows)
+            assert same(exported(*inputs), block(*inputs), 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2302,7 +2625,7 @@ def test_files_are_written_all_or_none(tmp_path):
     def fail(path):
         path.write_text("half")
         raise RuntimeError("no space left")
-    mamba.files.write_files(tmp_path / "new", {"step.onnx": write_two, "generate.py": lambda path: path.write_text("x")})
+    mamba.files.write_files(tmp_path / "new", {"step.onnx": write_two, "generate.py": "x"})
     before = tree(tmp_path / "new")
     assert before == {"step.onnx": b"graph", "step.onnx.data": b"weights", "generate.py": b"x"}
     with pytest.raises(OSError, match="could not write .*generate.py: no space left"):
@@ -2324,7 +2647,7 @@ def test_transformers_reads_the_tokenizer(tmp_path, kind, with_weights):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(theirs) == tokenizer.vocab_size
     for text in (ODD_TEXT, " a", "a ", "\n", "", ODD_TEXT + "<|endoftext|>" + ODD_TEXT):
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(text, allow_special=True)
         assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text == tokenizer.decode(ids)
     if kind == 0:
         with pytest.raises(Exception, match="Missing .UNK. token"):     # not left out in silence
@@ -2339,6 +2662,43 @@ def test_transformers_reads_the_tokenizer(tmp_path, kind, with_weights):
         stop = () if end is None else (end,)
         assert torch.equal(peer.generate(prompt, max_new_tokens=30, do_sample=False),
                            model.generate(prompt, 30, temperature=0, stop=stop))
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["char", "bpe"])
+@pytest.mark.parametrize("layout", ["mamba_ssm", "transformers"])
+def test_a_tokenizer_is_read_back(tmp_path, kind, layout):
+    """That beside the weights, or of a run; a loaded model keeps it, to be written again with it."""
+    tokenizer = tokenizers_of_both_kinds()[kind]
+    model, saved, files = small(vocab_size=tokenizer.vocab_size, n_layer=1), tokenizer.to_dict(), mamba.files
+    run = {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config), "meta": {"tokenizer": saved}}
+    torch.save(run, tmp_path / "best.pt")
+    assert files.read_tokenizer(tmp_path) == files.read_tokenizer(tmp_path / "best.pt") == saved
+    for before, after in (("best.pt", "one"), ("one", "two")):      # what was written is read, and written again
+        again = Mamba.from_pretrained(tmp_path / before)
+        files.write(tmp_path / after, dataclasses.asdict(again.config), again.state_dict(), layout, again.tokenizer)
+        found = prepare_data.load_tokenizer(files.read_tokenizer(tmp_path / after))
+        assert type(found) is type(tokenizer) and found.vocab_size == tokenizer.vocab_size
+        assert found.encode(ODD_TEXT) == tokenizer.encode(ODD_TEXT)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    again.config.vocab_size -= 1
+    with pytest.raises(ValueError, match="the tokenizer has [0-9]+ tokens, and the model knows"):
+        files.write(tmp_path / "three", dataclasses.asdict(again.config), again.state_dict(), layout, again.tokenizer)
+    assert not (tmp_path / "three").exists()
+
+
+def test_a_folder_without_its_tokenizer(tmp_path):
+    """It says what to do, instead of taking letters for others. Only as many tokens as GPT-NeoX's may be those."""
+    small().save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json, and its vocabulary of 70 is not GPT-NeoX's: put .*--export"):
+        mamba.files.read_tokenizer(tmp_path)
+    for text in ("", "[]", "{}", '{"model": []}'):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+            mamba.files.read_tokenizer(tmp_path)
+    for meta in ([], {}, {"tokenizer": {}}, {"tokenizer": {"type": "char", "chars": 5}}, {"tokenizer": {"type": [], "chars": ""}}):
+        torch.save({"model": {}, "meta": meta}, tmp_path / "run.pt")
+        with pytest.raises(ValueError, match="run.pt is damaged"):
+            mamba.files.read_tokenizer(tmp_path / "run.pt")
 
 
 def test_special_tokens_are_not_added(tmp_path):
@@ -3368,7 +3728,7 @@ FLAGS = {
     "train.py": "dataset=pydoc data_dir=data out_dir= init_from=resume eval_only=False d_model n_layer d_state d_conv=4 "
                 "expand=2 d_intermediate=0 dropout batch_size block_size gradient_accumulation_steps=1 max_iters "
                 "learning_rate min_lr=None warmup_iters=100 lr_decay_iters=None weight_decay=0.1 beta1=0.9 beta2=0.99 "
-                "grad_clip=1.0 seed=1337 reset_at_eot=None carry_state=False bptt=1 eval_interval=250 eval_iters=50 log_interval=10 sample_tokens=200 cache_dir= "
+                "grad_clip=1.0 seed=1337 reset_at_eot=None carry_state=False bptt=1 eval_interval=250 eval_iters=50 patience=0 log_interval=10 sample_tokens=200 cache_dir= "
                 "device=auto dtype=auto compile=None scan=auto checkpointing=False",
     "sample.py": "out_dir= pretrained= start= num_samples=1 max_new_tokens=500 temperature=0.8 top_k=None top_p=None "
                  "min_p=None repetition_penalty=None stop= ignore_eos=False seed=None interactive=False show= layer=None "
@@ -3430,6 +3790,80 @@ def test_one_process_of_a_machine_tells(tmp_path, call, monkeypatch, capsys):
         monkeypatch.setenv("RANK", "3")
     common.say("only the first process says this")
     assert capsys.readouterr().out == ""
+
+
+def test_home_in_paths(monkeypatch, tmp_path):
+    """~ is the home folder in every flag of a script that is a path, and after FILE:, and nowhere else."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    paths = {"train": "dataset data_dir out_dir init_from cache_dir", "prepare_data": "dataset tokenizer data_dir cache_dir",
+             "sample": "out_dir pretrained html export cache_dir", "bench": "out plot"}
+    for name, flags in paths.items():
+        given = common.parse_flags(importlib.import_module(name).Config, [f"--{flag}=~/a b" for flag in flags.split()])[1]
+        assert given == dict.fromkeys(flags.split(), f"{tmp_path}/a b")
+    for text, meant in (("FILE:~/a\nb", f"FILE:{tmp_path}/a\nb"), ("~/a", "~/a"), ("a ~/b", "a ~/b")):
+        assert common.parse_flags(sample.Config, ["--start=" + text, "--stop=~"])[1] == {"start": meant, "stop": "~"}
+
+
+def test_a_flag_is_shown_as_a_shell_needs_it(tmp_path, call):
+    assert common.as_flag("out_dir", Path("my runs/a")) == "--out_dir='my runs/a'"
+    message = one_line_error(call("train.py", "my novel.txt", cwd=tmp_path), "as --dataset='my novel.txt'")
+    assert shlex.split(message)[-1] == "--dataset=my novel.txt"
+
+
+def test_files_and_pipes_get_utf8(tmp_path):
+    code = "import common; common.run(lambda *_: print('\u4e2d'), common.Problem)"
+    code = code.replace("common.Problem", "type('Config', (), {})").replace("import common;", "import common, dataclasses;")
+    code = code.replace("type('Config', (), {})", "dataclasses.make_dataclass('Config', [])")
+    env = environment(PYTHONPATH=str(ROOT), PYTHONUTF8="0", PYTHONIOENCODING="cp1252")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=env, cwd=tmp_path)
+    assert result.stdout.decode("utf-8").strip() == "\u4e2d"
+
+
+class Plain(io.StringIO):
+    """What a notebook has for stdout: no reconfigure, no fileno."""
+    reconfigure = property()
+
+
+def test_a_script_in_a_notebook(tmp_path, monkeypatch):
+    """The process goes on after it, with the handler of Ctrl-C that it had, whatever came of the script."""
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--nonsense"])
+    out, err = Plain(), Plain()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    before = [signal.getsignal(number) for number in sorted(signal.valid_signals())]
+    with pytest.raises(SystemExit) as end:
+        common.run(train.main, train.Config, interrupt=common.end_at_once)
+    assert end.value.code == 2 and err.getvalue().startswith("train.py: unknown flag --nonsense")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit):
+        common.run(train.main, train.Config, interrupt=common.end_at_once)
+    assert out.getvalue().startswith(train.__doc__.strip())
+    assert before == [signal.getsignal(number) for number in sorted(signal.valid_signals())]
+
+
+def test_ipykernel_runs_the_scripts(tmp_path):
+    """%run in a real kernel, which works on afterwards."""
+    pytest.importorskip("ipykernel")
+    manager = pytest.importorskip("jupyter_client").manager
+    (tmp_path / "words.txt").write_text("some words to learn from\n" * 400)
+    env = environment(JUPYTER_RUNTIME_DIR=str(tmp_path), IPYTHONDIR=str(tmp_path))
+    kernel, client = manager.start_new_kernel(kernel_name="python3", cwd=str(tmp_path), env=env)
+    try:
+        said = []
+        cells = [f"%run {shlex.quote(str(ROOT / 'prepare_data.py'))} --dataset=words.txt",
+                 f"%run {shlex.quote(str(ROOT / 'train.py'))} " + " ".join([*TINY, "--max_iters=3"]),
+                 f"%run {shlex.quote(str(ROOT / 'sample.py'))} --out_dir=run --device=cpu --max_new_tokens=5",
+                 "import signal; print(signal.getsignal(signal.SIGINT))"]
+        for cell in cells:
+            show = lambda message: said.append(str(message["content"]))
+            reply = client.execute_interactive(cell, timeout=PATIENCE, output_hook=show)
+            assert reply["content"]["status"] == "ok", said
+        text = "".join(said)
+        assert "wrote" in text and "done: best val loss" in text and "tokens/s" in text and "default_int_handler" in text
+    finally:
+        kernel.shutdown_kernel(now=True)
 
 
 def test_the_check_against_the_cpu_notices_a_wrong_device(monkeypatch):
@@ -3495,9 +3929,17 @@ def prepared(tmp_path, text, name="x", **flags):
 def opened(folder):
     """What stands in the files, read here: (meta, train ids, val ids, tokenizer)."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    del meta["here"]    # what does not belong to the text
     train, val = (np.fromfile(folder / f"{split}.bin", meta["dtype"]) for split in ("train", "val"))
     assert (len(train), len(val)) == (meta["train_tokens"], meta["val_tokens"])
     return meta, train.tolist(), val.tolist(), prepare_data.load_tokenizer(meta["tokenizer"])
+
+
+def stored(folder, tokens):
+    """The Tokens of an array, in a file."""
+    path = folder / f"{len(list(folder.iterdir()))}.bin"
+    tokens.tofile(path)
+    return prepare_data.Tokens(path, tokens.dtype, len(tokens))
 
 
 def one_token_a_byte():
@@ -3507,13 +3949,13 @@ def one_token_a_byte():
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
 def test_round_trip(tmp_path, tokenizer):
-    text = AWKWARD * 7
-    meta, train, val, t = prepared(tmp_path, text, tokenizer=tokenizer, vocab_size=300)
+    given, text = AWKWARD * 7, AWKWARD.replace("\r\n", "\n") * 7
+    meta, train, val, t = prepared(tmp_path, given, tokenizer=tokenizer, vocab_size=300)
     cut = int(len(text) * 0.9)
     assert t.decode(train) == text[:cut] and t.decode(val) == text[cut:]
     assert (meta["train_chars"], meta["val_chars"]) == (cut, len(text) - cut)
     assert meta["val_bytes"] == len(text[cut:].encode())
-    assert meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert meta["sha256"] == hashlib.sha256(given.encode()).hexdigest()
     assert meta["vocab_size"] == t.vocab_size == (300 if tokenizer == "bpe" else len(set(text)))
     assert meta["dtype"] == "uint16" and meta["name"] == "x" and max(train + val) < t.vocab_size
     assert t.encode(text[:cut]) == train
@@ -3533,7 +3975,7 @@ def test_char_outside_the_vocabulary():
 def test_bpe_says_when_the_text_is_too_small(tmp_path, capsys):
     meta, *_ = prepared(tmp_path, "abc abc abc abc", tokenizer="bpe", vocab_size=1000)
     assert 257 <= meta["vocab_size"] < 300
-    assert "too small for 1000 tokens" in capsys.readouterr().out
+    assert "too small for 1,000 tokens" in capsys.readouterr().out
 
 
 def test_bpe_of_what_is_not_unicode():
@@ -3565,24 +4007,26 @@ def test_streaming_gives_the_tokens_of_the_whole_text(tmp_path, monkeypatch, kin
     rng = random.Random(0)
     bits = ["a", "word", " ", " ", "  ", "\n", "\n", "\r\n", "\t", ".", "!", "'s", "👍", "é", "e\u0301", "\u0301",
             "日本", "12", "\u00a0", "\u3000", "\x1c", "\x85", "<|endoftext|>"]
-    text = AWKWARD + "".join(rng.choices(bits, k=6000))
+    given = AWKWARD + "".join(rng.choices(bits, k=6000))
+    text = given.replace("\r\n", "\n")
     tokenizer = gpt4_like() if kind == "gpt4" else prepare_data.BPETokenizer.train([AWKWARD * 50], 400)
     (tmp_path / "t.json").write_text(tokenizer.to_dict()["json"], encoding="utf-8")
-    monkeypatch.setattr(prepare_data, "BLOCK", 37)
+    monkeypatch.setattr(texts, "BLOCK", 37)
     monkeypatch.setattr(prepare_data, "PIECE", 11)
-    pieces = list(prepare_data.cut_between_words(prepare_data.read(text.encode())))
+    pieces = list(prepare_data.cut_between_words(texts.read([given.encode()])))
     assert "".join(pieces) == text and len(pieces) > 300
-    _, train, val, _ = prepared(tmp_path, text, tokenizer=str(tmp_path / "t.json"))
-    cut = int(len(text) * 0.9)
-    assert train == tokenizer.encode(text[:cut]) and val == tokenizer.encode(text[cut:])
+    for special in (False, True):
+        _, train, val, _ = prepared(tmp_path, given, tokenizer=str(tmp_path / "t.json"), allow_special=special)
+        cut = int(len(text) * 0.9)
+        assert train == tokenizer.encode(text[:cut], special) and val == tokenizer.encode(text[cut:], special)
 
 
 def test_no_place_to_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, "BLOCK", 100)
+    monkeypatch.setattr(texts, "BLOCK", 100)
     monkeypatch.setattr(prepare_data, "PIECE", 20)
     monkeypatch.setattr(prepare_data, "LONGEST", 300)
     text = "日本" * 2000 + " " * 3000
-    assert max(map(len, prepare_data.cut_between_words(prepare_data.read(text.encode())))) <= 300
+    assert max(map(len, prepare_data.cut_between_words(texts.read([text.encode()])))) <= 300
     _, train, val, t = prepared(tmp_path, text, tokenizer="bpe", vocab_size=300)
     assert t.decode(train) + t.decode(val) == text
 
@@ -3614,19 +4058,19 @@ def test_neox_tokens_equal_those_of_transformers(tmp_path, monkeypatch):
     reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "t.json"))
     tokenizer = prepare_data.BPETokenizer((tmp_path / "t.json").read_text(encoding="utf-8"))
     rng, code = random.Random(0), (ROOT / "sample.py").read_text(encoding="utf-8")
-    texts = [AWKWARD * 3, "word " * 9000 + "\n", code.replace("\n", "\r\n"),
+    several = [AWKWARD * 3, "word " * 9000 + "\n", code.replace("\n", "\r\n"),
              *("".join(rng.choices(AWKWARD_BITS, k=400)) for _ in range(20)),
              *("x" + bit + "y" for bit in AWKWARD_BITS)]
-    for text in texts:
-        expected = reference(text, add_special_tokens=False)["input_ids"]
-        assert tokenizer.encode(text) == expected
+    for text in several:
+        assert tokenizer.encode(text, True) == reference(text, add_special_tokens=False)["input_ids"]
         with_nul = f"{text[:50]}\0 \0\0{text[-50:]}"
-        assert tokenizer.encode(with_nul) == reference(with_nul, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(with_nul, True) == reference(with_nul, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(tokenizer.encode(with_nul)) == unicodedata.normalize("NFC", with_nul)
         for block, piece in ((1 << 20, 1 << 15), (37, 11), (1000, 200)):
-            monkeypatch.setattr(prepare_data, "BLOCK", block)
+            monkeypatch.setattr(texts, "BLOCK", block)
             monkeypatch.setattr(prepare_data, "PIECE", piece)
-            streamed = tokenizer.encode_stream(prepare_data.read(text.encode()))
+            streamed = tokenizer.encode_stream(texts.read([text.encode()]), True)
+            expected = tokenizer.encode(text.removeprefix("\ufeff").replace("\r\n", "\n"), True)
             assert [i for ids in streamed for i in ids.tolist()] == expected, (block, text[:40])
 
 
@@ -3637,7 +4081,7 @@ def test_bpe_of_a_large_text_is_trained_on_a_sample(tmp_path, monkeypatch, capsy
     story = "".join(f"once word{i // 10} upon\n<|endoftext|>\n" for i in range(3000))
     for name in "ab":
         (tmp_path / "folder" / f"{name}.txt").write_text(story)
-    cfg = prepare_data.Config(str(tmp_path / "folder"), "bpe", 400, str(tmp_path / "data"))
+    cfg = prepare_data.Config(str(tmp_path / "folder"), "bpe", 400, str(tmp_path / "data"), allow_special=True)
     prepare_data.prepare(cfg)
     assert "one in" not in capsys.readouterr().out
     read, train_bpe = [], prepare_data.BPETokenizer.train
@@ -3660,7 +4104,7 @@ def test_bpe_of_a_large_text_is_trained_on_a_sample(tmp_path, monkeypatch, capsy
     # the tokenizer travels whole in meta.json, and in the checkpoint, which takes it from there
     torch.save({"meta": meta}, tmp_path / "ckpt.pt")
     again = prepare_data.load_tokenizer(load(tmp_path / "ckpt.pt")["meta"]["tokenizer"])
-    assert again.encode(story) == tokenizer.encode(story) and again.decode(again.encode(story)) == story
+    assert again.encode(story, True) == tokenizer.encode(story, True) and again.decode(again.encode(story)) == story
 
 
 def test_ordinary_text_trains_the_same_bpe_as_without_precautions():
@@ -3672,7 +4116,7 @@ def test_ordinary_text_trains_the_same_bpe_as_without_precautions():
     plain.pre_tokenizer = level(add_prefix_space=False)
     plain.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
         vocab_size=1000, special_tokens=["<|endoftext|>"], show_progress=False, initial_alphabet=level.alphabet()))
-    pieces, n = prepare_data.pieces_to_learn_from([(text.encode(), 0, math.inf)], 1, common.progress(0, ""))
+    pieces, n = prepare_data.pieces_to_learn_from([text], 1)
     assert n == 1 and len(pieces) > 5 and "".join(pieces) == text
     model = json.loads(prepare_data.BPETokenizer.train(pieces, 1000).to_dict()["json"])["model"]
     assert model == json.loads(plain.to_str())["model"] and len(model["merges"]) > 700
@@ -3689,9 +4133,8 @@ def test_bpe_learns_from_few_enough_different_words(monkeypatch):
                           ("".join(rng.choices("abcdefgh", k=600_000)), True),
                           ("".join(rng.choices(chinese, k=100_000)), True),
                           (" ".join(str(rng.random()) for _ in range(30_000)), True)):
-        part = (text.encode(), 0, math.inf)
-        pieces, n = prepare_data.pieces_to_learn_from([part], 3, common.progress(0, ""))
-        assert pieces == list(prepare_data.cut_between_words(prepare_data.read(*part)))[::n] and (n > 3) == thinned
+        pieces, n = prepare_data.pieces_to_learn_from([text], 3)
+        assert pieces == list(prepare_data.cut_between_words([text]))[::n] and (n > 3) == thinned
         words = set(re.findall(r"[^\W\d]+|\d+|\.", " ".join(pieces)))
         size = sum(len(word.encode()) for word in words)
         assert size <= 3000 and (not thinned or size > 1000), n
@@ -3732,11 +4175,11 @@ def test_a_large_vocabulary_is_uint32(tmp_path):
 
 
 def test_a_folder(tmp_path):
-    texts = {"a.txt": "first\r\n" * 10, "b.txt": "", "sub/c.txt": "second é\n" * 10, "sub/d.txt": "third\n" * 30}
+    texts = {"a.txt": "first\n" * 10, "b.txt": "", "sub/c.txt": "second é\n" * 10, "sub/d.txt": "third\n" * 30}
     for name, text in texts.items():
         (tmp_path / "books.old" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "books.old" / name).write_bytes(text.encode())
-    (tmp_path / "books.old" / "no.md").write_text("not this")
+    (tmp_path / "books.old" / "no.html").write_text("not this")
     everything = "".join(texts.values())
     flags = {"dataset": str(tmp_path / "books.old"), "data_dir": str(tmp_path)}     # prepared beside its own sources
     _, train, val, t = opened(prepare_data.prepare(prepare_data.Config(**flags)))
@@ -3756,34 +4199,361 @@ def test_pydoc(tmp_path):
 
 
 def test_open_data(tmp_path, monkeypatch, capsys):
-    """It prepares what is missing or has changed, and maps the tokens into memory instead of reading them."""
+    """It prepares what is missing or has changed, and reads the tokens only where they are wanted."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.txt").write_text("some text " * 50)
-    for text, said in (("", "wrote data/x;"), ("", None), ("another text " * 50, "replaced data/x;"), ("", None)):
+    for text, said in (("", "wrote data/x\n"), ("", None), ("another text " * 50, "replaced data/x\n"), ("", None)):
         if text:
             (tmp_path / "x.txt").write_text(text)
         data = prepare_data.open_data("x.txt", "data", 20)
         printed = capsys.readouterr().out
         assert said.replace("/", os.sep) in printed if said else printed == ""
-        assert data.folder == Path("data", "x") and isinstance(data.train, np.memmap) and isinstance(data.val, np.memmap)
+        assert "next:" not in printed and data.folder == Path("data", "x")
         assert data.meta == opened(data.folder)[0] and [len(data.train), len(data.val)] == [
             data.meta["train_tokens"], data.meta["val_tokens"]]
-        whole = data.tokenizer.decode(data.train.tolist() + data.val.tolist())
+        whole = data.tokenizer.decode(data.train[:].tolist() + data.val[:].tolist())
         assert whole == (tmp_path / "x.txt").read_text()
     assert prepare_data.open_data("x", "data").meta == data.meta       # by the name of its folder
     with pytest.raises(common.Problem, match="too few for --block_size=65"):
         prepare_data.open_data("x.txt", "data", 65)
-    with pytest.raises(common.Problem, match="is missing or damaged; make it with: python prepare_data.py"):
+    with pytest.raises(common.Problem, match="No such file or directory; make it with: python prepare_data.py "
+                                             "--dataset='<name, file, folder or URL>' --name=y --data_dir=data$"):
         prepare_data.open_data("y", "data", may_prepare=False)
-    # what is damaged is not trained on
-    with open(data.folder / "val.bin", "ab") as file:
-        file.write(b"xx")
-    with pytest.raises(common.Problem, match="x is missing or damaged"):
-        prepare_data.open_data("x", "data")
-    for damage in ("{", "[]", "{}"):
-        (data.folder / "meta.json").write_text(damage)
-        with pytest.raises(common.Problem, match="x is missing or damaged"):
-            prepare_data.open_data("x", "data")
+
+
+def text_of(folder):
+    """The text whose tokens stand in folder, the two parts one after the other."""
+    _, train, val, t = opened(folder)
+    return t.decode(train) + t.decode(val)
+
+
+def lay_out(folder, texts):
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text.encode())
+
+
+def test_a_folder_as_people_have_them(tmp_path, call):
+    """Any case of .txt and .md, links followed once, nothing hidden, and a break between two files."""
+    lay_out(tmp_path / "my notes", {"B.TXT": "SECOND\n", "a.txt": "no newline", "c.md": "# third é", "picture.png": "no text",
+                                  ".ipynb_checkpoints/x.txt": "a draft", ".d.txt": "hidden", "e.jsonl": '{"text": "from JSON"}'})
+    lay_out(tmp_path / "elsewhere", {"deep/f.txt": "linked"})
+    with gzip.open(tmp_path / "my notes" / "g.TXT.gz", "wb") as file:
+        file.write(b"packed")
+    for name, target in (("link", "../elsewhere"), ("loop", "."), ("again.txt", "a.txt"), ("gone.txt", "nowhere")):
+        try:
+            os.symlink(target, tmp_path / "my notes" / name)
+        except OSError:
+            pytest.skip("no links on this system")
+    printed = succeeded(call("prepare_data.py", "--dataset=my notes", cwd=tmp_path)).stdout
+    assert "my notes: 6 files, 4 skipped\n" in printed
+    assert text_of(tmp_path / "data" / "my notes") == "SECOND\nno newline\n# third é\nfrom JSON\npacked\nlinked"
+    # what it prints can be pasted into a shell
+    command = shlex.split(printed.splitlines()[-1].removeprefix("next: python "))
+    assert command == ["train.py", "--dataset=my notes"]
+    prepare_data.prepare(prepare_data.Config("my notes", "bpe", 300, "data"))
+    end = "<|endoftext|>"
+    files = ["SECOND\n", "no newline", "# third é", "from JSON", "packed", "linked"]
+    assert text_of(tmp_path / "data" / "my notes-bpe") == end.join(files)
+
+
+def test_a_folder_prepared_by_an_earlier_version_stays_valid(tmp_path, monkeypatch):
+    """Which read .txt alone, and hidden ones too, and wrote neither hashes nor flags."""
+    monkeypatch.chdir(tmp_path)
+    lay_out(tmp_path / "notes", {"a.txt": "first text " * 9, "b.md": "other", ".old/c.txt": "third"})
+    sources = sorted(Path("notes").rglob("*.txt"))
+    sha256 = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    text = "first text " * 9 + "third"
+    chars = "".join(sorted(set(text)))
+    ids = np.array(prepare_data.CharTokenizer(chars).encode(text), np.uint16)
+    (tmp_path / "data" / "notes").mkdir(parents=True)
+    ids[:90].tofile("data/notes/train.bin")
+    ids[90:].tofile("data/notes/val.bin")
+    meta = {"name": "notes", "source": "notes", "sha256": sha256, "dtype": "uint16", "vocab_size": len(chars), "train_tokens": 90,
+            "val_tokens": len(ids) - 90, "train_chars": 90, "val_chars": len(ids) - 90, "val_bytes": len(ids) - 90,
+            "tokenizer": {"type": "char", "chars": chars}}
+    (tmp_path / "data" / "notes" / "meta.json").write_text(json.dumps(meta))
+    for _ in range(2):
+        data = prepare_data.open_data("notes", "data")
+        assert data.meta == meta and data.tokenizer.decode([*data.train[:], *data.val[:]]) == text
+    ids[0] = len(chars)
+    ids[:90].tofile("data/notes/train.bin")
+    with pytest.raises(common.Problem, match="has a token 10, and the vocabulary is of 10; make it with: python prepare_data.py --dataset=notes"):
+        prepare_data.open_data("notes", "data")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_newlines_of_windows_and_of_old_macs(tmp_path, monkeypatch, capsys, packed):
+    """Also where the border of a block cuts one in two, and with the mark that Windows begins a file with."""
+    text = "one\n\ntwo\n three é\n" * 20 + "\n"
+    for block in (1, 2, 3, 1 << 20):
+        monkeypatch.setattr(texts, "BLOCK", block)
+        for newline, mark in (("\r\n", "\ufeff"), ("\r", ""), ("\n", "")):
+            content = (mark + text.replace("\n", newline)).encode()
+            (tmp_path / "x.txt").write_bytes(gzip.compress(content) if packed else content)
+            folder = prepare_data.prepare(prepare_data.Config(str(tmp_path / "x.txt"), data_dir=str(tmp_path / "data")))
+            assert text_of(folder) == text
+            assert capsys.readouterr().out.count("became a newline") == (newline != "\n")
+            assert opened(folder)[0]["val_bytes"] == len(text[int(len(text) * 0.9):].encode())
+
+
+def test_lines_of_json(tmp_path, monkeypatch, capsys):
+    """Their texts, with a break between two; other JSON is markup."""
+    written = ["a\n\"b\" {é}", "", "c\r\nd", "half \ud83d", "x" * 500, "\U0001f40d"]
+    expected = ["a\n\"b\" {é}", "c\nd", "half \ufffd", "x" * 500, "\U0001f40d"]
+    lines = "\n".join(json.dumps({"id": 1, "text": text}) + "\n" for text in written)
+    for block in (7, 1 << 20):
+        monkeypatch.setattr(texts, "BLOCK", block)
+        meta, train, val, t = prepared(tmp_path, lines)
+        assert t.decode(train + val) == "\n".join(expected)
+        meta, train, val, t = prepared(tmp_path, lines, tokenizer="bpe", vocab_size=300)
+        assert t.decode(train + val) == "<|endoftext|>".join(expected) and (train + val).count(t.end_of_text) == 4
+        assert meta["val_bytes"] == len(t.decode(val).replace("<|endoftext|>", "").encode())
+        assert "warning" not in capsys.readouterr().out
+    with pytest.raises(common.Problem, match="in its first line, but not in line 12"):
+        prepared(tmp_path, lines + '{"txt": "x"}')
+
+
+@pytest.mark.parametrize("text, is_markup", [
+    ('{"a": 1}\n' * 9, True), ("\n<!DOCTYPE html><p>text", True), ('<?xml version="1.0"?><a>text</a>', True), ("<p>text</p>" * 3, True),
+    ('[{"text": "a text"}]', True), ("[" * 100_000 + '"', False), ('{"text": 5} and more', True), ('{\n  "text": "a text"\n}', True),
+    ("[Illustration] a text", False), ("{curly} text of mine", False), ("a < b and more", False), ("<|endoftext|>text", False)])
+def test_markup_is_said_and_learned(tmp_path, capsys, text, is_markup):
+    _, train, val, t = prepared(tmp_path, text)
+    assert t.decode(train + val) == text
+    assert capsys.readouterr().out.count("warning: ") == is_markup
+
+
+def lossy(tokenizers, kind, text):
+    """The tokenizer.json of one that cannot spell the text."""
+    models, trainers = tokenizers.models, tokenizers.trainers
+    if kind == "words":
+        t = tokenizers.Tokenizer(models.WordLevel({"the": 0, "cat": 1, "[UNK]": 2}, "[UNK]"))
+        t.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    elif kind == "pieces":
+        t = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        t.pre_tokenizer, t.decoder = tokenizers.pre_tokenizers.BertPreTokenizer(), tokenizers.decoders.WordPiece()
+        t.train_from_iterator([text], trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]"], show_progress=False))
+    else:
+        t = tokenizers.Tokenizer(models.Unigram())
+        t.pre_tokenizer, t.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+        t.train_from_iterator([text if kind == "whole" else text.replace("\n", " ")], trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False))
+    return t.to_str()
+
+
+@pytest.mark.parametrize("kind, share", [("words", "7,002 of its 11,000 characters (63.65%)"), ("pieces", "1,000 of its 11,000 characters (9.09%)"),
+                                         ("unigram", "1,000 of its 11,000 characters (9.09%)"), ("whole", None)])
+def test_a_tokenizer_that_cannot_spell_the_text(tmp_path, call, kind, share):
+    tokenizers = pytest.importorskip("tokenizers")
+    text = "the bigcat\n" * 1000
+    (tmp_path / "x.txt").write_text(text)
+    (tmp_path / "t.json").write_text(lossy(tokenizers, kind, text))
+    result = call("prepare_data.py", "--dataset=x.txt", "--tokenizer=t.json", cwd=tmp_path)
+    if share is None:
+        assert text_of(succeeded(result) and tmp_path / "data" / "x-t") == text
+    else:
+        one_line_error(result, f"--tokenizer=t.json cannot spell x.txt: {share}")
+        assert not (tmp_path / "data" / "x-t").exists()
+
+
+def test_special_tokens_that_stand_in_a_text_are_text(tmp_path):
+    text = "one story<|endoftext|>another<|padding|>"
+    for t in (one_token_a_byte(), prepare_data.BPETokenizer(neox_like())):
+        saved = t.to_dict()
+        assert t.end_of_text not in t.encode(text) and t.decode(t.encode(text)) == text
+        assert t.encode(text, allow_special=True).count(t.end_of_text) == 1
+        assert t.end_of_text not in t.encode(text) and t.to_dict() == saved
+    for special in (False, True):
+        _, train, val, t = prepared(tmp_path, text * 9, tokenizer="bpe", vocab_size=300, allow_special=special)
+        assert (train + val).count(t.end_of_text) == 9 * special and t.decode(train + val) == text * 9
+
+
+@pytest.mark.parametrize("content, words", [
+    ("é right\n".encode() * 40 + b"caf\xe9\n" + "é right\n".encode() + b"\xe9\n", ["not UTF-8 in 2 lines, the first is line 41 ", "garble"]),
+    ("é right and ".encode() + b"caf\xe9", ["not UTF-8 in 1 line, the first is line 1 ", "garble"]),
+    (b"caf\xe9 au lait\n" * 9, ["iconv -f latin1 -t utf-8 'my text.txt' >"]),
+    ("a café “quoted”\n".encode("cp1252") * 9, ["iconv -f cp1252 -t utf-8 'my text.txt' >"]),
+    ("ordinary text".encode("utf-16"), ["iconv -f utf-16 -t utf-8 'my text.txt' >"]),
+    ("中文字句子".encode("utf-16") * 9, ["iconv -f utf-16 -t utf-8 'my text.txt' >"]),
+    ("中文字句子很长的一句\n".encode("gbk") * 9, ["iconv -f ITS_ENCODING -t utf-8 'my text.txt' >"])])
+def test_advice_on_other_encodings_does_not_make_it_worse(tmp_path, call, monkeypatch, content, words):
+    for block in (3, 1 << 20):
+        monkeypatch.setattr(texts, "BLOCK", block)
+        (tmp_path / "my text.txt").write_bytes(content)
+        line = one_line_error(call("prepare_data.py", "--dataset=my text.txt", cwd=tmp_path), *words)
+        assert ("iconv" in line) == ("garble" not in line)
+    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(content))
+    line = one_line_error(call("prepare_data.py", "--dataset=x.txt.gz", cwd=tmp_path))
+    assert "garble" in line or "gunzip -c x.txt.gz | iconv" in line
+
+
+def test_a_damaged_gz(tmp_path, call):
+    whole = gzip.compress(AWKWARD.encode() * 100, mtime=0)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    for content in (whole[:-20], bytes(flipped), b"no gzip at all", whole + b"more"):
+        (tmp_path / "x.gz").write_bytes(content)
+        one_line_error(call("prepare_data.py", "--dataset=x.gz", cwd=tmp_path), "x.gz is damaged or not a text")
+    assert not list((tmp_path / "data").glob("*"))
+
+
+def test_tokens_in_a_file(tmp_path, monkeypatch):
+    """They are those of an array, where a system has pread and where it has not; a file that gets shorter is a Problem."""
+    for dtype in (np.uint16, np.uint32):
+        array = np.random.default_rng(0).integers(0, 65536, 1000).astype(dtype)
+        for has_pread in (True, False):
+            if not has_pread:
+                monkeypatch.delattr(os, "pread", raising=False)
+            tokens = stored(tmp_path, array)
+            assert len(tokens) == 1000 and tokens[:].dtype == dtype
+            for part in (slice(None), slice(1), slice(-5, None), slice(990, 2000), slice(5, 5), slice(7, 3), slice(2, 90, 7)):
+                assert np.array_equal(tokens[part], array[part])
+            for starts, length in (([0, 999, 500], 10), (np.array([3]), 2500), ([5000], 1)):
+                places = np.asarray(starts)[:, None] + np.arange(length)
+                assert np.array_equal(tokens.windows(starts, length), np.take(array, places, mode="wrap"))
+        monkeypatch.undo()
+        os.truncate(tokens.path, 100)
+        assert np.array_equal(tokens.windows([0], 10)[0], array[:10])
+        with pytest.raises(common.Problem, match=r"\.bin is damaged .*it has become shorter since this run began"):
+            tokens.windows([0, 500], 10)
+
+
+def damage(folder, **changes):
+    meta = {**json.loads((folder / "meta.json").read_text()), **changes}
+    (folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if v is not None}))
+
+
+@pytest.mark.parametrize("changes", [
+    {"vocab_size": None}, {"vocab_size": 5}, {"vocab_size": 10 ** 12}, {"vocab_size": "9"}, {"vocab_size": True}, {"dtype": "float16"}, {"dtype": 7},
+    {"tokenizer": {}}, {"tokenizer": []}, {"tokenizer": {"type": "char", "chars": 5}}, {"tokenizer": {"type": "char", "chars": "aabcdefg"}},
+    {"tokenizer": {"type": "char", "chars": ["a"]}}, {"tokenizer": {"type": "bpe", "json": "{}"}}, {"tokenizer": {"type": "magic"}},
+    {"train_tokens": -1}, {"train_tokens": 1e9}, {"val_bytes": None}, {"source": 5}, {"sha256": None}, {"here": []}, {"here": {"flags": "x"}},
+    "{", "[]", "null", "[" * 100_000, '"\udc80"', b"\xff\xfe", b""])
+def test_damaged_meta(tmp_path, monkeypatch, changes):
+    """One line about that file, with the command that makes it anew."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.txt").write_text("some text " * 50)
+    folder = prepare_data.open_data("x.txt", "data").folder
+    if isinstance(changes, dict):
+        damage(folder, **changes)
+    else:
+        (folder / "meta.json").write_bytes(changes if isinstance(changes, bytes) else changes.encode("utf-8", "surrogatepass"))
+    with pytest.raises(common.Problem) as problem:
+        prepare_data.open_data("x.txt", "data")
+    assert re.fullmatch(r"data.x.meta.json is damaged [^;]*; make it with: python prepare_data.py --dataset=x.txt( --name=x --data_dir=data)?", str(problem.value))
+    prepare_data.prepare(prepare_data.Config("x.txt"))
+    assert prepare_data.open_data("x.txt", "data").meta["vocab_size"] == 7
+
+
+def test_damaged_tokens(tmp_path, monkeypatch):
+    """What is not what was written is noticed, and what is known by its size and time is not read again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my text.txt").write_text("some text " * 50)
+    flags = prepare_data.Config("my text.txt", "bpe", 300, "my data", name="x")
+    advice = "make it with: python prepare_data.py --dataset='my text.txt' --tokenizer=bpe --vocab_size=300 --data_dir='my data' --name=x"
+    path = prepare_data.prepare(flags) / "val.bin"
+    whole = path.read_bytes()
+    for content, words in ((whole[:-2], f"has {len(whole) - 2} bytes, not {len(whole)}"), (whole + b"xx", "bytes, not"), (b"", "has 0 bytes"),
+                           (b"\xff\xff" + whole[2:], "has a token 65,535, and the vocabulary is of"),
+                           (whole[2:] + whole[:2], "holds other tokens than were written into it"), (None, "cannot read")):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(common.Problem, match=re.escape(words)) as problem:
+            prepare_data.open_data("x", "my data")
+        assert str(problem.value).startswith(("my data/x/val.bin", "cannot read my data/x/val.bin")) and str(problem.value).endswith(advice)
+    path.write_bytes(whole)
+    checked, check = [], prepare_data.Tokens.check
+    monkeypatch.setattr(prepare_data.Tokens, "check", lambda tokens, *more: checked.append(tokens.path.name) or check(tokens, *more))
+    for _ in range(2):
+        prepare_data.open_data("x", "my data")
+    assert checked == ["train.bin", "val.bin"]
+    # a folder that cannot be written into is read each time
+    os.utime(path)
+
+    def refuse(*args):
+        raise common.Problem("read-only")
+    monkeypatch.setattr(common, "write_whole", refuse)
+    for _ in range(2):
+        prepare_data.open_data("x", "my data")
+    assert len(checked) == 6
+
+
+def test_what_killed_runs_left_behind(tmp_path, monkeypatch):
+    """It goes at the next start; what is a person's own, or of a run that prepares right now, stays."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.txt").write_text("some text " * 50)
+    left = {"x/tmp_prepare": ["lock", "train.bin"], "x/tmpabcd_123": ["train.bin", "val.bin", "meta.json"], "tmp00000000": ["train.bin"]}
+    own = {"x/tmpmy_notes": ["a.txt"], "tmpcorpus01": ["train.bin", "val.bin", "meta.json"], "x/tmp": ["train.bin"]}
+    for again in (False, True):
+        for folder, names in {**left, **own}.items():
+            lay_out(tmp_path / "data" / folder, dict.fromkeys(names, "x"))
+        assert len(prepare_data.open_data("x.txt", "data").train) == 450
+        for folder, names in left.items():
+            assert not (tmp_path / "data" / folder).exists(), (folder, again)
+        for folder, names in own.items():
+            assert sorted(os.listdir(tmp_path / "data" / folder)) == sorted(names)
+
+
+@ON_POSIX
+def test_two_that_prepare_the_same(tmp_path):
+    """The second waits, takes what the first has made, and nothing stays behind."""
+    (tmp_path / "x.txt").write_text("some text " * 50)
+    code = """
+import sys, prepare_data
+real = prepare_data.write_tokens
+def held(*args):
+    print("held", flush=True)
+    sys.stdin.readline()
+    return real(*args)
+if sys.argv[1:]:
+    prepare_data.write_tokens = held
+prepare_data.open_data("x.txt", "data")
+"""
+    env = environment(PYTHONPATH=str(ROOT))
+    for killed in (False, True):
+        first = start("-c", code, "held", cwd=tmp_path, env=env, stdin=subprocess.PIPE)
+        assert first.stdout.readline() == "held\n"
+        second = start("-c", code, cwd=tmp_path, env=env)
+        assert second.stdout.readline() == f"another process is preparing {Path('data', 'x')}; waiting for it\n"
+        if killed:
+            first.kill()
+        first.communicate("\n", timeout=PATIENCE)
+        assert ("wrote" in second.communicate(timeout=PATIENCE)[0]) == killed and second.returncode == 0
+        assert sorted(os.listdir(tmp_path / "data" / "x")) == ["meta.json", "train.bin", "val.bin"]
+        shutil.rmtree(tmp_path / "data")
+
+
+def test_prepared_with_a_given_tokenizer(tmp_path, monkeypatch, capsys):
+    """In a folder of its own; what the tokenizer does not know is left out and said."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.txt").write_text("an old text\n" * 20)
+    (tmp_path / "new.txt").write_text("one new text é\n" * 19 + "a tool é é\n")
+    old = prepare_data.open_data("old.txt", "data")
+    capsys.readouterr()
+    for expected in ("not in it: 'w' (19)", None):
+        data = prepare_data.open_data("new.txt", "data", 4, tokenizer=old.tokenizer)
+        printed = capsys.readouterr().out
+        assert ("'é' (21), 'w' (19). 40 of its 296 characters (13.51%) are left out" in printed) if expected else printed == ""
+        assert re.fullmatch("new-as-[0-9a-f]{8}", data.folder.name) and data.meta["tokenizer"] == old.meta["tokenizer"]
+        text = data.tokenizer.decode([*data.train[:], *data.val[:]])
+        assert text == ("one ne text \n" * 19 + "a tool  \n") and data.meta["val_bytes"] == len(data.val)
+    assert prepare_data.open_data("old.txt", "data", tokenizer=old.tokenizer).folder == old.folder     # it has these tokens already
+    # who names a folder of tokens gets these, whatever they are
+    prepare_data.prepare(prepare_data.Config("new.txt", data_dir="data", name="other"))
+    again = prepare_data.open_data("other", "data", tokenizer=old.tokenizer)
+    assert again.folder.name == "other" and again.meta["tokenizer"] != old.meta["tokenizer"]
+    bpe = one_token_a_byte()
+    assert prepare_data.open_data("new.txt", "data", tokenizer=bpe).tokenizer.decode(
+        prepare_data.open_data("new.txt", "data", may_prepare=False, tokenizer=bpe).train[:]) == (tmp_path / "new.txt").read_text()[:266]
+    (tmp_path / "data" / data.folder.name / "train.bin").unlink()
+    with pytest.raises(common.Problem, match=f"delete data.{data.folder.name}, and the same command prepares it"):
+        prepare_data.open_data("new.txt", "data", tokenizer=old.tokenizer)
+    (tmp_path / "zh.txt").write_text("中文字句子" * 20)
+    with pytest.raises(common.Problem, match="100 of its 100 characters .100.00%. are not in it: '中' .20., "):
+        prepare_data.open_data("zh.txt", "data", tokenizer=old.tokenizer)
+    assert not list((tmp_path / "data").glob("zh*"))
 
 
 # problems: one line, status 2, nothing written
@@ -3793,9 +4563,9 @@ def test_open_data(tmp_path, monkeypatch, capsys):
     (["--dataset=empty.txt"], ["empty.txt is empty"]),
     (["--dataset=short.txt"], ["only 9 characters"]),
     (["--dataset=binary.txt"], ["binary.txt", "NUL byte at offset 4"]),
-    (["--dataset=latin.txt"], ["latin.txt is not UTF-8", "0xe9 at offset 2000003", "iconv"]),
+    (["--dataset=latin.txt"], ["latin.txt is not UTF-8", "0xe9 at offset 2000003", "iconv -f latin1 -t utf-8 latin.txt >"]),
     (["--dataset=cut.txt"], ["cut.txt is not UTF-8", "0xe2 at offset 20"]),
-    (["--dataset=folder"], ["folder is a folder without .txt files"]),
+    (["--dataset=folder"], ["folder is a folder without .txt, .md or .jsonl files"]),
     (["--dataset=shakespear"], ["unknown dataset", "tinystories", "did you mean shakespeare?"]),
     (["--dataset="], ["unknown dataset ''"]),
     (["--tokenizer=bep"], ["unknown tokenizer 'bep'", "gpt-neox", "did you mean bpe?"]),
@@ -3803,7 +4573,7 @@ def test_open_data(tmp_path, monkeypatch, capsys):
     (["--tokenizer=latin.txt"], ["latin.txt is not a tokenizer.json"]),
     (["--dataset=good.txt", "--tokenizer=none.json"], ["none.json is a tokenizer.json without tokens"]),
     (["--dataset=good.txt", "--tokenizer=words.json"], ["the tokenizer.json has no tokens for the text", "UNK"]),
-    (["--dataset=good.txt", "--tokenizer=ab.json"], ["good.txt has only 0 tokens in its train part; give a longer text\n"]),
+    (["--dataset=good.txt", "--tokenizer=ab.json"], ["--tokenizer=ab.json cannot spell good.txt: 107 of its 108 characters (99.07%)"]),
     (["--tokenizer=bpe", "--vocab_size=256"], ["--vocab_size=256 must be at least 257"]),
     (["--tokenizer=bpe", "--vocab_size=2000000000"], ["--vocab_size=2000000000 must be", "at most 16777216"]),
     (["--dataset=good.txt", "--vocab_size=300"], ["--vocab_size goes with --tokenizer=bpe"]),
@@ -3856,7 +4626,7 @@ def test_interrupted_from_inside(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     prepared(tmp_path, "what was there before")
     before = tree(tmp_path / "data")
-    monkeypatch.setattr(prepare_data.json, "dump", interrupted)
+    monkeypatch.setattr(prepare_data, "write_meta", interrupted)
     for name in ("x", "new"):
         with pytest.raises(KeyboardInterrupt):
             prepared(tmp_path, "something new altogether", name=name)
@@ -3875,25 +4645,28 @@ def test_ctrl_c_while_a_text_is_prepared(tmp_path):
     assert tree(tmp_path / "data") == before
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "bpe", "tokenizer.json"])
-def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch, tokenizer):
+@pytest.mark.parametrize("tokenizer, kind", [("char", "txt"), ("bpe", "txt"), ("tokenizer.json", "txt"), ("char", "jsonl"), ("char", "gz")])
+def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch, tokenizer, kind):
     """What Python and numpy ask for, which tracemalloc counts to the byte: of four times the text no more than of one."""
     monkeypatch.chdir(tmp_path)
-    for name, value in (("BLOCK", 1 << 14), ("PIECE", 1 << 10), ("TRAIN_BPE_ON", 1 << 16)):
-        monkeypatch.setattr(prepare_data, name, value)
+    for module, name, value in ((texts, "BLOCK", 1 << 14), (prepare_data, "PIECE", 1 << 10), (prepare_data, "TRAIN_BPE_ON", 1 << 16)):
+        monkeypatch.setattr(module, name, value)
     words = " ".join(random.Random(0).choices([f"wörd{i}" for i in range(500)], k=2000)) + "\n"
     if tokenizer != "char":
         (tmp_path / "tokenizer.json").write_text(prepare_data.BPETokenizer.train([words], 600).to_dict()["json"])
     peaks, sizes = [], []
     for name, lines in (("warm", 1), ("short", 10), ("long", 40)):
-        (tmp_path / f"{name}.txt").write_text(words * lines, encoding="utf-8")
+        text = words if kind != "jsonl" else json.dumps({"text": words}) + "\n"
+        content = (text * lines).encode()
+        sizes.append(len(content))
+        (tmp_path / f"{name}.{kind}").write_bytes(gzip.compress(content) if kind == "gz" else content)
+        del content
         gc.collect()
         tracemalloc.start()
-        prepare_data.prepare(prepare_data.Config(f"{name}.txt", tokenizer, 400, "data", name=name))
-        prepare_data.open_data(f"{name}.txt" if tokenizer == "char" else name, "data")
+        prepare_data.prepare(prepare_data.Config(f"{name}.{kind}", tokenizer, 400, "data", name=name))
+        prepare_data.open_data(name, "data")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        sizes.append((tmp_path / f"{name}.txt").stat().st_size)
     assert peaks[2] - peaks[1] < (sizes[2] - sizes[1]) / 5, (peaks, sizes)
 
 
@@ -3926,41 +4699,41 @@ def test_training_a_bpe_shows_progress(tmp_path):
 @pytest.fixture
 def web(server, monkeypatch):
     """The server, and no pause before a download that broke off goes on."""
-    monkeypatch.setattr(prepare_data, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(texts, "PAUSES", (0, 0, 0))
     return server
 
 
 def test_download(tmp_path, web):
-    path = prepare_data.download(web.url + "/plain", tmp_path / "d" / "f.txt", SHA)
+    path = texts.download(web.url + "/plain", tmp_path / "d" / "f.txt", SHA)
     assert path.read_bytes() == BODY and os.listdir(path.parent) == ["f.txt"]
-    prepare_data.download(web.url + "/plain", path, SHA)
+    texts.download(web.url + "/plain", path, SHA)
     assert len(web.log) == 1     # it was there
     path.write_bytes(b"damaged")
-    assert prepare_data.download(web.url + "/plain", path, SHA).read_bytes() == BODY
+    assert texts.download(web.url + "/plain", path, SHA).read_bytes() == BODY
 
 
 @pytest.mark.parametrize("behaviour, ranges", [("plain", [None, "bytes=131072-", "bytes=262144-"]),
                                                ("norange", [None, "bytes=131072-", "bytes=131072-"])])
 def test_download_goes_on_after_a_drop(tmp_path, web, behaviour, ranges):
     web.drops = 2
-    assert prepare_data.download(f"{web.url}/{behaviour}", tmp_path / "f").read_bytes() == BODY
+    assert texts.download(f"{web.url}/{behaviour}", tmp_path / "f").read_bytes() == BODY
     assert [wanted for _, wanted, _ in web.log] == ranges
 
 
 def test_download_goes_on_in_a_later_run(tmp_path, web):
     web.drops = 9
     with pytest.raises(common.Problem, match="the same command goes on"):
-        prepare_data.download(web.url + "/norange", tmp_path / "f")
+        texts.download(web.url + "/norange", tmp_path / "f")
     assert [p.name for p in tmp_path.iterdir()] == ["f.part"]
     web.drops = 0
-    assert prepare_data.download(web.url + "/plain", tmp_path / "f", sha256=SHA).read_bytes() == BODY
+    assert texts.download(web.url + "/plain", tmp_path / "f", sha256=SHA).read_bytes() == BODY
     assert web.log[-1][1] == "bytes=131072-"
 
 
 @pytest.mark.parametrize("part", [BODY, BODY + b"of another, longer file"])
 def test_download_with_a_part_of_full_length(tmp_path, web, part):
     (tmp_path / "f.part").write_bytes(part)
-    assert prepare_data.download(web.url + "/plain", tmp_path / "f").read_bytes() == BODY
+    assert texts.download(web.url + "/plain", tmp_path / "f").read_bytes() == BODY
 
 
 def test_download_problems(tmp_path, web):
@@ -3969,18 +4742,18 @@ def test_download_problems(tmp_path, web):
             ("plain", {"sha256": "0" * 64}, "sha256 differs")]:
         path = tmp_path / behaviour
         with pytest.raises(common.Problem, match=words):
-            prepare_data.download(f"{web.url}/{behaviour}", path, **more)
+            texts.download(f"{web.url}/{behaviour}", path, **more)
         assert not path.exists()
     assert sorted(os.listdir(tmp_path)) == ["toolong.part"]     # garbage is gone, a drop can go on
 
 
 def test_what_keeps_from_downloading(tmp_path, web, call, monkeypatch):
     """At once, and nothing is left of it."""
-    monkeypatch.setattr(prepare_data, "PAUSES", (1000,))
-    with pytest.raises(common.Problem, match="cannot download http://127.0.0.1:1/a/b .*is there a network?"):
-        prepare_data.download("http://127.0.0.1:1/a/b", tmp_path / "new" / "b")
+    monkeypatch.setattr(texts, "PAUSES", (1000,))
+    with pytest.raises(common.Problem, match="cannot download http://127.0.0.1:1/a/b .*without network,"):
+        texts.download("http://127.0.0.1:1/a/b", tmp_path / "new" / "b")
     with pytest.raises(common.Problem, match="cannot download http://: Invalid URL"):
-        prepare_data.download("http://", tmp_path / "new" / "b")
+        texts.download("http://", tmp_path / "new" / "b")
     monkeypatch.setitem(sys.modules, "requests", None)
     one_line_error(call("prepare_data.py", f"--dataset={web.url}/plain", cwd=tmp_path), "pip install requests\n")
     assert not web.log and not os.listdir(tmp_path)
@@ -3988,14 +4761,14 @@ def test_what_keeps_from_downloading(tmp_path, web, call, monkeypatch):
 
 def test_texts_from_the_network(tmp_path, web, monkeypatch):
     flags = {"data_dir": str(tmp_path)}
-    monkeypatch.setattr(prepare_data, "ALICE", web.url + "/plain/alice")
+    monkeypatch.setattr(texts, "ALICE", web.url + "/plain/alice")
     web.files = {"/plain/alice": "\ufefflicence\r\n*** START OF THE X ***\r\n\r\nAlice was\r\nbored.\r\n\r\n"
                                     "*** END OF THE X ***\r\nmore licence".encode()}
     _, train, val, t = opened(prepare_data.prepare(prepare_data.Config(dataset="alice", **flags)))
     assert t.decode(train + val) == "Alice was\nbored.\n"
     meta, train, val, t = opened(prepare_data.prepare(prepare_data.Config(dataset=web.url + "/plain/text.txt", **flags)))
     assert meta["name"] == "text" and t.decode(train + val).encode() == BODY
-    monkeypatch.setattr(prepare_data, "ALICE", web.url + "/plain")
+    monkeypatch.setattr(texts, "ALICE", web.url + "/plain")
     (tmp_path / "downloads" / "alice.txt").unlink()
     with pytest.raises(common.Problem, match="something else than the book"):
         prepare_data.prepare(prepare_data.Config(dataset="alice", **flags))
@@ -4039,6 +4812,86 @@ def test_gpt_neox(tmp_path, hub, call, monkeypatch):
     assert len(hub.log) == asked
 
 
+def spoiled(checkpoint, what):
+    """The checkpoint with one thing changed, by its path as in "optimizer.state.0.exp_avg"."""
+    *way, last = (int(name) if name.isdecimal() else name for name in what[0].split("."))
+    inner = checkpoint
+    for name in way:
+        inner = inner[name]
+    if what[1] is None:
+        del inner[last]
+    else:
+        inner[last] = what[1](inner.get(last)) if callable(what[1]) else what[1]
+    return checkpoint
+
+
+def laughs(_):
+    """Two times what was there, 60 times over: to look at all of it takes forever."""
+    text = ["ha"]
+    for _ in range(60):
+        text = [text, text]
+    return text
+
+
+FIRST = "optimizer.state.0"
+
+
+@pytest.mark.parametrize("what, words", [
+    (("step", "3"), "its step is a str"), (("meta", [1]), "its meta is a list"), (("meta.tokenizer", {}), "it has no type"),
+    (("meta.tokenizer", {"type": "char"}), "it has no chars"), (("meta.tokenizer.chars", "ab"), "alphabet and vocabulary"),
+    (("model_config.n_layer", 10 ** 6), "n_layer is 1000000"), (("model_config.d_state", 10 ** 9), "size mismatch for d_state"),
+    (("model_config.d_modal", 3), "d_modal"), (("model_config.scan", laughs), "its scan is a list"), (("model", {}), "n_layer is 2"),
+    (("model.backbone", 3), "backbone is no ordinary tensor"),
+    (("model.lm_head", lambda _: torch.zeros(1).expand(9 ** 9)), "lm_head is no ordinary tensor"),
+    (("model.lm_head", lambda _: torch.full((2,), math.nan)), "lm_head has numbers that are not finite"),
+    (("evaluated", None), "it has no evaluated"), (("best_loss", laughs), "its best_loss is a list"), (("since_best", laughs), "since_best"),
+    (("threads", 1.5), "its threads"), (("meta.sha256", None), "it has no sha256"), (("optimizer", {}), "it has no state"),
+    (("config.newer", 1), "of a newer version: the option newer"), (("config.max_iters", laughs), "its max_iters"),
+    (("config.batch_size", -1), "its batch_size"), (("config.device", 3), "its device"), (("scaler", {"scale": []}), "its scale"),
+    (("carried", laughs), "damaged"), (("carried", [(torch.ones(2, 3), torch.ones(2))]), "the carried state"),
+    ((FIRST, None), "damaged"), ((f"{FIRST}.exp_avg", laughs), "exp_avg of parameter 0 is no ordinary tensor"),
+    ((f"{FIRST}.exp_avg", lambda t: torch.zeros(1).expand(t.shape)), "no ordinary tensor"),
+    ((f"{FIRST}.exp_avg", lambda t: torch.zeros(1)), "has the shape (1,), not (64, 16)"),
+    ((f"{FIRST}.exp_avg_sq", lambda t: t * math.inf), "not finite"), ((f"{FIRST}.step", lambda t: torch.ones(3)), "the shape (3,), not ()")])
+def test_what_a_checkpoint_is_checked_for(finished, monkeypatch, capsys, what, words):
+    """By training and, as far as it reads it, by sample.py; in time; and the one before is used."""
+    newest, previous = (finished / "run" / name for name in ("ckpt.pt", "ckpt.prev.pt"))
+    torch.save(spoiled(load(newest), what), newest)
+    began = time.perf_counter()
+    with pytest.raises(common.Problem) as problem:
+        common.load_checkpoint(newest, Config=train.Config)
+    assert f"{newest} is damaged or not a checkpoint (" in str(problem.value) and words in str(problem.value)
+    assert len(str(problem.value)) < 400 and time.perf_counter() - began < 60     # on however busy a machine
+    assert common.load_checkpoint(newest, previous, Config=train.Config)["step"] == 120
+    assert capsys.readouterr().err.count("\n") == 1
+    if what[0].split(".")[0] in ("step", "meta", "model", "model_config") and "sha256" not in what[0]:
+        assert common.load_checkpoint(newest, previous)["step"] == 120
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_it_is(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10 ** 7))
+    with pytest.raises(common.Problem, match="it holds more than its size"):
+        common.load_checkpoint(tmp_path / "bomb.pt")
+
+
+def test_a_folder_is_held_by_one_run(tmp_path):
+    """It is gone afterwards if nothing was put into it, and what killed runs left is removed."""
+    for _ in range(2):
+        with common.RunFolder(tmp_path / "out" / "a"):
+            assert os.listdir(tmp_path / "out" / "a") == ["lock"]
+        assert not os.listdir(tmp_path)
+    with common.RunFolder(tmp_path / "b") as folder:
+        (folder.path / "best.tmp").mkdir()
+        for name in ("ckpt.tmp", "log.csv.tmp", "mine.tmp"):
+            (folder.path / name).write_text("half")
+    with common.RunFolder(tmp_path / "b"):
+        assert {*os.listdir(tmp_path / "b")} == {"lock", "mine.tmp"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(common.Problem, match="cannot write into .*file"), common.RunFolder(tmp_path / "file" / "x"):
+        pass
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py
 
@@ -4056,8 +4909,8 @@ def test_training_learns(corpus):
     assert best["meta"] == opened(corpus / "finished" / "data" / "words")[0]
 
 
-def test_batches_are_a_function_of_seed_and_step():
-    data, cfg = np.arange(1000, dtype=np.uint16), train.Config(batch_size=6, block_size=9)
+def test_batches_are_a_function_of_seed_and_step(tmp_path):
+    data, cfg = stored(tmp_path, np.arange(1000, dtype=np.uint16)), train.Config(batch_size=6, block_size=9)
     batch = lambda step, micro=0, rank=0, world=1: train.get_batch(data, cfg, step, micro, rank, world, torch.device("cpu"))
     x, y = batch(3)
     assert x.shape == y.shape == (6, 9) and torch.equal(y, x + 1) and torch.equal(batch(3)[0], x)
@@ -4111,15 +4964,19 @@ def test_an_interrupted_run_equals_one_that_was_not(work, corpus, call):
 
 @ON_POSIX
 def test_a_second_ctrl_c_stops_at_once(work, corpus, call):
-    process = hold(work, STEP, 45, "train.py", *TINY, signals=2)
-    process.send_signal(signal.SIGINT)
-    assert "stopping after this step; once more to stop at once" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130 and errors == "train.py: interrupted\n", output + errors
-    assert load(work / "run" / "ckpt.pt")["step"] == 40     # the last one that was saved
+    """In a step, and in a save, after log.csv and best.pt: what was saved before is whole."""
+    for where, count in ((STEP, 45), ("os.fsync", 3)):
+        process = hold(work, where, count, "train.py", *TINY, signals=99)
+        while process.poll() is None:   # two that come at once may be one
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        output, errors = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 130 and errors == "train.py: interrupted\n", output + errors
+        assert load(work / "run" / "ckpt.pt")["step"] == 40     # the last one that was saved
+    assert (work / "run" / "ckpt.tmp").exists()
     succeeded(call("train.py", *TINY, cwd=work))
     assert_same_run(work, corpus / "finished")
+    assert not list((work / "run").glob("*.tmp"))
 
 
 @ON_POSIX
@@ -4159,7 +5016,62 @@ def test_ctrl_c_in_the_middle_of_a_printed_line(work, call, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(screen), encoding="utf-8"))
     result = call("train.py", *TINY, cwd=work)
     assert result.returncode == 130 and result.stderr == "" and b"the same command goes on from there" in screen.shown
+    assert b"stopping after this step; once more to stop at once" in screen.shown
     assert load(work / "run" / "ckpt.pt")["step"] <= 1
+
+
+@ON_POSIX
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1] if os.name == "posix" else [])
+def test_other_signals_save_too(work, call, monkeypatch, number):
+    """And the handlers of before are back, whether train.main returns or raises."""
+    before = [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGHUP, signal.SIGUSR1)]
+    try:
+        with monkeypatch.context() as patch:
+            interrupt(patch, 3, number)
+            result = call("train.py", *TINY, cwd=work)
+        assert result.returncode == 128 + number and "stopped after step 3 of 150, saved in run" in result.stdout
+        assert load(work / "run" / "ckpt.pt")["step"] == 3
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "learning_rate", lambda *_: signal.getsignal(number)())    # no such call
+            with pytest.raises(TypeError):
+                call("train.py", *TINY, cwd=work)
+        assert signal.getsignal(number) is signal.SIG_DFL
+        if number == signal.SIGHUP:     # as nohup starts it
+            signal.signal(number, signal.SIG_IGN)
+            interrupt(monkeypatch, 2, number)
+            assert "done" in succeeded(call("train.py", *TINY, "--max_iters=6", cwd=work)).stdout
+    finally:
+        for n, handler in zip((signal.SIGHUP, signal.SIGUSR1), before):
+            signal.signal(n, handler)
+
+
+def test_training_in_a_thread(work, monkeypatch):
+    """Where no handlers can be set; it returns the status, and leaves the number of threads as it was."""
+    monkeypatch.chdir(work)
+    cfg, given = common.parse_flags(train.Config, [*TINY, "--max_iters=3"])
+    statuses, threads = [], torch.get_num_threads()
+    thread = threading.Thread(target=lambda: statuses.append(train.main(cfg, given)))
+    thread.start()
+    thread.join(PATIENCE)
+    assert statuses == [0] and load(work / "run" / "ckpt.pt")["step"] == 3 and torch.get_num_threads() == threads
+    with common.RunFolder(Path("run")):     # it was given back
+        pass
+
+
+@ON_POSIX
+def test_a_terminal_that_is_closed(work):
+    """SIGHUP comes, and every write fails: it is saved all the same, without a word."""
+    import pty
+    ours, theirs = pty.openpty()
+    process = start(ROOT / "train.py", *TINY, "--max_iters=100000", cwd=work, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while b"step 40: val" not in shown:
+        shown += os.read(ours, 10000)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(PATIENCE) in (128 + signal.SIGHUP, 128 + 13)
+    assert load(work / "run" / "ckpt.pt")["step"] == steps_done(work) >= 40
 
 
 def test_a_finished_run_says_so(finished, call):
@@ -4198,17 +5110,46 @@ def interrupt(monkeypatch, step, number=signal.SIGINT):
 
 
 def test_fewer_steps_than_are_done(finished, call, monkeypatch):
-    """A run that stopped between two evaluations, and then shall have ended before that: it is evaluated where it stands."""
+    """An error; as many as are done: the run is evaluated where it stands."""
     interrupt(monkeypatch, 5)
     result = call("train.py", *TINY, "--max_iters=190", cwd=finished)
     assert result.returncode == 130 and "stopped after step 155 of 190" in result.stdout
+    before = of_run(finished)
+    one_line_error(call("train.py", *TINY, "--max_iters=152", cwd=finished), "has done 155 steps already, more than --max_iters=152")
+    assert of_run(finished) == before
     weights = load(finished / "run" / "ckpt.pt")["model"]
-    result = succeeded(call("train.py", *TINY, "--max_iters=152", cwd=finished))
+    result = succeeded(call("train.py", *TINY, "--max_iters=155", cwd=finished))
     assert "step 155: val loss" in result.stdout and "done: best val loss" in result.stdout
     last, saved = losses(finished)[-1], load(finished / "run" / "ckpt.pt")
     assert last[0] == "155" and float(last[3]) < 2.1 and saved["evaluated"] == saved["step"] == 155
     assert all(torch.equal(weights[name], saved["model"][name]) for name in weights)
-    assert "is finished: 155 steps" in succeeded(call("train.py", *TINY, "--max_iters=152", cwd=finished)).stdout
+    assert "is finished: 155 steps" in succeeded(call("train.py", *TINY, "--max_iters=155", cwd=finished)).stdout
+
+
+def test_more_steps_change_the_learning_rate(finished, call):
+    """Which is said, and can be chosen."""
+    output = succeeded(call("train.py", *TINY, "--max_iters=152", cwd=finished)).stdout
+    assert "learning rate: 0.0003" in output and "where it would have been 0.0003" in output and "at step 152" in output
+    more = ["--max_iters=154", "--learning_rate=0.0002", "--min_lr=0.0002"]
+    assert "learning rate: 0.0002 from step 152 on" in succeeded(call("train.py", *TINY, *more, cwd=finished)).stdout
+    assert [row[4] for row in losses(finished)[-2:]] == ["0.0002", "0.0002"]
+    assert "learning rate" not in succeeded(call("train.py", *TINY, *more, "--max_iters=154", cwd=finished)).stdout
+
+
+def test_patience_and_overfitting(work, call, monkeypatch):
+    """One line when validation stays worse than it was, and with --patience an end, which the same command knows of."""
+    values = iter([9.0, 8.0, 8.5, 8.6, 8.7, 8.8, 1.0, 2.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: next(values))
+    flags = [*TINY, "--max_iters=7", "--eval_interval=1", "--patience=4"]
+    output = succeeded(call("train.py", *flags, cwd=work)).stdout
+    assert "no better for 4 evaluations: --patience ends the run" in output and "step 6" not in output
+    assert output.count("by heart") == 1 and output.index("step 4: val") < output.index("by heart") < output.index("step 5: val")
+    saved = load(work / "run" / "ckpt.pt")
+    assert (saved["step"], saved["since_best"], saved["best_loss"]) == (5, 4, 8.0)
+    output = succeeded(call("train.py", *flags, cwd=work)).stdout
+    assert "is finished: 5 steps" in output and "--patience=0" in output
+    output = succeeded(call("train.py", *flags, "--patience=0", cwd=work)).stdout
+    assert "step 6: val loss 1.0000 nats per token" in output and "done: best val loss 1.0000 nats per token, " in output
 
 
 def test_a_run_that_starts_over_leaves_nothing_of_the_one_before(finished, corpus, call, monkeypatch):
@@ -4258,8 +5199,7 @@ OLD_CONFIG = {  # a MambaConfig as it was saved before mamba_fast/ was there
     "tie_embeddings": True, "pad_vocab_size_multiple": 8, "d_intermediate": 0, "scan": "auto"}
 OLD_LAYER = ("norm.weight", "mixer.A_log", "mixer.D", "mixer.in_proj.weight", "mixer.conv1d.weight", "mixer.conv1d.bias",
              "mixer.x_proj.weight", "mixer.dt_proj.weight", "mixer.dt_proj.bias", "mixer.out_proj.weight")
-NEW_FLAGS = {"reset_at_eot", "carry_state", "bptt", "checkpointing"}
-NEW_FLAGS = {"reset_at_eot", "carry_state", "bptt", "checkpointing"}
+NEW_FLAGS = {"reset_at_eot", "carry_state", "bptt", "checkpointing", "patience"}
 
 
 def as_before(checkpoint):
@@ -4366,6 +5306,143 @@ def test_two_runs_in_one_folder(finished, call, monkeypatch, capsys):
         assert "cannot lock" in capsys.readouterr().out
 
 
+def test_a_run_that_comes_late(work, call, monkeypatch):
+    """Between its first look and its lock another run has trained in there."""
+    hold_it = common.RunFolder.hold
+
+    def late(folder, path):
+        monkeypatch.setattr(common.RunFolder, "hold", hold_it)
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert train.main(*common.parse_flags(train.Config, [*TINY, "--max_iters=2"])) == 0
+        hold_it(folder, path)
+    for more in ((), ("--init_from=scratch",)):
+        shutil.rmtree(work / "run", ignore_errors=True)
+        monkeypatch.setattr(common.RunFolder, "hold", late)
+        one_line_error(call("train.py", *TINY, *more, cwd=work), "another run has just saved in run")
+        assert load(work / "run" / "ckpt.pt")["step"] == 2
+
+
+def test_eval_only_needs_no_permission_to_write(finished, call, monkeypatch):
+    before = tree(finished)
+    one_line_error(call("train.py", *TINY, "--eval_only", "--init_from=scratch", cwd=finished), "give one of the two")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    one_line_error(call("train.py", *TINY, cwd=finished), "cannot write into run; choose another --out_dir")
+    (finished / "run" / "lock").unlink()
+    (finished / "run" / "lock").mkdir()
+    assert "step 150: val loss" in succeeded(call("train.py", *TINY, "--eval_only", cwd=finished)).stdout
+    (finished / "run" / "lock").rmdir()
+    assert tree(finished).keys() == before.keys() - {"run/lock"}
+
+
+@pytest.mark.parametrize("how, where", [("deleted", "run"), ("renamed", "run"), ("replaced", "run-2"), ("log.csv", "run")])
+def test_a_folder_that_is_taken_away(work, call, monkeypatch, how, where):
+    """While training: saved in a new one, with all rows of log.csv; another's of that name is left alone."""
+    def act():
+        if how == "log.csv":
+            return (work / "run" / "log.csv").unlink()
+        (work / "run").rename(work / "other")
+        if how == "deleted":
+            shutil.rmtree(work / "other")
+        if how == "replaced":
+            (work / "run").mkdir()
+            (work / "run" / "ckpt.pt").write_text("of another run")
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: calls.append(1) or (len(calls) == 5 and act()) or clip(*args))
+    output = succeeded(call("train.py", *TINY, "--max_iters=8", cwd=work)).stdout
+    assert ("was renamed or deleted" in output) == (how != "log.csv") and f"in {where}. To write" in output
+    assert load(work / where / "ckpt.pt")["step"] == 8
+    assert [row[0] for row in losses(work, where)[1:]] == ["0", *map(str, range(1, 9)), "8"]
+    assert how != "replaced" or [path.name for path in (work / "run").iterdir()] == ["ckpt.pt"]
+
+
+ROWS = ["0,0,,4.0,0.001,0", "1,256,3.5,,4e-05,900", "2,512,3.1,,0.001,900", "2,512,3.1,2.5,0.001,900", "3,768,2.5,,0.001,901"]
+
+
+@pytest.mark.parametrize("damage, left_out, kept", [
+    (b"", 0, 4), (b"\xff\xfe\x00\x01" * 20, 1, 4), ("\u00b2,1,2,,3,4\n".encode(), 1, 4), (b'"' + b"x" * 200000, 1, 4),
+    (b"1" * 5000 + b",1,2,,3,4\n", 1, 4), (b'"1,2,3,,4,5\n6,7\n', 2, 4), (b"# L\xe4uft\n", 1, 4), (b"3,7", 1, 4),
+    (b"2,512,nan,,0.1,1\r\n", 1, 4), (b"2,512,3.1,,0.1,1\r\n", 0, 5), (b"\n\n", 0, 4)])
+def test_a_damaged_log(tmp_path, capsys, damage, left_out, kept):
+    """Rows that are none are left out, and that is said; the file itself waits for the first new row."""
+    header, path = ",".join(train.COLUMNS), tmp_path / "log.csv"
+    path.write_bytes("\n".join([header, *ROWS, ""]).encode() + damage)
+    before, run = path.read_bytes(), train.Run(step=2, evaluated=2)
+    with common.RunFolder(tmp_path) as folder:
+        log = train.Log(folder, run)
+        assert path.read_bytes() == before
+        log.add(3, 768, None, 2.25, 1e-3, 7)
+    assert path.read_text().splitlines()[:5] == [header, *ROWS[:4]]
+    assert len(path.read_text().splitlines()) == 1 + kept + 1 and path.read_text().endswith("\n3,768,,2.25,0.001,7\n")
+    assert (f"{left_out} damaged row" in capsys.readouterr().out) == (left_out > 0)
+
+
+def test_a_folder_in_the_place_of_a_file(finished, corpus, call):
+    (finished / "run" / "log.csv").unlink()
+    (finished / "run" / "log.csv").mkdir()
+    one_line_error(call("train.py", *TINY, "--max_iters=151", cwd=finished), "cannot read run/log.csv: Is a directory")
+    shutil.rmtree(finished)
+    shutil.copytree(corpus / "finished", finished)
+    (finished / "run" / "ckpt.pt").unlink()
+    (finished / "run" / "ckpt.pt").mkdir()
+    result = succeeded(call("train.py", *TINY, cwd=finished))
+    assert "cannot read run/ckpt.pt" in result.stderr and "going on from step 120" in result.stdout
+    assert_same_run(finished, corpus / "finished")
+
+
+@pytest.mark.parametrize("env", [{"WORLD_SIZE": "4"}, {"RANK": "3"}, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+                                 {"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}])
+def test_what_others_left_in_the_environment(work, call, monkeypatch, env):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    one_line_error(call("train.py", *TINY, cwd=work), "torchrun sets all of RANK", "or unset these")
+    assert os.listdir(work) == ["words.txt"]
+    for name in env:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert "done" in succeeded(call("train.py", *TINY, "--max_iters=1", cwd=work)).stdout
+
+
+@pytest.mark.parametrize("cores, said", [(64, "threads: 3 as before, not 1"), (2, "threads: 1, and 3 before")])
+def test_threads_are_those_of_before(finished, call, monkeypatch, cores, said):
+    path, used = finished / "run" / "ckpt.pt", []
+    torch.save({**load(path), "threads": 3}, path)
+    monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1] if used else 1)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    output = succeeded(call("train.py", *TINY, "--max_iters=151", cwd=finished)).stdout
+    assert said in output and load(path)["threads"] == (3 if cores == 64 else 1)
+    assert used == ([3, 1] if cores == 64 else [])      # and in the end as it was
+
+
+def test_what_is_told_on_the_way(work, call, monkeypatch):
+    """Where no terminal shows a bar a line every few seconds; that it compiles; samples, another one each time."""
+    monkeypatch.setattr(train, "TELL", 0)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    flags = [*TINY, "--max_iters=4", "--log_interval=2", "--eval_interval=2", "--sample_tokens=40", "--compile"]
+    output = succeeded(call("train.py", *flags, cwd=work)).stdout
+    assert re.search(r"compiling, up to a minute \.\.\.\ncompiled in \d+ s\n", output)
+    told = re.findall(r"step (\d) of 4: loss \d\.\d{4} nats per token, \d\.\d{3} bits per byte, [\d,]+ tokens/s, 00:0\d left", output)
+    assert told == ["2", "4"]
+    samples = re.findall(r"(?s)---\n(.*?)\n---\n", output)
+    assert len(samples) == len({*samples}) == 3
+    again = succeeded(call("train.py", *flags, "--out_dir=again", cwd=work)).stdout
+    assert re.findall(r"(?s)---\n(.*?)\n---\n", again) == samples
+    assert "---" not in succeeded(call("train.py", *flags, "--out_dir=none", "--sample_tokens=0", cwd=work)).stdout
+
+
+def test_the_scan_and_the_compiler_are_for_the_shape_of_the_weights(work, call, monkeypatch):
+    small(d_state=4, d_model=16).save_pretrained(work / "weights")
+    seen = []
+    monkeypatch.setattr(common, "pick_scan", lambda *args: seen.append(args[-1]) or "chunked")
+    monkeypatch.setattr(train, "fast", SimpleNamespace(compiles_well=lambda device, d_state: seen.append(d_state)))
+    flags = [flag for flag in TINY if not re.search("d_model|n_layer", flag)]
+    succeeded(call("train.py", *flags, "--init_from=weights", "--new_vocabulary", "--max_iters=1", cwd=work))
+    assert seen == [4, 4]
+    one_line_error(call("train.py", *flags, "--init_from=scratch/other", "--max_iters=2", cwd=work),
+                   "not --init_from=scratch/other; use another --out_dir")
+
+
 # what a person may give
 
 BAD_TEXTS = {"empty.txt": b"", "binary.txt": bytes(range(256)) * 20, "latin.txt": "caf\xe9 ".encode("latin-1") * 400,
@@ -4464,11 +5541,12 @@ def test_a_checkpoint_that_does_not_fit(finished, call):
 def test_training_begins_with_weights_and_goes_on_from_its_checkpoint(work, call):
     model = lively(d_model=16)      # of 70 tokens; the data has 10
     model.save_pretrained(work / "weights")
+    write(work / "weights", of_letters(model, "\n abcdefgh"))
     flags = [flag for flag in TINY if not re.search("d_model|n_layer", flag)] + ["--lr_decay_iters=8", "--init_from=weights"]
     result = succeeded(call("train.py", *flags, "--max_iters=4", cwd=work))
     assert "weights of weights, whose vocabulary is 70; the data has a char tokenizer of 10" in result.stdout
     model.config.vocab_size = 10    # the others are never predicted
-    val = np.fromfile(work / "data" / "words" / "val.bin", np.uint16)
+    val = prepare_data.load_data(*(work / "data").glob("words*")).val
     settings = SimpleNamespace(block_size=64, batch_size=4, eval_iters=3)
     expected = train.evaluate(model, val, settings, "float32", None, stop=False)
     assert float(losses(work)[1][3]) == pytest.approx(expected, rel=1e-5)
@@ -4485,8 +5563,91 @@ def test_training_begins_with_weights_and_goes_on_from_its_checkpoint(work, call
     assert text.max() < 10
 
 
+def of_letters(model, chars):
+    """The files of released weights with a tokenizer of these characters."""
+    import mamba_export
+    files = mamba_export.tokenizer_files(prepare_data.CharTokenizer(chars).to_dict(), model.config.vocab_size)
+    return {**released(model), **{name: text.encode() for name, text in files.items()}}
+
+
+FINE = [flag for flag in TINY if not re.search("d_model|n_layer|dataset|out_dir|init_from|max_iters", flag)]
+
+
+def val_loss(folder, run, step=0):
+    return next(row[3] for row in losses(folder, run)[1:] if row[0] == str(step) and row[3])
+
+
+def test_fine_tuning_a_run(finished, call):
+    """It begins with the best weights of a run, or those of one file of it, or a folder that it was written into; the new text
+    is prepared with its alphabet, and what is not in that is said."""
+    (finished / "new.txt").write_text((finished / "words.txt").read_text()[::-1].replace("a", "A", 7) + "zz\n")
+    best = load(finished / "run" / "best.pt")
+    succeeded(call("sample.py", "--out_dir=run", "--export=w", cwd=finished))
+    seen = set()
+    for name in ("run", "run/best.pt", "w"):
+        out = f"new-{len(seen)}-{name.replace('/', '-')}"
+        flags = [*FINE, "--dataset=new.txt", f"--out_dir={out}", f"--init_from={name}"]
+        said = succeeded(call("train.py", *flags, "--max_iters=2", cwd=finished)).stdout
+        assert f"weights of {name}, whose vocabulary is 10; the data has a char tokenizer of 10" in said
+        assert not seen or "not in it" not in said      # it is prepared once
+        assert seen or re.search(r"not in it: 'A' \(7\), 'z' \(2\)", said)
+        kept = load(finished / out / "ckpt.pt")
+        assert kept["meta"]["tokenizer"] == best["meta"]["tokenizer"]
+        seen.add(val_loss(finished, out))
+        assert "going on from step 2 of 3" in succeeded(call("train.py", *flags, "--max_iters=3", cwd=finished)).stdout
+    model = common.load_model(best, dropout=0.1)
+    val = prepare_data.load_data(*(finished / "data").glob("new*")).val
+    expected = train.evaluate(model, val, SimpleNamespace(block_size=64, batch_size=4, eval_iters=3), "float32", None, stop=False)
+    assert len(seen) == 1 and float(seen.pop()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_of_other_tokens(finished, call):
+    """Refused, as long as their embedding is not learned anew: letters would be taken for others."""
+    (finished / "new.txt").write_text((finished / "words.txt").read_text().upper() * 2)
+    best = load(finished / "run" / "best.pt")
+    Mamba.from_pretrained(finished / "run").save_pretrained(finished / "w")
+    for file in (finished / "w").glob("*token*"):
+        file.unlink()
+    flags = [*FINE, "--dataset=new.txt", "--out_dir=new", "--max_iters=2", "--learning_rate=0"]
+    before = tree(finished)
+    one_line_error(call("train.py", *flags, "--init_from=w", cwd=finished), "w has no tokenizer.json", "--new_vocabulary")
+    one_line_error(call("train.py", *flags, "--new_vocabulary", cwd=finished), "--new_vocabulary goes with weights")
+    assert tree(finished) == before
+    for name in ("w", "run"):
+        out = ["--init_from=" + name, f"--out_dir=new-{name}", "--new_vocabulary"]
+        said = succeeded(call("train.py", *flags, *out, cwd=finished)).stdout
+        assert "the data has a char tokenizer of 10, whose embedding is learned anew" in said
+        made = load(finished / f"new-{name}" / "ckpt.pt")
+        assert made["meta"]["tokenizer"]["chars"] == "\n ABCDEFGH" and made["model_config"]["vocab_size"] == 10
+        kept = [key for key in made["model"] if torch.equal(made["model"][key], best["model"][key])]
+        assert made["model"].keys() - kept == {"backbone.embedding.weight", "lm_head.weight"}
+        assert 0.01 < made["model"]["lm_head.weight"].std() < 0.03
+        assert "going on from step 2 of 3" in succeeded(call("train.py", *flags, *out, "--max_iters=3", cwd=finished)).stdout
+        one_line_error(call("train.py", *flags, *out[:2], "--new_vocabulary=False", cwd=finished), "not --new_vocabulary=False")
+
+
+def test_the_tokens_of_weights_and_data_are_compared(monkeypatch):
+    """By their ids, whatever kinds of tokenizer they come from: what the data has must be the same in the weights."""
+    abc, more = prepare_data.CharTokenizer("abc"), prepare_data.CharTokenizer("abcd")
+    words = prepare_data.BPETokenizer(json.dumps(mamba.files.of_characters("abc")))
+    bpe = prepare_data.BPETokenizer.train(["abc"], 257)
+    for theirs, ours, fits in ((abc, abc, True), (more, abc, True), (words, abc, True), (abc, words, True), (bpe, bpe, True),
+                               (abc, more, False), (abc, prepare_data.CharTokenizer("acb"), False), (abc, bpe, False),
+                               (bpe, abc, False), (bpe, prepare_data.BPETokenizer.train(["aabaab"], 258), False)):
+        model = small(vocab_size=300)
+        data = SimpleNamespace(folder="data/x", tokenizer=ours, meta={"tokenizer": ours.to_dict()})
+        if fits:
+            train.fit_vocabulary(model, theirs, data, SimpleNamespace(init_from="w"))
+            assert model(tokens(1, 3, vocab=3))[0].shape == (1, 3, ours.vocab_size)
+        else:
+            with pytest.raises(common.Problem, match="data/x has other tokens than w .* for one.*--new_vocabulary"):
+                train.fit_vocabulary(model, theirs, data, SimpleNamespace(init_from="w"))
+
+
 def test_training_begins_with_weights_by_name(work, call, hub):
-    hub.offer(released(lively(d_model=16)))
+    model = lively(d_model=16)
+    hub.offer(released(model))
+    hub.offer({"tokenizer.json": of_letters(model, "\n abcdefgh")["tokenizer.json"]}, "EleutherAI/gpt-neox-20b")
     flags = [flag for flag in TINY if not re.search("d_model|n_layer", flag)] + [f"--init_from={NAME}", "--max_iters=1"]
     result = succeeded(call("train.py", *flags, "--cache_dir=here", cwd=work))
     assert f"weights of {NAME}, whose vocabulary is 70" in result.stdout
@@ -4495,8 +5656,8 @@ def test_training_begins_with_weights_by_name(work, call, hub):
 
 @pytest.mark.parametrize("flags, words", [
     (["--init_from=weights", "--d_model=64"], ["--d_model cannot be chosen: the weights of weights have a shape"]),
-    (["--init_from=weights", "--dataset=many.txt"], ["weights has a vocabulary of 70", "many with its char tokenizer of 100",
-                                                     "--tokenizer=gpt-neox"]),
+    (["--init_from=weights"], ["weights has no tokenizer.json", "vocabulary of 70", "--new_vocabulary"]),
+    (["--init_from=lettered"], ["--init_from=lettered: the tokenizer of lettered has 100 tokens, and the weights know 70"]),
     (["--init_from=weights", "--dropout=2"], ["--dropout takes"]),
     (["--init_from=broken"], ["--init_from=broken: broken", "config.json", "rms_norm is False"]),
     (["--init_from=state-spaces/none"], ["state-spaces/none"]),
@@ -4507,8 +5668,8 @@ def test_bad_weights_to_train_from(tmp_path, call, hub, flags, words):
     broken = {**released(small()), "config.json": b'{"rms_norm": false}'}
     write(tmp_path / "broken", broken)
     hub.offer(broken, "someone/broken")
+    write(tmp_path / "lettered", {**of_letters(small(vocab_size=100), "".join(map(chr, range(100)))), **released(small())})
     (tmp_path / "good.txt").write_text("some words to learn from\n" * 400)
-    (tmp_path / "many.txt").write_text("".join(map(chr, range(200, 300))) * 200)
     one_line_error(call("train.py", "--dataset=good.txt", "--device=cpu", *flags, cwd=tmp_path), *words)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "data").exists() or "--init_from=weights" in flags
@@ -4553,9 +5714,10 @@ def test_reset_at_eot(work, call):
 
 
 @pytest.mark.parametrize("length", [1, 99])
-def test_a_token_that_never_occurs_costs_nothing(length):
-    tokenizer, with_one = SimpleNamespace(end_of_text=7), np.arange(length + 7)
-    for train_part, val_part, token in ((np.zeros(length), np.ones(3), None), (with_one, np.ones(3), 7), (np.ones(3), with_one, 7)):
+def test_a_token_that_never_occurs_costs_nothing(tmp_path, length):
+    tokenizer = SimpleNamespace(end_of_text=7)
+    zeros, ones, with_one = (stored(tmp_path, t.astype(np.uint16)) for t in (np.zeros(length), np.ones(3), np.arange(length + 7)))
+    for train_part, val_part, token in ((zeros, ones, None), (with_one, ones, 7), (ones, with_one, 7)):
         cfg = train.Config()
         assert train.end_of_text(cfg, SimpleNamespace(tokenizer=tokenizer, train=train_part, val=val_part)) == token
         assert cfg.reset_at_eot is True
@@ -4564,8 +5726,8 @@ def test_a_token_that_never_occurs_costs_nothing(length):
 CARRY = ("--carry_state", "--bptt=2", "--gradient_accumulation_steps=2", "--block_size=16")
 
 
-def test_rows_walk_through_the_text():
-    data = np.arange(100, dtype=np.uint16)
+def test_rows_walk_through_the_text(tmp_path):
+    data = stored(tmp_path, np.arange(100, dtype=np.uint16))
     cfg = train.Config(batch_size=4, block_size=6, carry_state=True, bptt=2, gradient_accumulation_steps=3)
     batch = lambda step, micro, rank=0, world=1: train.get_batch(data, cfg, step, micro, rank, world, torch.device("cpu"))
     x, y = (torch.cat(parts, 1) for parts in zip(*(batch(step, micro) for step in range(4) for micro in range(3))))
@@ -4647,10 +5809,10 @@ def test_eval_only_reads_the_whole_validation_text(finished, call):
     most = []
     for length in (300, 1200):
         with Recorder() as recorded:
-            train.evaluate_all(model, text[:length], "float32", None, part=100)
+            train.evaluate_all(model, stored(finished, text[:length]), "float32", None, part=100)
         most.append(recorded.most_bytes)
     assert most[0] == most[1]
-    assert train.evaluate_all(model, text, "float32", None, part=333) == pytest.approx(expected, rel=1e-5)
+    assert train.evaluate_all(model, stored(finished, text), "float32", None, part=333) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_loss_in_bits_is_for_a_byte():
@@ -4713,15 +5875,19 @@ def test_without_cuda_graphs_one_line_says_so(work, call, monkeypatch):
 
 
 def together(*flags, cwd):
-    """train.py as the two processes that `torchrun --nproc_per_node=2` starts: (what they say, their exit statuses)."""
+    """
+    train.py as the two processes that `torchrun --nproc_per_node=2` starts, or that two machines start if cwd are two folders:
+    (what they say, their exit statuses).
+    """
+    folders = cwd if isinstance(cwd, list) else [cwd, cwd]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
     for rank in "01":
-        env = environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-        processes.append(start(ROOT / "train.py", *flags, cwd=cwd, env=env, stderr=subprocess.STDOUT))
+        env = environment(RANK=rank, LOCAL_RANK="0" if folders is cwd else rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+        processes.append(start(ROOT / "train.py", *flags, cwd=folders[int(rank)], env=env, stderr=subprocess.STDOUT))
     said = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     return "".join(said), [process.returncode for process in processes]
 
@@ -4753,6 +5919,19 @@ def test_two_processes_train_as_one(work, call):
     got, expected = ({int(r[0]): float(r[2]) for r in losses(work, name)[1:] if not r[3]} for name in ("run", "one"))
     assert got.keys() == expected.keys() == set(range(1, 25))
     assert all(abs(got[step] - expected[step]) < 1e-4 for step in got)
+
+
+@ON_POSIX
+def test_two_machines_without_a_shared_disk(finished, work):
+    """Each prepares the text; where the run goes on, the first one says; another text is an error."""
+    machines = [finished, work]
+    output, statuses = together(*TINY, "--max_iters=152", cwd=machines)
+    assert statuses == [0, 0] and output.count("going on from step 150 of 152") == 1, output
+    assert (work / "data" / "words" / "meta.json").exists() and not (work / "run").exists()
+    assert load(finished / "run" / "ckpt.pt")["step"] == steps_done(finished) == 152
+    (work / "words.txt").write_text((work / "words.txt").read_text()[::-1])
+    output, statuses = together(*TINY, "--max_iters=153", cwd=machines)
+    assert statuses == [2, 2] and "data/words of this machine has another text than that of the first one" in output, output
 
 
 @ON_POSIX
@@ -4894,12 +6073,102 @@ def test_sample_from_released_weights(tmp_path, hub, monkeypatch, call):
         assert result.stdout == expected.rstrip("\ufffd") + "\n", name
     assert len(hub.log) == asked
     small().save_pretrained(tmp_path / "w")
-    for flags, words in ((["--pretrained=w"], ["tokenizer.json has 300 tokens and w knows 70", "beside the weights"]),
+    for flags, words in ((["--pretrained=w"], ["tokenizer of w has 300 tokens, and the weights know 70", "put their own tokenizer.json beside them"]),
                          (["--pretrained=w", "--out_dir=x"], ["--out_dir and --pretrained"]),
                          (["--pretrained=w/tokenizer.json"], ["there is no folder w/tokenizer.json"]),
                          (["--pretrained=nothing"], ["there is no folder nothing"]),
                          (["--pretrained=someone/gone"], ["someone/gone"])):
         one_line_error(call("sample.py", *flags, cwd=tmp_path), *words)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers(finished, call, value):
+    succeeded(call("sample.py", "--out_dir=run", "--export=w", cwd=finished))
+    weights = load(finished / "w" / "pytorch_model.bin")
+    weights["backbone.layers.1.mixer.D"][3] = value
+    torch.save(weights, finished / "w" / "pytorch_model.bin")
+    words = "backbone.layers.1.mixer.D of w has values that are not finite numbers"
+    one_line_error(call("sample.py", "--pretrained=w", cwd=finished), f"--pretrained=w: {words}")
+    flags = [flag for flag in TINY if not re.search("d_model|n_layer|out_dir", flag)]
+    one_line_error(call("train.py", *flags, "--out_dir=new", "--init_from=w", cwd=finished), f"--init_from=w: {words}")
+    assert not (finished / "new").exists()
+
+
+def test_a_run_by_its_folder(finished, call):
+    """--pretrained takes a run, or a checkpoint of one, with its alphabet."""
+    asked = ["--start=abc ", "--temperature=0", "--max_new_tokens=20", "--device=cpu"]
+    expected = succeeded(call("sample.py", "--out_dir=run", *asked, cwd=finished)).stdout
+    for name in ("run", "run/best.pt"):
+        assert succeeded(call("sample.py", f"--pretrained={name}", *asked, cwd=finished)).stdout == expected
+
+
+@pytest.mark.parametrize("changes", [{"tokenizer": {}}, {"tokenizer": {"type": "char", "chars": "ab"}}, {"tokenizer": 5},
+                                     {"tokenizer": {"type": "bpe", "json": "{}"}}, []])
+def test_a_checkpoint_with_another_tokenizer(finished, call, changes):
+    best = load(finished / "run" / "best.pt")
+    for file in (finished / "run").glob("ckpt*.pt"):
+        file.unlink()
+    meta = {**best["meta"], **changes} if changes else changes
+    torch.save({**best, "meta": meta}, finished / "run" / "best.pt")
+    one_line_error(call("sample.py", "--out_dir=run", cwd=finished), str(Path("run", "best.pt")), "damaged or not a checkpoint")
+
+
+def test_what_a_prompt_may_be(finished, call, monkeypatch):
+    r"""\n, \t and \\ as in --stop, the home folder, and newlines of every kind."""
+    assert sample.text_of(r"a\nb\tc\\nd\x\e") == "a\nb\tc\\nd\\x\\e" and sample.text_of("a\r\nb\rc\n") == "a\nb\nc\n"
+    assert sample.stop_strings(r"\d|\\d") == ["\\d", "\\d"]
+    monkeypatch.setenv("HOME", str(finished))
+    monkeypatch.setenv("USERPROFILE", str(finished))
+    (finished / "my prompt.txt").write_bytes(b"a\\nb\r\ncd\rab")
+    assert sample.text_of(f"FILE:{finished / 'my prompt.txt'}") == "a\\nb\ncd\nab"     # as it stands there
+    (finished / "my prompt.txt").write_bytes(b"ab\r\ncd ")
+    flags = ["--out_dir=run", "--temperature=0", "--max_new_tokens=9"]
+    results = [succeeded(call("sample.py", *flags, f"--start={start}", cwd=finished)).stdout
+               for start in (r"ab\ncd ", "ab\ncd ", "ab\r\ncd ", "FILE:~/my prompt.txt")]
+    assert len(set(results)) == 1 and results[0].startswith("ab\ncd ")
+
+
+def test_special_tokens_that_a_person_types(tmp_path, call, monkeypatch, capsys):
+    """They are text, in --start and in a chat; with --allow_special they are tokens."""
+    tokenizer, typed = one_token_a_byte(), "a<|endoftext|>b"
+    model = lively(vocab_size=257, n_layer=1)
+    mamba.files.write(tmp_path / "w", dataclasses.asdict(model.config), model.state_dict(), "mamba_ssm", tokenizer.to_dict())
+    flags = ["--pretrained=w", f"--start={typed}", "--temperature=0", "--max_new_tokens=9", "--ignore_eos", "--device=cpu"]
+    for special, length in ((False, 15), (True, 3)):
+        ids = tokenizer.encode(typed, special)
+        assert len(ids) == length and tokenizer.decode(ids) == typed
+        result = succeeded(call("sample.py", *flags, *["--allow_special"] * special, cwd=tmp_path))
+        expected = tokenizer.decode(model.generate([ids], 9, temperature=0)[0].tolist())
+        assert result.stdout == expected.rstrip("\ufffd") + "\n"
+        talk, cfg = sample.Conversation(model, tokenizer, []), dataclasses.replace(GREEDY, ignore_eos=True)
+        answers, _ = turns(talk, monkeypatch, capsys, f"/set allow_special {special}", typed, cfg=cfg)
+        ids = [0, *ids, *tokenizer.encode("\n")]
+        expected = tokenizer.decode(model.generate([ids], 20, temperature=0)[0].tolist()[len(ids):])
+        assert answers[1] == expected.rstrip("\ufffd") + "\n"
+
+
+def test_the_time_of_compiling_is_apart(finished, call, monkeypatch):
+    """It is announced before the silence, and not counted in tokens/s."""
+    pytest.importorskip("mamba_fast")
+    compiled, clock, stream = [], [0.0], Mamba.stream
+
+    def slow(model, prompts, count, compile=False, **more):
+        if compile and not compiled:
+            clock[0] += 50
+            compiled.append(count)
+        return stream(model, prompts, count, **more)
+    monkeypatch.setattr(Mamba, "stream", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.append(clock[0]) or clock[0])
+    for more in (["--compile"], ["--compile", "--interactive"]):
+        compiled.clear()
+        said = succeeded(call("sample.py", "--out_dir=run", "--device=cpu", "--max_new_tokens=5", *more, cwd=finished,
+                              stdin=b"")).stderr if "--interactive" in more else None
+        if said is None:
+            monkeypatch.setattr(time, "perf_counter", lambda: clock.__setitem__(0, clock[0] + 0.5) or clock[0])
+            said = succeeded(call("sample.py", "--out_dir=run", "--device=cpu", "--max_new_tokens=5", *more, cwd=finished)).stderr
+            assert "5 tokens in 0.5 s, 10 tokens/s" in said
+        assert "\ncompiling ...\ncompiling took 50" in said and compiled == [1]
+    assert "compiling" not in succeeded(call("sample.py", "--out_dir=run", "--max_new_tokens=5", cwd=finished)).stderr
 
 
 @pytest.mark.parametrize("layout", ["mamba_ssm", "transformers", "onnx"])
@@ -5049,6 +6318,32 @@ def test_a_chat_without_a_keyboard(finished, call):
     assert result.stdout == "> "
 
 
+def test_sample_in_a_notebook(finished, monkeypatch, capsys):
+    """Its streams have no reconfigure, fileno or buffer."""
+    class Stream:
+        def __init__(self, lines):
+            self.lines, self.text = iter(lines), ""
+            self.readline = lambda *_: next(self.lines, "")
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+        def isatty(self):
+            return False
+    monkeypatch.chdir(finished)
+    for flags, shown in ((["--start=abc"], "abc"), (["--interactive"], "> "), (["--start=abc", "--show=loss"], "'a'")):
+        streams = {name: Stream(["ab\n", "/quit\n"]) for name in ("stdin", "stdout", "stderr")}
+        with monkeypatch.context() as patch:
+            for name, stream in streams.items():
+                patch.setattr(sys, name, stream)
+            patch.setattr(sys, "argv", ["sample.py", "--out_dir=run", "--device=cpu", "--max_new_tokens=5", *flags])
+            common.run(sample.main, sample.Config)
+        assert shown in streams["stdout"].text and "run, step" in streams["stderr"].text
+
+
 LETTERS = "\n abcdefghijklmnopqrstuvwxyz<&>\"'é"
 
 
@@ -5089,7 +6384,7 @@ def test_a_kept_conversation_goes_on_with_the_same_tokens(tmp_path, monkeypatch,
     then, said = turns(conversation("x"), monkeypatch, capsys, "other", f"/load {file}", "and then", "why", cfg=settings)
     assert then[2:4] == unsaved[1:3] and said == [f"loaded {file}"]
     reset, said = turns(conversation("so"), monkeypatch, capsys, "abc", "/reset", "hello", cfg=settings)
-    assert reset[2] == unsaved[0] and not said
+    assert reset[2] == unsaved[0] and said == ["the conversation is forgotten"]
     assert os.listdir(tmp_path) == [file.name]
 
 
@@ -5128,9 +6423,24 @@ def test_only_a_whole_conversation_with_this_model_is_loaded(tmp_path, monkeypat
     (tmp_path / "text.pt").write_text("hello")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"run": os.system}, tmp_path / "pickle.pt")
+    good = load(tmp_path / "good.pt")
+    (conv, h), *others = good["state"]
+    odd = {"print": {"fingerprint": 5}, "seen": {"seen": 5}, "seen2": {"seen": [len(LETTERS)]},
+           "unread": {"unread": [10 ** 6]}, "unread2": {"unread": []}, "unread3": {"unread": [True]}, "unread4": {"unread": [-1]},
+           "unread5": {"unread": "ab"}, "unread6": {"unread": [[1], [2]]}, "layers": {"state": []}, "none": {"state": None},
+           "one": {"state": [(conv,), *others]}, "three": {"state": [(conv, h, h), *others]},
+           "shape": {"state": [(conv, h[:, :5]), *others]}, "dtype": {"state": [(conv, h.int()), *others]},
+           "expanded": {"state": [(conv, torch.ones(1).expand(h.shape)), *others]}, "nan": {"state": [(conv, h / 0), *others]},
+           "sparse": {"state": [(conv, h.to_sparse()), *others]}, "numbers": {"state": [(1, 2), *others]},
+           "endless": {"unread": torch.zeros(1).expand(10 ** 12)}, "endless2": {"state": torch.zeros(1).expand(10 ** 12)},
+           "endless3": {"state": [torch.zeros(1).expand(10 ** 12), *others]},
+           "meta": {"state": [(conv, h.to("meta")), *others]}}
+    for name, changes in odd.items():
+        torch.save({**good, **changes}, tmp_path / f"{name}.pt")
     for name, words in (("other.pt", "another model"), ("eps.pt", "another model"), ("16.pt", "another --dtype"),
                         ("cut.pt", "damaged"), ("flipped.pt", "damaged"), ("text.pt", "damaged"), (".", "cannot read"),
-                        ("list.pt", "not a conversation"), ("pickle.pt", "not a conversation"), ("gone.pt", "cannot read")):
+                        ("list.pt", "not a conversation"), ("pickle.pt", "not a conversation"), ("gone.pt", "cannot read"),
+                        *((f"{name}.pt", "not a conversation") for name in odd)):
         answers, said = turns(conversation(), monkeypatch, capsys, "hello", f"/load {tmp_path / name}", "why")
         assert len(said) == 1 and words in said[0], (name, said)
         assert (answers[0], answers[2]) == (expected[0], expected[1]), name
@@ -5163,8 +6473,9 @@ def test_commands_of_a_chat(monkeypatch, capsys):
     assert answers[1] == free[0][:3] + "\n"
     assert "max_new_tokens=3 " in said[0] and said[2] == said[0] and "unknown command /sett" in said[1]
     assert f"stop={stop} " in said[3] and "max_new_tokens=20" in said[4]
-    expected = ("mean temperature?", "takes a number, not 'cold'", "temperature at least 0, not -1", "--top_k takes")
-    assert all(words in line for words, line in zip(expected, said[5:]))
+    expected = ("no setting 'temperatur'; did you mean temperature?", "/set temperature takes a number, not 'cold'",
+                "sampling needs temperature at least 0, not -1.0", "/set top_k takes a whole number, not ''")
+    assert said[5:9] == list(expected)
     assert said[9].startswith("/reset") and "seed=5" in said[-2] and "min_p=0.2" in said[-1]
     assert len(said) == 9 + len(sample.COMMANDS.splitlines()) + 2
     # the same seed again, the same answer again
@@ -5321,6 +6632,10 @@ def test_show_as_html_gives_the_text_back(tmp_path, what):
     data = (tmp_path / "out.html").read_bytes().decode()
     assert "\r" not in data and data.count("<i></i>\n") == text.count("\n")      # each newline is seen
     assert page.text == text and not page.stack and not page.outside and os.listdir(tmp_path) == ["out.html"]
+    # no colour without a value, and some for the least; a bar of spaces that no line end swallows
+    colours = re.findall(r'<span(?: style="--a:([0-9.]+)")? title', data)
+    assert (colours[0] == "") == (what == "loss") and all(colours[1:]) and float(min(colours[1:])) >= 0.1
+    assert re.findall(r'<span style="--a:([0-9.]+)">\u00a0</span>', data) == [f"{0.1 + i / 40:.2f}" for i in range(21)]
     ids = torch.tensor(tokenizer.encode(text))
     delta, surprise = by_hand(model, ids, 1)
     expected = delta.tolist() if what == "delta" else [math.nan, *surprise.tolist()]
@@ -5446,7 +6761,7 @@ def test_bench_refuses_bad_flags_in_one_line(tmp_path, call, flag):
 # What a newcomer meets: files to read, flags, Ctrl-C at any time, pipes, and all of it without mamba_fast/
 
 SCRIPTS = ("train.py", "sample.py", "prepare_data.py", "bench.py")
-BESIDE = ("mamba.py", "mamba_files.py", "mamba_export.py", "common.py", *SCRIPTS)
+BESIDE = ("mamba.py", "mamba2.py", "mamba_files.py", "mamba_export.py", "common.py", "texts.py", *SCRIPTS)
 FILES = [*(ROOT / name for name in BESIDE), *sorted((ROOT / "mamba_fast").glob("*.py"))]
 
 
@@ -5491,10 +6806,12 @@ def test_who_imports_whom(path):
         elif path.name == "mamba.py":
             assert top not in OURS - {"mamba_fast", "mamba_files"} and (in_try or top not in OURS), what
             assert in_function or top in {"torch", "mamba_fast", "mamba_files"} | sys.stdlib_module_names, what
+        elif path.name == "texts.py":
+            assert top not in OURS - {"common"}, what
         elif path.name == "common.py":
             assert top not in OURS - {"mamba"} and (in_function or top not in {"mamba", "torch"}), what
         elif path.name == "prepare_data.py":    # which starts without torch
-            assert top not in OURS - {"mamba", "mamba_files", "common"}, what
+            assert top not in OURS - {"mamba", "mamba_files", "common", "texts"}, what
             assert in_function or top not in {"mamba", "mamba_files", "torch"}, what
         else:
             assert top not in {"train", "sample", "bench"}, what
@@ -5526,6 +6843,14 @@ for name in ("mamba", "mamba_files", "mamba_export", "train", "sample", "bench",
     env = {"PYTHONPATH": str(ROOT), **{name: os.environ[name] for name in kept if name in os.environ}}
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=False, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.11 has -P")
+@pytest.mark.parametrize("name", ["train.py"])
+def test_a_script_without_its_folder_on_the_path(tmp_path, name):
+    result = succeeded(subprocess.run([sys.executable, "-P", ROOT / name, "--help"], cwd=tmp_path, capture_output=True, text=True,
+                                      check=False, env=environment()))
+    assert "--out_dir" in result.stdout
 
 
 @ON_POSIX

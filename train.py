@@ -13,24 +13,28 @@ log.csv.
 """
 from __future__ import annotations
 
-import contextlib
-import functools
-import math
 import os
 import signal
 import sys
-import threading
-import time
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 if __name__ == "__main__":
-    # Until main begins, Ctrl-C ends the process without a traceback: importing torch takes long.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not hasattr(sys, "ps1"):     # in a notebook Ctrl-C must not end the process
+        # Until main begins it does, without a traceback: importing torch takes long.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))   # python -P leaves it out
     # torch reads both once. Large pages, on Linux, make fresh memory cost a CPU less.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # For common.repeatable: cuBLAS repeats itself only with a workspace of a fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import contextlib
+import functools
+import math
+import re
+import threading
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,10 +43,10 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 import common
-from common import Problem, dataset_name, flag, say, write_whole
+from common import Problem, as_flag, dataset_name, flag, say, write_whole
 from mamba import Mamba, MambaConfig
-from mamba_files import ON_HUB
-from prepare_data import open_data
+from mamba_files import ON_HUB, check_usable, checkpoint_of, read_tokenizer
+from prepare_data import load_tokenizer, open_data
 
 try:
     import mamba_fast as fast
@@ -61,7 +65,8 @@ FINE_TUNING = {"dropout": 0.0, "learning_rate": 1e-4}   # for weights that are a
 # what the shapes of the weights depend on
 SHAPE = ("d_model", "n_layer", "d_state", "d_conv", "expand", "d_intermediate")
 # what a run cannot change, each with a function that makes its values comparable
-FIXED = {**dict.fromkeys(SHAPE, str), "dataset": dataset_name, "init_from": os.path.abspath}
+FIXED = {**dict.fromkeys(SHAPE, str), "dataset": dataset_name, "init_from": os.path.abspath,
+         "new_vocabulary": bool}
 # what belongs to the command or the machine, not to the run: never taken from a checkpoint
 ONE_OFF = ("eval_only", "cache_dir", "device", "dtype", "compile", "scan", "checkpointing")
 # where in the text a step is with --carry_state: if one of these changes, the state begins anew
@@ -76,7 +81,10 @@ class Config:
     out_dir: str = flag("", "folder of the checkpoints; out/<dataset> by default")
     init_from: str = flag("resume", "resume: go on if out_dir has a checkpoint; scratch: start "
                           "over and replace it; a folder or name of released weights, such as "
-                          "state-spaces/mamba-130m: begin with those")
+                          "state-spaces/mamba-130m, or of another run: begin with those")
+    new_vocabulary: bool = flag(False, "with weights of other tokens: learn an embedding of those "
+                                "of the data anew, and keep all other weights (a learning_rate "
+                                "above 1e-4, the default with weights, helps)")
     eval_only: bool = flag(False, "train nothing; print the loss that training prints, and that of "
                            "the whole validation text, read once with the state carried on")
     # the model; None, here and below: by device
@@ -112,6 +120,7 @@ class Config:
     # what is told and kept on the way
     eval_interval: int = flag(250, "steps between evaluations; each saves a checkpoint", 1)
     eval_iters: int = flag(50, "batches in an evaluation, at most the whole validation data", 1)
+    patience: int = flag(0, "evaluations without an improvement that end the run; 0: none do", 0)
     log_interval: int = flag(10, "steps between rows of log.csv", 1)
     sample_tokens: int = flag(200, "tokens of the sample shown at an evaluation", 0)
     # the machine
@@ -128,13 +137,20 @@ class Config:
 
 # ---- Settings: the flags, over what the checkpoint says, over the defaults -----------------------
 
-def folder_of(cfg):
-    """The folder of the run, which need not be there yet. Problem: it cannot be written into."""
-    out_dir = Path(cfg.out_dir or Path("out", dataset_name(cfg.dataset)))
-    there = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise Problem(f"cannot write into {there}; choose another --out_dir")
-    return out_dir
+def settings(cfg, given, out_dir):
+    """(the Config of the run, the checkpoint that it goes on from or None). Problem: the checkpoint
+    is damaged, or one of another run than the flags say."""
+    begun = [path for path in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt") if path.exists()]
+    if cfg.eval_only and cfg.init_from == "scratch":
+        raise Problem("--eval_only looks at what was trained, and --init_from=scratch begins anew: "
+                      "give one of the two")
+    if cfg.eval_only and cfg.init_from == "resume" and not begun:
+        raise Problem(f"--eval_only needs a checkpoint, and {out_dir} has none; train first, or "
+                      "give its --out_dir")
+    if not begun or cfg.init_from == "scratch":
+        return cfg, None
+    checkpoint = common.load_checkpoint(*begun, Config=Config)
+    return go_on_as(given, checkpoint, out_dir), checkpoint
 
 def go_on_as(given, checkpoint, out_dir):
     """The Config of a run that goes on: as in its checkpoint, but for the flags that were given, of
@@ -144,54 +160,81 @@ def go_on_as(given, checkpoint, out_dir):
                       "go on from it")
     before = {k: v for k, v in checkpoint["config"].items() if k not in ONE_OFF}
     before.setdefault("reset_at_eot", False)    # of a run from before there was this flag
+    # "resume" is no wish to change how the run began
+    given = {k: v for k, v in given.items() if (k, v) != ("init_from", "resume")}
     changed = [k for k in given if k in before and given[k] != before[k]]
     if wrong := [k for k in changed if k in FIXED and FIXED[k](given[k]) != FIXED[k](before[k])]:
-        holds, asked = (" ".join(f"--{k}={flags[k]}" for k in wrong) for flags in (before, given))
-        raise Problem(f"{out_dir} holds a run with {holds}, not {asked}; {START_OVER}")
+        holds, asked = (" ".join(as_flag(k, flags[k]) for k in wrong) for flags in (before, given))
+        advice = "use another --out_dir" if "init_from" in wrong else START_OVER
+        raise Problem(f"{out_dir} holds a run with {holds}, not {asked}; {advice}")
+    if "max_iters" in changed and given["max_iters"] < checkpoint["step"]:
+        raise Problem(f"{out_dir} has done {checkpoint['step']} steps already, more than "
+                      f"--max_iters={given['max_iters']}; {START_OVER}")
     for k in changed:
         say(f"{k}: {before[k]} -> {given[k]}")
     return Config(**{**before, **given})
 
 def fill_in(cfg, device, pretrained):
-    """Replaces each None whose default depends on the device."""
+    """Replaces each None whose default depends on the device; the shape of pretrained weights, and
+    what depends on that, only once it is known."""
     for k, v in {**PRESETS[device.type], **(FINE_TUNING if pretrained else {})}.items():
-        if getattr(cfg, k) is None:
+        if getattr(cfg, k) is None and not (pretrained and k in SHAPE):
             setattr(cfg, k, v)
-    if cfg.compile is None:     # it takes up to a minute, which only many steps bring back
+    if cfg.compile is None and cfg.d_state is not None:
+        # it takes up to a minute, which only many steps bring back
         compiles = fast and fast.compiles_well(device, cfg.d_state) and cfg.scan != "sequential"
         pays_from = 5000 if device.type == "cuda" else 1000 if compiles else math.inf
         cfg.compile = cfg.max_iters >= pays_from and not cfg.eval_only
 
 def load_pretrained(cfg, given, device):
-    """The model of --init_from, whose shape cfg takes over. Problem: there is none."""
-    if not (Path(cfg.init_from).is_dir() or ON_HUB.fullmatch(cfg.init_from)):
-        raise Problem("--init_from takes resume, scratch, a folder, or a name such as "
-                      f"state-spaces/mamba-130m, not '{cfg.init_from}'")
+    """(model, tokenizer) of --init_from; cfg takes over the shape of the model. With
+    --new_vocabulary the tokenizer does not matter, and is None. Problem: there is no such model."""
+    name, cache_dir = cfg.init_from, cfg.cache_dir or None
+    if not (Path(name).is_dir() or checkpoint_of(name) or ON_HUB.fullmatch(name)):
+        raise Problem("--init_from takes resume, scratch, a folder (of weights or of a run), or a "
+                      f"name such as state-spaces/mamba-130m, not '{name}'")
     if shape := [k for k in SHAPE if k in given]:
-        raise Problem(f"--{shape[0]} cannot be chosen: the weights of {cfg.init_from} have a shape "
-                      "of their own")
+        raise Problem(f"--{shape[0]} cannot be chosen: the weights of {name} have a shape of their "
+                      "own")
     try:
-        model = Mamba.from_pretrained(cfg.init_from, device, torch.float32, cfg.cache_dir or None,
-                                      dropout=cfg.dropout, scan=cfg.scan)
-    except ValueError as error:
-        raise Problem(f"--init_from={cfg.init_from}: {error}") from None
+        model = Mamba.from_pretrained(name, device, torch.float32, cache_dir, dropout=cfg.dropout,
+                                      scan=cfg.scan)
+        saved = None if cfg.new_vocabulary else read_tokenizer(name, cache_dir)
+        tokenizer = saved and load_tokenizer(saved)
+        check_usable(model, tokenizer, name)
+    except (ValueError, Problem) as error:
+        raise Problem(f"--init_from={name}: {error}") from None
     for k in SHAPE:
         setattr(cfg, k, getattr(model.config, k))
-    return model.train()
+    return model.train(), tokenizer
 
-def fit_vocabulary(config, meta, name):
-    """Makes the config of the weights of this name that of a model for the data that meta
-    describes. Problem: the data has tokens that they do not know."""
-    needed, known = meta["vocab_size"], config.vocab_size
-    tokenizer = f"{meta['tokenizer']['type']} tokenizer of {needed:,}"
-    if needed > known:
-        raise Problem(f"{name} has a vocabulary of {known:,}, too small for {meta['name']} with "
-                      f"its {tokenizer}; released weights want data prepared with "
-                      "--tokenizer=gpt-neox")
-    say(f"weights of {name}, whose vocabulary is {known:,}; the data has a {tokenizer}")
-    if needed < known:
+def fit_vocabulary(model, tokenizer, data, cfg):
+    """Makes the model of --init_from one for the tokens of the data. tokenizer: that of its
+    weights; if there is none, the embedding begins anew. Problem: the tokens are not the same."""
+    config, needed = model.config, data.tokenizer.vocab_size
+    kind = f"{data.meta['tokenizer']['type']} tokenizer of {needed:,}"
+    said = f"weights of {cfg.init_from}, whose vocabulary is {config.vocab_size:,}; the data has a"
+    if tokenizer is None:
+        torch.manual_seed(cfg.seed)
+        model.config = replace(config, vocab_size=needed)
+        fresh = Mamba(replace(model.config, n_layer=1)).to(model.device)
+        model.backbone["embedding"], model.lm_head = fresh.backbone["embedding"], fresh.lm_head
+        return say(f"{said} {kind}, whose embedding is learned anew")
+    theirs = ids_of(tokenizer)
+    if others := [token for token, i in ids_of(data.tokenizer).items() if theirs.get(token) != i]:
+        raise Problem(f"{data.folder} has other tokens than {cfg.init_from} ({others[0]!r} for "
+                      "one): give --dataset the text itself, which is then prepared in theirs, or "
+                      "learn an embedding of these tokens anew by --new_vocabulary")
+    say(f"{said} {kind}")
+    if needed < config.vocab_size:
         # The weights of the other tokens stay, but what the data does not know is never predicted.
         config.pad_vocab_size_multiple, config.vocab_size = config.padded_vocab_size, needed
+
+def ids_of(tokenizer):
+    """{token: id}"""
+    if hasattr(tokenizer, "chars"):
+        return {character: i for i, character in enumerate(tokenizer.chars)}
+    return tokenizer.tokenizer.get_vocab()
 
 def end_of_text(cfg, data):
     """The token at which --reset_at_eot resets, or None where there is nothing to reset.
@@ -203,8 +246,8 @@ def end_of_text(cfg, data):
     if cfg.reset_at_eot is None:
         cfg.reset_at_eot = token is not None
     # A step takes longer with it: not for a text that does not have the token.
-    found = (np.any(part == token) for tokens in (data.train, data.val)
-              for part in np.array_split(tokens, math.ceil(len(tokens) / 2 ** 24)))
+    found = (np.any(tokens[i:i + 2 ** 24] == token) for tokens in (data.train, data.val)
+             for i in range(0, len(tokens), 2 ** 24))
     return token if cfg.reset_at_eot and any(found) else None
 
 # ---- The pieces of the loop ----------------------------------------------------------------------
@@ -226,8 +269,7 @@ def get_batch(data, cfg, step, micro, rank, world, device):
 def windows(data, starts, length, device):
     """x and y, each (len(starts), length): the tokens from each start on, and one later. After the
     end of the data comes its beginning."""
-    places = np.asarray(starts)[:, None] + np.arange(length + 1)
-    tokens = torch.from_numpy(np.take(data, places, mode="wrap").astype(np.int64))
+    tokens = torch.from_numpy(data.windows(starts, length + 1).astype(np.int64))
     if device.type == "cuda":   # from pinned memory the copy does not wait for the work in flight
         tokens = tokens.pin_memory().to(device, non_blocking=True)
     tokens = tokens.to(device)
@@ -320,13 +362,19 @@ def evaluate_all(model, data, dtype, eot, part=2048):
         total += loss.item() * length
     return total / (len(data) - 1)
 
+def best_of(run, meta, out_dir):
+    return (f"best val loss {in_words(run.best_loss, meta)}, in {out_dir}. To write with it: "
+            f"python sample.py {as_flag('out_dir', out_dir)}")
+
 def in_words(loss, meta):
-    """A validation loss. Bits for a piece of text compare between tokenizers."""
+    """A loss. Bits for a piece of text compare between tokenizers; how many bytes a token has is
+    that of the validation text."""
     bits = loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
     return f"{loss:.4f} nats per token, {bits:.3f} bits per byte"
 
-def a_sample(model, tokenizer, prompt, cfg, dtype):
-    generator = torch.Generator().manual_seed(cfg.seed)
+def a_sample(model, tokenizer, prompt, cfg, dtype, step):
+    """A text of the model, another one at each step."""
+    generator = torch.Generator().manual_seed((cfg.seed << 32) + step)
     with common.autocast(model.device, dtype):
         ids = model.generate([prompt], cfg.sample_tokens, temperature=0.8, generator=generator)
     return f"---\n{tokenizer.decode(ids[0].tolist())}\n---"
@@ -340,6 +388,15 @@ def learning_rate(step, cfg):
     progress = min(1, (step - cfg.warmup_iters) / max(1, end - cfg.warmup_iters))
     return low + (cfg.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
+def tell_new_schedule(step, before, cfg):
+    """Says what the learning rate does where the flags of a run that goes on changed its course."""
+    old, new, last = (learning_rate(at, c) for at, c in ((step, before), (step, cfg),
+                                                         (cfg.max_iters, cfg)))
+    if old != new:
+        say(f"learning rate: {new:.3g} from step {step} on, where it would have been {old:.3g}; "
+            f"{last:.3g} at step {cfg.max_iters}. --learning_rate={old:.3g} --min_lr={old:.3g} "
+            "keep it where it was")
+
 def check_finite(step, saved_step, **values):
     """Problem if one of the values is not a finite number: the run is lost from here on."""
     if not all(map(math.isfinite, values.values())):
@@ -348,90 +405,202 @@ def check_finite(step, saved_step, **values):
         raise Problem(f"training diverged at step {step}: {seen}; {kept}"
                       "Try a lower --learning_rate")
 
-def save(out_dir, checkpoint, best):
+@dataclass
+class Run:
+    """How far a run has come, as it stands in its checkpoint."""
+    step: int = 0                   # how many are done
+    best_loss: float = math.inf     # of the evaluations
+    evaluated: int = -1             # the step of the last one
+    since_best: int = 0             # how many there were after the best one
+    train_loss: float | None = None     # of the last step that was logged
+
+    def evaluation_is_due(self, cfg):
+        at_one = self.step % cfg.eval_interval == 0 or self.step >= cfg.max_iters
+        return at_one and self.step != self.evaluated
+
+    def is_finished(self, cfg):
+        ends = self.step >= cfg.max_iters or 0 < cfg.patience <= self.since_best
+        return ends and self.step == self.evaluated
+
+def save(folder, checkpoint, best):
     """Writes ckpt.pt, the one before becoming ckpt.prev.pt, and if these weights are the best so
     far, what sample.py needs of them as best.pt. At step 0 nothing stays of a run before."""
-    begins, previous = checkpoint["step"] == 0, out_dir / "ckpt.prev.pt"
+    folder.make_again()
+    begins, previous = checkpoint["step"] == 0, folder.path / "ckpt.prev.pt"
     if best:
         needed = ("model", "model_config", "meta", "step", "best_loss")
         without_optimizer = {k: checkpoint[k] for k in needed}
-        write_whole(out_dir / "best.pt", lambda file: torch.save(without_optimizer, file))
-    write_whole(out_dir / "ckpt.pt", lambda file: torch.save(checkpoint, file),
+        write_whole(folder.path / "best.pt", lambda file: torch.save(without_optimizer, file))
+    write_whole(folder.path / "ckpt.pt", lambda file: torch.save(checkpoint, file),
                 previous=None if begins else previous)
     if begins:
         previous.unlink(missing_ok=True)
         if not best:
-            (out_dir / "best.pt").unlink(missing_ok=True)
+            (folder.path / "best.pt").unlink(missing_ok=True)
 
 COLUMNS = ("step", "tokens", "train_loss", "val_loss", "learning_rate", "tokens_per_s")
+NUMBER = r"\d{1,20}(?:\.\d+)?(?:e[-+]\d+)?"
+ROW = re.compile(rf"(\d{{1,20}}),{NUMBER},(?:{NUMBER})?,({NUMBER})?,{NUMBER},{NUMBER}", re.ASCII)
 
-def open_log(path, step, evaluated_step):
-    """A function that adds a row to log.csv. Of the rows there, those that the checkpoint of this
-    step, last evaluated at that one, does not know go: they are done again."""
-    def is_known(row):
-        values = row.split(",")
-        if len(values) != len(COLUMNS) or not values[0].isdigit():
-            return False    # cut off, when the run was killed
-        return int(values[0]) <= (evaluated_step if values[3] else step)
-    rows = path.read_text(errors="replace").splitlines()[1:] if path.exists() else []
-    text = "\n".join([",".join(COLUMNS), *filter(is_known, rows), ""])
-    write_whole(path, lambda file: file.write(text.encode()))
+class Log:
+    """The rows of log.csv. Of those that are there already, those that run, as its checkpoint has
+    it, does not know go when the first new one comes: these steps are done again."""
 
-    def add(*values):
-        with open(path, "a", newline="\n") as file:
-            print(*("" if value is None else value for value in values), sep=",", file=file)
-    return add
+    def __init__(self, folder, run):
+        self.folder, self.rows, self.whole, damaged = folder, [",".join(COLUMNS)], False, 0
+        path = folder.path / "log.csv"
+        with common.reading(path, "a log"):
+            lines = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else []
+        for line in (line.rstrip("\r") for line in lines):
+            row = ROW.fullmatch(line)
+            if row and int(row[1]) <= (run.evaluated if row[2] else run.step):
+                self.rows.append(row[0])
+            damaged += not row and line not in ("", self.rows[0])
+        if damaged:
+            say(f"{path}: {damaged} damaged {'row' if damaged == 1 else 'rows'} left out")
+
+    def add(self, *values):
+        self.folder.make_again()
+        path = self.folder.path / "log.csv"
+        self.rows.append(",".join("" if value is None else str(value) for value in values))
+        if self.whole and path.exists():
+            with open(path, "a", newline="\n") as file:
+                print(self.rows[-1], file=file)
+        else:
+            text = "\n".join([*self.rows, ""])
+            write_whole(path, lambda file: file.write(text.encode()))
+            self.whole = True
 
 class Stop:
-    """Within `with Stop() as stop`, stop is true once Ctrl-C or SIGTERM came, or nobody reads what
-    is printed. The second Ctrl-C stops at once, by a KeyboardInterrupt."""
+    """Within `with Stop(world) as stop`, stop is true once one of SIGNALS came, or nobody reads
+    what is printed. The handlers only note it: to print, lock or raise in the middle of anything
+    may fail. After the first signal one more Ctrl-C does what it did before, which in a script is
+    to stop at once; not under torchrun, which passes on what the processes may have got already."""
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")    # Windows lacks two of them
+
+    def __init__(self, world):
+        self.signal, self.told, self.alone, self.before = 0, False, world == 1, {}
 
     def __enter__(self):
-        self.signal = 0
         in_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
-        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-        self.handlers_before = {number: signal.signal(number, self.receive) for number in numbers}
+        for name in filter(vars(signal).get, self.SIGNALS) if in_main else ():
+            number = getattr(signal, name)
+            handler = signal.getsignal(number)
+            by_nohup = name == "SIGHUP" and handler is signal.SIG_IGN
+            if handler is not None and not by_nohup:    # None: one of C, which cannot be put back
+                self.before[number] = handler
+        for number in self.before:
+            signal.signal(number, self.receive)
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.handlers_before.items():
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def receive(self, number, frame):
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-        with contextlib.suppress(RuntimeError):  # Python cannot print in the middle of a print
-            say("stopping after this step; once more to stop at once")
+        self.signal = self.signal or number
+        if self.alone and signal.SIGINT in self.before:
+            signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     def __bool__(self):
         if say.unread and not self.signal:
             self.signal = 13    # SIGPIPE, which Windows does not have
         return self.signal != 0
 
-    def agreed(self, world, device):
+    def agreed(self, device):
         """True on all processes at the same step once one of them was told to stop."""
-        if world > 1:
-            told = torch.tensor(self.signal if self else 0, device=device)
-            dist.all_reduce(told, dist.ReduceOp.MAX)
-            self.signal = int(told)
+        if not self.alone:
+            first = torch.tensor(self.signal if self else 0, device=device)
+            dist.all_reduce(first, dist.ReduceOp.MAX)
+            self.signal = int(first)
+        if self and not self.told:
+            say(f"stopping after this step{'; once more to stop at once' * self.alone}")
+            self.told = True
         return bool(self)
 
+def processes():
+    """(rank, world): the number of this process and how many there are, as torchrun says; without
+    it (0, 1). Problem: only some of what it sets is there."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    there = {name: os.environ[name] for name in names if name in os.environ}
+    if not {"RANK", "WORLD_SIZE"} & there.keys():
+        return 0, 1
+    rank, world = there.get("RANK", "0"), there.get("WORLD_SIZE", "1")
+    if (rank, world) == ("0", "1"):
+        return 0, 1
+    if len(there) < len(names) or not (rank + world).isdecimal() or int(rank) >= int(world):
+        os.environ.pop("LOCAL_RANK", None)      # or nobody tells this
+        raise Problem(f"{', '.join(f'{k}={v}' for k, v in there.items())} in the environment: "
+                      f"torchrun sets all of {', '.join(names)}. Start with it, or unset these")
+    return int(rank), int(world)
+
+def join_others(rank, world, device):
+    """Problem: the processes do not find each other."""
+    on_gpu = device.type == "cuda"
+    try:
+        store, *_ = next(dist.rendezvous("env://"))
+        # When torchrun starts all anew, the addresses of those before are still in there.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
+                                world_size=world, device_id=device if on_gpu else None)
+    except (RuntimeError, ValueError) as error:
+        raise Problem("the processes do not find each other at MASTER_ADDR, MASTER_PORT: "
+                      f"{error}") from None
+
+def of_first(make, rank, world, device):
+    """What make() returns in the first process, in all of them: machines need not share a disk.
+    A Problem there is one in all."""
+    made = [None, None]
+    try:
+        made[0] = make() if rank == 0 else None
+    except Problem as problem:
+        made[1] = problem
+    if world > 1:
+        dist.broadcast_object_list(made, device=device)
+    if made[1]:
+        raise made[1]
+    return made[0]
+
 @contextlib.contextmanager
-def first_process_first(rank, world):
-    """What one process prepares and downloads within it, the others then find."""
-    if rank > 0:
+def first_process_first(world):
+    """What the first process of each machine prepares and downloads within it, its others find."""
+    first_here = world == 1 or common.is_first_here()
+    if not first_here:
         dist.barrier()
-    yield
-    if rank == 0 and world > 1:
+    yield first_here
+    if first_here and world > 1:
         dist.barrier()
+
+def use_threads(before, at_end):
+    """Computes on as many threads as the run did before, or says that it cannot: their number is
+    in the last bits of every sum."""
+    now = torch.get_num_threads()
+    if before in (None, now):
+        return
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    if before <= len(cores):
+        at_end.callback(torch.set_num_threads, now)
+        torch.set_num_threads(before)
+        say(f"threads: {before} as before, not {now}, so that the run goes on exactly")
+    else:
+        say(f"threads: {now}, and {before} before: from here on the last bits may differ from "
+            "those of a run that was not interrupted")
+
+OVERFITTING = 3     # evaluations after the best one, while the loss in training is lower
+TELL = 3    # seconds between two lines on the progress, where no terminal shows a bar
 
 def main(cfg, given):
     """Trains as cfg, a Config, says. given: {name: value} of the flags that the person gave: these
-    a run that goes on takes over, and all else is as in its checkpoint."""
+    a run that goes on takes over, and all else is as in its checkpoint. Returns the status to exit
+    with: 0, or 128 and the number of the signal that stopped it."""
+    with contextlib.ExitStack() as at_end:
+        return train(cfg, given, at_end)
+
+def train(cfg, given, at_end):
+    """What main does. at_end gives back what it holds: the folder, the number of threads."""
     # Who am I? Under torchrun one of several processes (world), each with a number (rank) and on a
     # GPU of its own.
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = processes()
     master = rank == 0      # it prints and saves
     if world > 1 and cfg.device in ("auto", "cuda") and torch.cuda.is_available():
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
@@ -443,47 +612,52 @@ def main(cfg, given):
     dtype = common.pick_dtype(cfg.dtype, device)
     if device.type == "cuda":
         common.repeatable()
+    if world > 1:
+        join_others(rank, world, device)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and cfg.init_from == "scratch":
+        cfg.init_from = "resume"    # torchrun has begun it, and starts it again after a failure
 
-    # The settings, and the checkpoint that the run goes on from, if there is one
-    out_dir = folder_of(cfg)
-    newest, previous = out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt"
-    begun = newest.exists() or previous.exists()
-    pretrained = cfg.init_from not in ("resume", "scratch")
-    locked = common.lock(out_dir) if begun and master and not cfg.eval_only else None
-    checkpoint = None
-    if begun and cfg.init_from != "scratch":
-        checkpoint = common.load_checkpoint(newest, previous)
-        if not pretrained:
-            given.pop("init_from", None)    # "resume" is no wish to change how the run began
-        cfg = go_on_as(given, checkpoint, out_dir)
+    # The settings, and the checkpoint that the run goes on from, if there is one. The folder is
+    # this run's alone before anything in it is looked at.
+    folder = common.RunFolder(Path(cfg.out_dir or Path("out", dataset_name(cfg.dataset))))
+
+    def open_run():
+        if not cfg.eval_only:
+            at_end.enter_context(folder)
+        return settings(cfg, given, folder.path)
+    cfg, checkpoint = of_first(open_run, rank, world, device)
+    pretrained = cfg.init_from not in ("resume", "scratch") and not checkpoint
     fill_in(cfg, device, pretrained)
-    scan = common.pick_scan(cfg.scan, device, dtype, cfg.d_state)
-    if cfg.eval_only and not (checkpoint or pretrained):
-        raise Problem(f"--eval_only needs a checkpoint, and {out_dir} has none; train first, or "
-                      "give its --out_dir")
+    if cfg.new_vocabulary and cfg.init_from in ("resume", "scratch"):
+        raise Problem("--new_vocabulary goes with weights to begin with: --init_from=<folder>")
     if cfg.bptt > 1 and not cfg.carry_state:
         raise Problem("--bptt goes with --carry_state; without it take a longer --block_size")
     if cfg.batch_size % world:
         raise Problem(f"--batch_size={cfg.batch_size} cannot be shared evenly by {world} processes")
 
     # The data
-    if world > 1:
-        on_gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    with first_process_first(rank, world):
-        if pretrained and not checkpoint:
-            model = load_pretrained(cfg, given, device)
-        data = open_data(cfg.dataset, cfg.data_dir, cfg.block_size, may_prepare=master)
+    with first_process_first(world) as first_here:
+        tokenizer = None    # which open_data makes, if the text is not prepared
+        if pretrained:
+            model, tokenizer = load_pretrained(cfg, given, device)
+            fill_in(cfg, device, pretrained)    # now that the shape is known
+        elif cfg.init_from not in ("resume", "scratch") and not cfg.new_vocabulary:
+            tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
+        scan = common.pick_scan(cfg.scan, device, dtype, cfg.d_state)
+        data = open_data(cfg.dataset, cfg.data_dir, cfg.block_size, first_here, tokenizer)
     meta, eot = data.meta, end_of_text(cfg, data)
-    for key, what in (("tokenizer", "has another vocabulary"), ("sha256", "learns another text")):
+    for key, what in (("tokenizer", "another vocabulary"), ("sha256", "another text")):
+        if meta[key] != of_first(functools.partial(meta.get, key), rank, world, device):
+            raise Problem(f"{data.folder} of this machine has {what} than that of the first one")
         if checkpoint and checkpoint["meta"][key] != meta[key]:
-            raise Problem(f"the checkpoint in {out_dir} {what} than {data.folder}; {START_OVER}")
+            raise Problem(f"the checkpoint in {folder.path} learns {what} than {data.folder}; "
+                          f"{START_OVER}")
 
     # The model
     if checkpoint:
         model = common.load_model(checkpoint, dropout=cfg.dropout, scan=cfg.scan).to(device)
     elif pretrained:
-        fit_vocabulary(model.config, meta, cfg.init_from)
+        fit_vocabulary(model, tokenizer, data, cfg)
     else:
         torch.manual_seed(cfg.seed)
         both = {f.name: getattr(cfg, f.name) for f in fields(MambaConfig) if hasattr(cfg, f.name)}
@@ -493,31 +667,35 @@ def main(cfg, given):
     say(f"{data.folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to "
         f"validate, vocabulary of {meta['vocab_size']:,}")
 
-    # The optimizer, and where the run stands: step is how many steps are done
+    # The optimizer, and where the run stands
     optimizer = model.configure_optimizers(cfg.learning_rate, cfg.weight_decay,
                                            (cfg.beta1, cfg.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    step, best_loss, evaluated_step, train_loss = 0, math.inf, -1, None
+    run = Run()
     if checkpoint:
-        step, best_loss = checkpoint["step"], checkpoint["best_loss"]
-        evaluated_step, train_loss = checkpoint["evaluated"], checkpoint["train_loss"]
+        run = Run(**{f.name: checkpoint.get(f.name, f.default) for f in fields(Run)})
         moments = checkpoint["optimizer"]["state"]      # its learning rate, ... come from the flags
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         if scaler.is_enabled() and checkpoint["scaler"]:    # empty after steps in another dtype
             scaler.load_state_dict(checkpoint["scaler"])
     if cfg.eval_only:
         val_loss = evaluate(model, data.val, cfg, dtype, eot, stop=False)
-        say(f"step {step}: val loss {in_words(val_loss, meta)}")
+        say(f"step {run.step}: val loss {in_words(val_loss, meta)}")
         all_loss = evaluate_all(model, data.val, dtype, eot)
         say(f"the whole validation text, read once: {in_words(all_loss, meta)}")
-        return
-    if evaluated_step >= cfg.max_iters:
-        say(f"{out_dir} is finished: {step} steps, best val loss {best_loss:.4f}. "
-            f"Look with: python sample.py --out_dir={out_dir}\n"
-            f"Go on with --max_iters={2 * step}, or start over with --init_from=scratch")
-        return
-    say(f"going on from step {step} of {cfg.max_iters}" if checkpoint else
-        f"{cfg.max_iters} steps, into {out_dir}")
+        return 0
+    if run.is_finished(cfg):
+        more = f"--max_iters={2 * run.step}" if run.step >= cfg.max_iters else "--patience=0"
+        say(f"{folder.path} is finished: {run.step} steps, {best_of(run, meta, folder.path)}\n"
+            f"Go on with {more}, or start over with --init_from=scratch")
+        return 0
+    if checkpoint:
+        say(f"going on from step {run.step} of {cfg.max_iters}")
+        tell_new_schedule(run.step, Config(**checkpoint["config"]), cfg)
+        if device.type == "cpu":
+            use_threads(checkpoint.get("threads"), at_end)
+    else:
+        say(f"{cfg.max_iters} steps, into {folder.path}")
 
     # How gradients are computed: as the model stands there, compiled, or replayed as CUDA graphs
     if cfg.checkpointing:
@@ -528,8 +706,10 @@ def main(cfg, given):
     batch = get_batch(data.train, cfg, 0, 0, rank, world, device)   # to try it with
     calls = gradients_by(model, *of_this_run)
     if cfg.compile:
-        compiled = gradients_by(torch.compile(model), *of_this_run)
+        say("compiling, up to a minute ...")
+        compiled, began = gradients_by(torch.compile(model), *of_this_run), time.perf_counter()
         if common.works_here("torch.compile", lambda: compiled[0](*batch)):
+            say(f"compiled in {time.perf_counter() - began:.0f} s")
             calls = compiled
     # A graph can hold neither the scaler of float16, which the first loss makes, nor checkpointing,
     # which sets the random state.
@@ -547,54 +727,60 @@ def main(cfg, given):
     def everything():
         """All that a run needs to go on from here."""
         return {"model": model.state_dict(), "model_config": asdict(model.config), "meta": meta,
-                "step": step, "best_loss": best_loss, "evaluated": evaluated_step,
-                "train_loss": train_loss, "config": asdict(cfg),
+                **asdict(run), "threads": torch.get_num_threads(), "config": asdict(cfg),
                 "carried": carried and gather(carried, world),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
 
-    def evaluation_is_due():
-        return step % cfg.eval_interval == 0 or step >= cfg.max_iters
-
     # The loop
     if master:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        locked = locked or common.lock(out_dir)     # until this process ends
-        if checkpoint and checkpoint["path"] == previous:
-            os.replace(previous, newest)    # which is damaged: it must not become the previous one
-        log = open_log(out_dir / "log.csv", step, evaluated_step)
+        if checkpoint and checkpoint["path"].name == "ckpt.prev.pt":
+            newest = folder.path / "ckpt.pt"    # which is damaged: it must not become the previous
+            if newest.is_dir():
+                newest.rmdir()
+            os.replace(checkpoint["path"], newest)
+        log = Log(folder, run)
     tokens_per_step = batch[0].numel() * world * cfg.gradient_accumulation_steps
-    saved_step = step if checkpoint else None
-    speed, clock, clock_step = 0, time.perf_counter(), step
-    bar = tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True,
+    saved_step = run.step if checkpoint else None
+    speed, clock, clock_step, told = 0, time.perf_counter(), run.step, time.perf_counter()
+    bar = tqdm(total=cfg.max_iters, initial=run.step, unit="step", dynamic_ncols=True,
                disable=None if master else True)
-    with Stop() as stop, bar:
+    with Stop(world) as stop, bar:
         while True:
-            if step != evaluated_step and evaluation_is_due():
+            if run.evaluation_is_due(cfg):
                 val_loss = evaluate(model, data.val, cfg, dtype, eot, stop)
-                if stop.agreed(world, device):
+                if stop.agreed(device):
                     break
-                check_finite(step, saved_step, val_loss=val_loss)
-                best = val_loss < best_loss
-                evaluated_step, best_loss = step, min(val_loss, best_loss)
+                check_finite(run.step, saved_step, val_loss=val_loss)
+                best = val_loss < run.best_loss
+                run.evaluated, run.best_loss = run.step, min(val_loss, run.best_loss)
+                run.since_best = 0 if best else run.since_best + 1
                 checkpoint = everything()
                 if master:
-                    log(step, step * tokens_per_step, train_loss, val_loss,
-                        learning_rate(max(step - 1, 0), cfg), speed)
-                    save(out_dir, checkpoint, best)
-                    say(f"step {step}: val loss {in_words(val_loss, meta)}{', best' * best}")
-                    say(a_sample(model, data.tokenizer, data.val[:1].tolist(), cfg, dtype))
-                saved_step = step
-                clock, clock_step = time.perf_counter(), step
-            if step >= cfg.max_iters:
+                    log.add(run.step, run.step * tokens_per_step, run.train_loss, val_loss,
+                            learning_rate(max(run.step - 1, 0), cfg), speed)
+                    save(folder, checkpoint, best)
+                say(f"step {run.step}: val loss {in_words(val_loss, meta)}{', best' * best}")
+                if run.since_best == OVERFITTING and run.train_loss < val_loss:
+                    say(f"for {OVERFITTING} evaluations validation was worse than its best, while "
+                        "the loss in training is lower: the model learns this text by heart. More "
+                        "text helps, a higher --dropout or a smaller model; best.pt is from before")
+                if master and cfg.sample_tokens:
+                    prompt = data.val[:1].tolist()
+                    say(a_sample(model, data.tokenizer, prompt, cfg, dtype, run.step))
+                saved_step = run.step
+                clock, clock_step = time.perf_counter(), run.step
+                if run.is_finished(cfg) and run.step < cfg.max_iters:
+                    say(f"no better for {run.since_best} evaluations: --patience ends the run")
+            if run.is_finished(cfg):
                 break
 
             # Dropout too is a function of seed, step and rank: no random state has to be kept.
-            torch.manual_seed((cfg.seed << 32) + step * world + rank)
+            torch.manual_seed((cfg.seed << 32) + run.step * world + rank)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, cfg)
+                group["lr"] = learning_rate(run.step, cfg)
             total = torch.zeros((), device=device)
             for micro in range(cfg.gradient_accumulation_steps):
-                x, y = get_batch(data.train, cfg, step, micro, rank, world, device)
+                x, y = get_batch(data.train, cfg, run.step, micro, rank, world, device)
                 total += more_gradients(x, y) if micro else first_gradients(x, y)
             if world > 1:
                 average([p.grad for p in model.parameters() if p.grad is not None], world)
@@ -602,43 +788,48 @@ def main(cfg, given):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             scaler.step(optimizer)
             scaler.update()
-            step += 1
+            run.step += 1
             bar.update()
 
-            stopping, log_now = stop.agreed(world, device), step % cfg.log_interval == 0
-            if stopping or log_now or evaluation_is_due():
+            stopping, log_now = stop.agreed(device), run.step % cfg.log_interval == 0
+            if stopping or log_now or run.evaluation_is_due(cfg):
                 if world > 1:
                     dist.all_reduce(total)
-                train_loss = total.item() / world   # waits for the device
+                run.train_loss = total.item() / world   # waits for the device
                 # a scaler skips a step whose gradients are not finite
-                check_finite(step, saved_step, loss=train_loss,
+                check_finite(run.step, saved_step, loss=run.train_loss,
                              gradient_norm=0 if scaler.is_enabled() else norm.item())
             if log_now and master:
-                speed = round((step - clock_step) * tokens_per_step / (time.perf_counter() - clock))
-                clock, clock_step = time.perf_counter(), step
-                log(step, step * tokens_per_step, train_loss, "", learning_rate(step - 1, cfg),
-                    speed)
-                bar.set_postfix(loss=f"{train_loss:.3f}", tok_s=f"{speed:,}")
+                seconds = max(time.perf_counter() - clock, 1e-9)
+                speed = round((run.step - clock_step) * tokens_per_step / seconds)
+                clock, clock_step = time.perf_counter(), run.step
+                log.add(run.step, run.step * tokens_per_step, run.train_loss, "",
+                        learning_rate(run.step - 1, cfg), speed)
+                bar.set_postfix(loss=f"{run.train_loss:.3f}", tok_s=f"{speed:,}")
+                if not sys.stdout.isatty() and clock > told + TELL:
+                    told, tokens_left = clock, (cfg.max_iters - run.step) * tokens_per_step
+                    say(f"step {run.step} of {cfg.max_iters}: loss {in_words(run.train_loss, meta)}"
+                        f", {speed:,} tokens/s, {tqdm.format_interval(tokens_left / speed)} left")
             if stopping:
                 break
 
         # Stopped between two evaluations. best.pt stays: nobody has evaluated these weights.
-        if step != saved_step:
+        if run.step != saved_step:
             checkpoint = everything()
             if master:
-                save(out_dir, checkpoint, best=False)
+                save(folder, checkpoint, best=False)
         if world > 1:
             dist.barrier()
             dist.destroy_process_group()
 
     # Goodbye
-    if stop and evaluated_step < cfg.max_iters:
+    if stop and not run.is_finished(cfg):
         again = " (without --init_from=scratch)" if given.get("init_from") == "scratch" else ""
-        say(f"stopped after step {step} of {cfg.max_iters}, saved in {out_dir}; the same command "
-            f"goes on from there{again}")
-        sys.exit(128 + stop.signal)
-    say(f"done: best val loss {best_loss:.4f}, in {out_dir}. Look with: python sample.py "
-        f"--out_dir={out_dir}")
+        say(f"stopped after step {run.step} of {cfg.max_iters}, saved in {folder.path}; the same "
+            f"command goes on from there{again}")
+        return 128 + stop.signal
+    say(f"done: {best_of(run, meta, folder.path)}")
+    return 0
 
 if __name__ == "__main__":
-    common.run(main, Config)
+    common.run(main, Config, interrupt=common.end_at_once)

@@ -636,7 +636,7 @@ def _cuts(batch, L, d_inner, warps):
 INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
 FORWARD = f"({INPUTS}, Tensor? state, bool softplus, bool keep) -> ({', '.join(['Tensor'] * 5)})"
 BACKWARD = ("(Tensor gy, Tensor? glast, Tensor states, Tensor BC, Tensor A2, Tensor u, Tensor delta, Tensor? D, Tensor? z, "
-            f"Tensor? delta_bias, bool softplus, bool has_state) -> ({', '.join(['Tensor'] * 6)})")
+            f"Tensor? delta_bias, bool softplus, bool has_state, ScalarType BC_dtype) -> ({', '.join(['Tensor'] * 6)})")
 
 
 def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
@@ -667,8 +667,8 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     return (y, last, states, BC, A2) if keep else (y, last, *(A.new_empty(0) for _ in range(3)))
 
 
-def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus, has_state):
-    """gu, gdelta, gz; gB and gC as (B, 2, N, Lp); gA, gD, gbias as (N + 2, D); gstate (B, N, D), if there is a state."""
+def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus, has_state, BC_dtype):
+    """gu, gdelta, gz; gB and gC as (2, B, L, N); gA, gD, gbias as (N + 2, D); gstate (B, N, D), if there is a state."""
     (batch, L, d_inner), N = u.shape, len(A2)
     tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner, FILL_BACK)
     gy, u, delta, z = _aligned(gy, u, delta, z)
@@ -695,7 +695,8 @@ def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus, h
             tiles=2 * per_chunk, slots=states.shape[1], u_b=u_b, u_l=u_l, g_b=g_b, g_l=g_l, HAS_D=D is not None,
             EXACT=u.dtype != torch.bfloat16, maxnreg=168, **common)
     gstate = adjoint[:, 0, -1].contiguous() if has_state else A2.new_empty(0)
-    return gu, gdelta, gz, parts.sum(0), sums.sum((0, 1, 3)), gstate
+    gBC = A2.new_empty(2, batch, L, N, dtype=BC_dtype).copy_(parts.sum(0)[..., :L].permute(1, 0, 3, 2))
+    return gu, gdelta, gz, gBC, sums.sum((0, 1, 3)), gstate
 
 
 def _setup(ctx, inputs, output):
@@ -709,8 +710,8 @@ def _gradients_of(back, ctx, gy, glast, _gstates, _gBC, _gA2):
     saved = ctx.saved_tensors       # taken once: a checkpoint computes them for one taking
     _, _, A2, u, _, D, z, delta_bias = saved
     gy = torch.zeros_like(u) if gy is None else gy
-    gu, gdelta, gz, gBC, sums, gstate = back(gy, glast, *saved, ctx.softplus, ctx.has_state)
-    gB, gC = gBC[..., :u.shape[1]].transpose(2, 3).unbind(1)
+    BC_dtype = ctx.B_dtype if ctx.B_dtype == ctx.C_dtype else torch.float32
+    gu, gdelta, gz, (gB, gC), sums, gstate = back(gy, glast, *saved, ctx.softplus, ctx.has_state, BC_dtype)
     gA, gD, gbias = sums[:len(A2)].t(), sums[-2], sums[-1]
     return (gu, gdelta, gA, gB.to(ctx.B_dtype), gC.to(ctx.C_dtype), None if D is None else gD, None if z is None else gz,
             None if delta_bias is None else gbias, gstate.transpose(1, 2) if ctx.has_state else None, None, None)
@@ -736,10 +737,10 @@ def _(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
 
 
 @_backward.register_fake
-def _(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus, has_state):
-    (batch, _, d_inner), N = u.shape, len(A2)
+def _(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus, has_state, BC_dtype):
+    (batch, L, d_inner), N = u.shape, len(A2)
     gu, gdelta, gz = (u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (u, delta, z))
-    return (gu, gdelta, gz, A2.new_empty(batch, 2, N, BC.shape[2]), A2.new_empty(N + 2, d_inner),
+    return (gu, gdelta, gz, A2.new_empty(2, batch, L, N, dtype=BC_dtype), A2.new_empty(N + 2, d_inner),
             A2.new_empty((batch, N, d_inner) if has_state else 0))
 
 
@@ -873,7 +874,7 @@ def _run_conv(x, weight, bias, state):
 def _cuts_of_conv(L, W):
     """Steps of a program in the backward pass, and programs side by side."""
     steps = max(64, 8 * -(-(W - 1) // 8))
-    return steps, (L + W - 1 + steps - 1) // steps      # rounded up as a compiler follows it for any L
+    return steps, -(-(L + W - 1) // steps)
 
 
 def _run_conv_back(gy, x, weight, bias, state):
@@ -919,8 +920,9 @@ def _(x, weight, bias, state):
 
 @_conv_backward.register_fake
 def _(gy, x, weight, bias, state):
-    (batch, L, d_inner), W = x.shape, weight.shape[2]
-    sums = weight.new_empty(batch, _cuts_of_conv(L, W)[1], W + 1, d_inner, dtype=torch.float32)
+    # a number of its own: what depends on L would make a compiler ask whether it is 1
+    chunks, (batch, _, d_inner), W = library.get_ctx().new_dynamic_size(), x.shape, weight.shape[2]
+    sums = weight.new_empty(batch, chunks, W + 1, d_inner, dtype=torch.float32)
     return x.new_empty(x.shape), sums, x.new_empty(0) if state is None else torch.empty_like(state)
 
 

@@ -1,0 +1,325 @@
+"""
+Mamba-2 (arXiv 2405.21060): the block of mamba.py, rebuilt so that its scan is matrix products. It
+imports from mamba.py what both share. Parameters have the names of the released mamba2-* weights.
+
+How it differs from Mamba-1
+- The channels form heads, as in attention. A channel of Mamba-1 has its own step size delta and N
+  rates of forgetting. A head of Mamba-2 has one delta and one rate for all of its P channels and
+  all their N numbers: the decay of one step is one number, exp(delta * A).
+- B and C are shared by all heads of a group, mostly by all there are, as keys and queries are in
+  multi-query attention. What a head remembers is a matrix (P, N), and N can be larger: 128, not 16.
+- One projection of the input makes all: z, u, B, C and delta. In Mamba-1 delta, B and C come from a
+  second projection, behind the convolution; here the convolution goes over u, B and C.
+- The gate is followed by an RMSNorm, which keeps large models stable.
+
+Why it is faster
+With one decay for a head, the recurrence written out is, with a = delta * A,
+
+    y_t = sum over s <= t of  (C_t . B_s) * exp(a_{s+1} + ... + a_t) * delta_s u_s
+
+This is attention without its softmax: C are the queries, B the keys, u the values, and decays take
+the place of positions. So there are two ways to compute the same, and the paper calls that state
+space duality: as attention, which is matrix products but quadratic in the length, or as a
+recurrence, which is linear but works on single numbers. `chunked` takes the best of both: attention
+within chunks of some 64 steps, and from chunk to chunk the state. All that is large in it is done
+by matrix products, for which CPUs and GPUs are built. In Mamba-1 each channel and each of its N
+numbers has another decay, so that no matrix of decays could serve more than one of them.
+
+Glossary: that of mamba.py, and in shapes H heads of P = headdim channels, D = H * P, G = ngroups
+groups of heads, T steps of a chunk, K chunks. The state h is (B, H, P, N).
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mamba import Linear, MambaConfig, beginnings, conv_silu
+
+__all__ = ["Mamba2Block", "Mamba2Config", "Mamba2State", "ssd"]
+METHODS = ("auto", "sequential", "chunked")
+FORGET = -1024.0    # a delta * A after which nothing is left: its exp is 0, in float64 too
+
+
+@dataclass
+class Mamba2Config(MambaConfig):
+    """What Mamba-2 has besides; the defaults are mamba2-130m. A bad value is a ValueError."""
+    d_state: int = 128
+    pad_vocab_size_multiple: int = 16
+    headdim: int = 64                   # channels of a head
+    ngroups: int = 1                    # groups of heads that share B and C
+    chunk_size: int = 64                # steps of a chunk; changes the speed alone
+    A_init_range: tuple = (1, 16)       # at initialisation -A is uniform in it
+    dt_limit: tuple = (0.0, math.inf)   # delta is clamped to it
+    rmsnorm: bool = True                # a norm behind the gate ...
+    norm_before_gate: bool = False      # ... or before it
+
+    def __post_init__(self):
+        super().__post_init__()
+        low, high = self.A_init_range
+        least, most = self.dt_limit
+        for name, right, need in (
+                ("headdim", self.d_inner % self.headdim == 0, f"a divisor of {self.d_inner}"),
+                ("ngroups", self.nheads % self.ngroups == 0, f"a divisor of {self.nheads} heads"),
+                ("chunk_size", self.chunk_size <= 256, "at most 256"),
+                ("A_init_range", 0 < low <= high, "two numbers above 0, the smaller one first"),
+                ("dt_limit", 0 <= least <= most, "two numbers from 0 on, the smaller one first"),
+                ("scan", self.scan in METHODS, f"one of {', '.join(METHODS)} for Mamba-2")):
+            if not right:
+                raise ValueError(f"{name} must be {need}, not {getattr(self, name)!r}")
+
+    nheads = property(lambda self: self.d_inner // self.headdim)
+
+# ---- The scan ------------------------------------------------------------------------------------
+
+def ssd(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False, state=None,
+        return_last_state=False, method="auto", mask=None, seq_idx=None, dt_limit=(0.0, math.inf),
+        chunk_size=64):
+    """The recurrence of Mamba-2 (paper, section 6), of each head and step:
+
+        delta_t = softplus(delta_t + delta_bias), clamped to dt_limit     softplus: delta_softplus
+        h_t     = exp(delta_t A) h_{t-1} + delta_t u_t (outer) B_t        h_0 = state, or zeros
+        y_t     = h_t C_t + D u_t                                         D is optional
+
+    u: (B, L, H, P).  delta: (B, L, H).  A: (H,), negative.  B, C: (B, L, G, N), of which each of
+    the G groups serves H / G heads.  D, delta_bias: (H,).  state: (B, H, P, N).
+    Returns y (B, L, H, P) in the type of u, or (y, last_state), which is (B, H, P, N) in float32,
+    and from which a later call goes on. Computes in float32 (float64 if u is float64) whatever the
+    inputs are. Differentiable in every tensor, any number of times.
+    method: "sequential" (the loop) | "chunked" (matrix products, in chunks of chunk_size steps, up
+    to 256) | "auto", the loop for one step and chunks for more.  mask, seq_idx: (B, L), as in
+    selective_scan of mamba.py.  ValueError: inputs that do not fit, or an unknown method."""
+    if u.dim() != 4 or B.dim() != 4 or u.shape[1] == 0 or u.shape[2] % B.shape[2] != 0:
+        raise ValueError("u must be (B, L, H, P) and B (B, L, G, N), L > 0, G a divisor of H, not "
+                         f"{[*u.shape]} and {[*B.shape]}")
+    (batch, length, heads, headdim), (groups, d_state) = u.shape, B.shape[2:]
+    for name, tensor, shape in (
+            ("u", u, u.shape), ("delta", delta, u.shape[:3]), ("A", A, (heads,)),
+            ("B", B, (batch, length, groups, d_state)), ("C", C, (batch, length, groups, d_state)),
+            ("D", D, (heads,)), ("delta_bias", delta_bias, (heads,)),
+            ("state", state, (batch, heads, headdim, d_state)), ("mask", mask, u.shape[:2]),
+            ("seq_idx", seq_idx, u.shape[:2])):
+        if tensor is not None and (tensor.shape != shape or tensor.is_complex()):
+            raise ValueError(f"{name} must be {tuple(shape)} to fit u {tuple(u.shape)}, and real, "
+                             f"not {tuple(tensor.shape)} {tensor.dtype}")
+    if method not in METHODS or not 1 <= chunk_size <= 256:
+        raise ValueError(f"method must be one of {', '.join(METHODS)} and chunk_size 1 to 256, not "
+                         f"{method!r} and {chunk_size}")
+    dtype, number = u.dtype, torch.promote_types(u.dtype, torch.float32)
+    if state is None:
+        state = u.new_zeros(batch, heads, headdim, d_state, dtype=number)
+    with torch.autocast(u.device.type, enabled=False):      # it would run the products in 16 bits
+        u, delta, A, B, C, h = (t.to(number) for t in (u, delta, A, B, C, state))
+        if delta_bias is not None:
+            delta = delta + delta_bias
+        if delta_softplus:
+            delta = F.softplus(delta)
+        delta = delta.clamp(*dt_limit)
+        if mask is not None:
+            delta = delta.masked_fill(~mask[..., None], 0)
+        a = delta * A                                                       # (B, L, H)
+        if seq_idx is not None:     # nothing is left of the document before
+            a = a.masked_fill(beginnings(seq_idx, mask)[..., None], FORGET)
+        if method == "sequential" or batch == 0 or (method == "auto" and length == 1):
+            y, h = one_by_one(u, delta, a, B, C, h)
+            direct = D
+        else:
+            y, h = in_chunks(u, delta, a, B, C, h, chunk_size)
+            own = of_heads((B * C).sum(-1), heads) * delta      # step t itself, not in in_chunks
+            direct = own if D is None else own + D
+        if direct is not None:
+            y = y + u * direct[..., None]
+    return (y.to(dtype), h) if return_last_state else y.to(dtype)
+
+def of_heads(t, heads):
+    """(B, L, G, ...) of the groups -> (B, L, H, ...), that of its group for each head."""
+    return t.repeat_interleave(heads // t.shape[2], dim=2)
+
+def one_by_one(u, delta, a, B, C, h):
+    """The recurrence as written: one step after the other. a: (B, L, H), delta * A."""
+    B, C, ys = of_heads(B, u.shape[2]), of_heads(C, u.shape[2]), []         # (B, L, H, N)
+    for u_t, delta_t, a_t, B_t, C_t in zip(*(t.unbind(1) for t in (u, delta, a, B, C))):
+        new = (delta_t[..., None] * u_t)[..., None] * B_t[:, :, None]       # (B, H, P, N)
+        h = torch.exp(a_t)[..., None, None] * h + new
+        ys.append((h @ C_t[..., None]).squeeze(-1))                         # (B, H, P)
+    return torch.stack(ys, dim=1), h                            # (B, L, H, P), (B, H, P, N)
+
+def in_chunks(u, delta, a, B, C, h, steps):
+    """What one_by_one computes, by matrix products, but y_t without u_t's own part: what step t
+    reads of all before it, C_t . exp(a_t) h_{t-1}. Memory: 64 chunks at a time."""
+    if torch.compiler.is_compiling() or u.shape[1] <= 64 * steps:
+        return chunked(u, delta, a, B, C, h, steps)
+    ys = []
+    for part in zip(*(t.split(64 * steps, dim=1) for t in (u, delta, a, B, C))):
+        y, h = chunked(*part, h, steps)
+        ys.append(y)
+    return torch.cat(ys, dim=1), h
+
+def chunked(u, delta, a, B, C, h, steps):
+    """in_chunks for some chunks at once, in the four steps of the paper's listing 1."""
+    (batch, length, heads, headdim), (groups, d_state) = u.shape, B.shape[2:]
+    any_length = torch.compiler.is_compiling()      # what it compiles is to serve all of them
+    steps = steps if any_length else min(steps, length)
+    chunks = (length + steps - 1) // steps
+    padding = chunks * steps - length       # steps with delta 0, which change nothing
+    a = a.masked_fill(a < -32, FORGET)      # 1e-14 is as good as 0, and needs no gradient
+    parts = u, delta, a, B, C
+    if any_length or padding > 0:
+        parts = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, padding)) for t in parts]
+    u, delta, a, B, C = (t.unflatten(1, (chunks, steps)) for t in parts)    # (B, K, T, ...)
+    B, C = B.transpose(2, 3), C.transpose(2, 3)                             # (B, K, G, T, N)
+    since = a.cumsum(2)             # (B, K, T, H): the sum of a from the chunk's start through t
+    until = F.pad(a[:, :, 1:], (0, 0, 0, 1)).flip(2).cumsum(2).flip(2)      # after t to its end
+
+    # 1. Within a chunk: attention. The decay from s to t is exp of a difference of two sums of a,
+    # not a quotient of two exp, which would be 0 / 0. But a small difference of large sums is
+    # inexact. So a is split: multiples of 1/64 from -1024 to 0, whose sums are exact, and a rest of
+    # at most 1/128. That is so small that exp(rest_t - rest_s) may be taken apart: exp(rest_t)
+    # scales row t of y, exp(-rest_s) row s of u. They alone carry gradients to a.
+    coarse = (a.detach() * 64).round() / 64
+    rest = (a - coarse).cumsum(2)[..., None]                                # (B, K, T, H, 1)
+    coarse = coarse.cumsum(2).transpose(2, 3)                               # (B, K, H, T)
+    decay = torch.exp((coarse[..., None] - coarse[..., None, :]).clamp_(max=0))   # (B, K, H, T, T)
+    scores = (C @ B.mT).tril(-1)                                            # (B, K, G, T, T)
+    scores = (decay.unflatten(2, (groups, -1)) * scores[:, :, :, None]).flatten(2, 3)
+    u_in = u * (delta[..., None] * torch.exp(-rest))                        # (B, K, T, H, P)
+    y = (scores @ u_in.transpose(2, 3)).transpose(2, 3)     # still without exp(rest)
+
+    # 2. What each chunk alone leaves at its end, decayed until there
+    u_out = u * (delta * torch.exp(until))[..., None]                       # (B, K, T, H, P)
+    u_out = u_out.flatten(3).unflatten(3, (groups, -1))                     # (B, K, T, G, D / G)
+    h_new = u_out.permute(0, 1, 3, 4, 2) @ B                                # (B, K, G, D / G, N)
+
+    # 3. From chunk to chunk: the state before each chunk, and the last one
+    h_new = h_new.reshape(batch, chunks, heads, headdim * d_state)
+    hs = torch.cat([h.flatten(2)[:, None], h_new], dim=1)                   # (B, K + 1, H, P * N)
+    total = F.pad(since[:, :, -1].transpose(1, 2), (1, 0))                  # (B, H, K + 1)
+    total = total[..., None].expand(*total.shape, total.shape[-1])          # (B, H, K + 1, K + 1)
+    decay = torch.exp(total.tril(-1).cumsum(2)).tril()      # from one chunk's end to another's
+    hs = (decay @ hs.transpose(1, 2)).transpose(1, 2)                       # (B, K + 1, H, P * N)
+    h = hs[:, -1].clone().reshape(h.shape)      # a view would keep all of hs alive
+    hs = hs[:, :-1]
+
+    # 4. What each step reads of the state before its chunk
+    read = C @ hs.reshape(batch, chunks, groups, heads // groups * headdim, d_state).mT
+    read = read.transpose(2, 3).reshape(y.shape)                            # (B, K, T, H, P)
+    y = (y + read * torch.exp(coarse).transpose(2, 3)[..., None]) * torch.exp(rest)
+    return y.flatten(1, 2)[:, :length], h
+
+# ---- The block -----------------------------------------------------------------------------------
+
+class Mamba2State(NamedTuple):
+    """What a block remembers of the tokens before."""
+    conv: torch.Tensor      # (B, d_conv - 1, D + 2 G N), the last inputs of the convolution
+    h: torch.Tensor         # (B, H, P, N), the state of the scan, in float32
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm of y * silu(z), or RMSNorm of y, times silu(z); both (B, L, D). In float32, and for
+    each of the groups of channels by itself."""
+
+    def __init__(self, d_inner, groups, eps, norm_before_gate):
+        super().__init__()
+        self.groups, self.eps, self.norm_before_gate = groups, eps, norm_before_gate
+        self.weight = nn.Parameter(torch.ones(d_inner))
+
+    def forward(self, y, z):
+        dtype, number = y.dtype, torch.promote_types(y.dtype, torch.float32)
+        y, gate = y.to(number), F.silu(z.to(number))
+        y = y if self.norm_before_gate else y * gate
+        y = y.unflatten(-1, (self.groups, -1))                              # (B, L, G, D / G)
+        size = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        y = (y * torch.rsqrt(size.square() / y.shape[-1] + self.eps)).flatten(2) * self.weight
+        return (y * gate if self.norm_before_gate else y).to(dtype)
+
+class Mamba2Block(nn.Module):
+    """The mixer (paper, figure 6): project, convolution, ssd, gate and norm, project back.
+    Called as MambaBlock of mamba.py, which says what x, state, mask and seq_idx are."""
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        d_inner, shared, self.config = config.d_inner, config.ngroups * config.d_state, config
+        channels = d_inner + 2 * shared
+        self.in_proj = Linear(config.d_model, d_inner + channels + config.nheads, bias=config.bias)
+        # holds the weights under their released names; the convolution itself is in conv_silu
+        self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels,
+                                bias=config.conv_bias)
+        for name in ("dt_bias", "A_log", "D"):
+            empty = torch.empty(config.nheads, dtype=torch.float32)
+            self.register_parameter(name, nn.Parameter(empty))
+        if config.rmsnorm:
+            self.norm = GatedRMSNorm(d_inner, config.ngroups, config.norm_eps,
+                                     config.norm_before_gate)
+        self.out_proj = Linear(d_inner, config.d_model, bias=config.bias)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """What is special about the first weights; call it after a host network's apply(init)."""
+        config = self.config
+        self.A_log.uniform_(*config.A_init_range).log_()
+        self.D.fill_(1)
+        # the steps delta start log-uniform in [dt_min, dt_max]: the bias is the inverse of softplus
+        dt = torch.empty_like(self.dt_bias)
+        dt = dt.uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp_()
+        dt = dt.clamp(min=config.dt_init_floor)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        if config.rmsnorm:
+            self.norm.weight.fill_(1)
+        for linear in (self.in_proj, self.out_proj):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        self.mark_parameters()
+
+    def mark_parameters(self):
+        """Flags that other code bases honour, so that they leave these as they are."""
+        self.dt_bias._no_reinit = True
+        self.dt_bias._no_weight_decay = self.A_log._no_weight_decay = self.D._no_weight_decay = True
+
+    def init_state(self, batch):
+        """The state before the first token: zeros."""
+        weight, config = self.conv1d.weight, self.config
+        h = self.A_log.new_zeros(batch, config.nheads, config.headdim, config.d_state)
+        return Mamba2State(weight.new_zeros(batch, config.d_conv - 1, len(weight)), h)
+
+    def forward(self, x, state=None, mask=None, seq_idx=None):
+        """(B, L, d_model) -> it; with a state, (it, Mamba2State). ValueError: wrong shapes."""
+        shapes = [tuple(t.shape) for t in (x, mask, seq_idx) if t is not None]
+        if x.dim() != 3 or x.is_complex() or any(shape != shapes[0][:2] for shape in shapes[1:]):
+            raise ValueError("x must be (B, L, d_model) and real, mask and seq_idx (B, L), not "
+                             f"{x.dtype} and {', '.join(map(str, shapes))}")
+        if mask is not None:    # padding goes to the end of each row, and its content has no effect
+            order = (~mask).byte().argsort(dim=1, stable=True)              # (B, L)
+            mask, x = mask.take_along_dim(order, 1), x.take_along_dim(order[..., None], 1)
+            x = x.masked_fill(~mask[..., None], 0)
+            seq_idx = None if seq_idx is None else seq_idx.take_along_dim(order, 1)
+        config, (conv, h) = self.config, (None, None) if state is None else state
+        d_inner, shared = config.d_inner, config.ngroups * config.d_state
+        z, u, delta = self.in_proj(x).split((d_inner, d_inner + 2 * shared, config.nheads), dim=-1)
+        u, conv = conv_silu(u, self.conv1d.weight, self.conv1d.bias, conv, config.scan, mask,
+                            seq_idx)
+        u, B, C = u.split((d_inner, shared, shared), dim=-1)
+        u = u.unflatten(-1, (config.nheads, -1))                            # (B, L, H, P)
+        B, C = (t.unflatten(-1, (config.ngroups, -1)) for t in (B, C))      # (B, L, G, N)
+        y, h = ssd(u, delta, -torch.exp(self.A_log), B, C, self.D, self.dt_bias, True, h, True,
+                   config.scan, mask, seq_idx, config.dt_limit, config.chunk_size)
+        y = y.flatten(2)                                                    # (B, L, D)
+        y = self.out_proj(self.norm(y, z) if config.rmsnorm else y * F.silu(z))
+        if mask is not None:
+            y = y.take_along_dim(order.argsort(1)[..., None], 1)            # where they were
+        return y if state is None else (y, Mamba2State(conv, h))
+
+    def _apply(self, fn, recurse=True):
+        # as MambaBlock: model.bfloat16() and .half() leave these in float32
+        exact = {id(t) for p in (self.A_log, self.D, self.dt_bias) for t in (p, p.grad)}
+
+        def keep_exact(t):
+            new = fn(t)
+            rounded = id(t) in exact and new.element_size() == 2
+            return t.to(new.device) if rounded else new
+        super()._apply(keep_exact, recurse)
+        self.mark_parameters()      # they may be other objects now
+        return self
