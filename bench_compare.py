@@ -509,6 +509,8 @@ TASKS = {
                    "of the number of 1s; not in the paper"),
 }
 
+JUDGED = 2 ** 19    # tokens of a test, in rows of its length: from 16 to 512 of them
+
 def examples(bench, task, length, batch, train, step):
     """x and y, (batch, L) each: those of a step, the same for each kind of model."""
     both = task.make(np.random.default_rng((bench.cfg.seed, step)), batch, length, train)
@@ -536,7 +538,7 @@ def tasks(bench):
                                cfg.task_steps or task.steps)
                 run.train(1, bar.tell)
                 for n in (n for n in task.tests if n <= max(cfg.longest, task.length)):
-                    x, y = examples(bench, task, n, max(16, min(512, 2 ** 19 // n)), False, 10 ** 9)
+                    x, y = examples(bench, task, n, max(16, min(512, JUDGED // n)), False, 10 ** 9)
                     rows.append({"task": name, "model": kind, "steps": run.step, "tested": n,
                                  "trained": task.length, "accuracy": accuracy(run.model, x, y),
                                  "chance": 100 * task.chance, "paper": task.paper[kind]})

@@ -17,6 +17,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import urllib.parse
 import zipfile
 from pathlib import Path
@@ -316,6 +317,29 @@ def pick_scan(name, device, dtype, d_state):
     except ValueError as error:
         raise Problem(f"--scan={name}: {error}") from None
 
+def pick_threads(most):
+    """How many threads of at most so many compute fastest on the CPU now. Threads wait for each
+    other, and where other programs use the cores, they do little else: fewer are then far faster.
+    All of them, unless that is seen twice, so that a moment's load changes nothing."""
+    counts = {most // 2 ** i for i in range(most.bit_length())}
+    for _ in range(2):
+        speeds = {count: additions_per_second(count) for count in counts}
+        fastest = max(speeds, key=speeds.get)
+        if speeds[fastest] < 3 * speeds[most]:
+            return most
+    return fastest
+
+def additions_per_second(threads, seconds=0.05):
+    import torch
+    before, x = torch.get_num_threads(), torch.zeros(2 ** 19)   # enough for 16 threads
+    torch.set_num_threads(threads)
+    start, count, took = time.perf_counter(), 0, 0.0
+    while took < seconds:
+        x.add_(1)
+        count, took = count + 1, time.perf_counter() - start
+    torch.set_num_threads(before)
+    return count / took
+
 def autocast(device, dtype):
     """Mixed precision, if dtype is not float32. No copies of weights are kept for a second use:
     there is none, and a recorded CUDA graph would find them outdated."""
@@ -366,7 +390,7 @@ def flush_to_disk(file):
     file.flush()
     os.fsync(file.fileno())
 
-def lock(folder):
+def lock(folder, tries=5):
     """Makes the folder, and returns an open file that keeps a second run out of it as long as it is
     open: the system closes it however this process ends. Problem: another run is in there."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -384,16 +408,16 @@ def lock(folder):
     except OSError as error:  # a network file system without locks
         say(f"cannot lock {folder} ({error.strerror}): nothing will stop a second run in there "
             "from overwriting this one")
-    if is_same(folder / "lock", os.fstat(file.fileno())):
+    if tries == 1 or is_same(folder / "lock", os.fstat(file.fileno())):
         return file
     file.close()    # of a run that has ended just now, and taken its empty folder along
-    return lock(folder)
+    return lock(folder, tries - 1)
 
 def is_same(path, stat):
     """Whether the file or folder that had this os.stat is at path."""
     try:
         return os.path.samestat(os.stat(path), stat)
-    except FileNotFoundError:
+    except OSError:
         return False
 
 class RunFolder:
@@ -430,7 +454,8 @@ class RunFolder:
     def make_again(self):
         """To be called before something is saved: if the folder was renamed or deleted, a new one
         is made, beside what has its name by now."""
-        if is_same(self.path, self.stat):
+        locked = os.fstat(self.lock.fileno())
+        if is_same(self.path / "lock", locked) or is_same(self.path, self.stat):
             return
         before, number = self.path, 2
         while self.path.exists():

@@ -8,6 +8,7 @@ run as real processes with real signals; downloads come from a small server here
 from __future__ import annotations
 
 import ast
+import collections
 import contextlib
 import copy
 import csv
@@ -55,6 +56,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import bench
+import bench_compare
 import common
 import mamba
 import prepare_data
@@ -63,6 +65,7 @@ import texts
 import train
 from mamba import Mamba, MambaBlock, MambaConfig, MambaState, selective_scan
 from mamba2 import Mamba2Block, Mamba2Config, ssd
+from mamba3 import Mamba3Block, Mamba3Config
 
 ROOT = Path(__file__).resolve().parent
 
@@ -126,15 +129,18 @@ def scan(request):
         yield request.param
 
 
-@pytest.fixture(params=["mamba", "mamba2"])
+@pytest.fixture(params=["mamba", "mamba2", "mamba3", "mamba3, MIMO"])
 def layer(request, monkeypatch):
     """Each kind of layer: within a test MambaBlock, MambaConfig and what a model is made of are those of this kind."""
-    if request.param == "mamba2":
+    if request.param != "mamba":
         if "scan" in request.fixturenames and request.getfixturevalue("scan") == "triton":
-            pytest.skip("Mamba-2 has no Triton kernel")
-        monkeypatch.setattr(mamba, "MambaBlock", Mamba2Block)
-        monkeypatch.setitem(globals(), "MambaBlock", Mamba2Block)
-        monkeypatch.setitem(globals(), "MambaConfig", functools.partial(Mamba2Config, headdim=8, d_state=16, chunk_size=8))
+            pytest.skip("only Mamba-1 has a Triton kernel")
+        block, config = (Mamba2Block, Mamba2Config) if request.param == "mamba2" else (Mamba3Block, Mamba3Config)
+        defaults = {"headdim": 8, "d_state": 16, "chunk_size": 8, **({"mimo_rank": 3} if "MIMO" in request.param else {})}
+        even = lambda options: {k: v // 2 * 2 if k == "d_state" else v for k, v in options.items()}       # as Mamba-3 needs it
+        monkeypatch.setattr(mamba, "MambaBlock", block)
+        monkeypatch.setitem(globals(), "MambaBlock", block)
+        monkeypatch.setitem(globals(), "MambaConfig", lambda **options: config(**{**defaults, **even(options)}))
     return request.param
 
 
@@ -1467,8 +1473,8 @@ def test_what_runs_is_what_is_there(layer, how):
     """Whatever people put into a model acts in generate as it does in a plain forward, for every submodule that there is."""
     model = lively(n_layer=2, d_intermediate=24, tie_embeddings=False)
     names = [name for name, module in model.named_modules() if not isinstance(module, (nn.ModuleDict, nn.ModuleList))]
-    of_mamba_alone = {f"backbone.layers.1.mixer.{name}" for name in ("x_proj", "dt_proj")}
-    assert set(NAMES) - set(names) == (set() if layer == "mamba" else of_mamba_alone)
+    without = {"mamba": (), "mamba2": ("x_proj", "dt_proj")}.get(layer, ("x_proj", "dt_proj", "conv1d"))
+    assert set(NAMES) - set(names) == {f"backbone.layers.1.mixer.{name}" for name in without}
     if how in ("wrapper", "parametrisation"):
         names = [name for name in names if name and (how == "wrapper" or hasattr(model.get_submodule(name), "weight"))]
     check_what_runs(model, names, how)
@@ -2285,6 +2291,110 @@ def test_export_of_mamba2():
         for rows in (2, 5):
             inputs = torch.randn(rows, length, 32), some_state(block, rows)
             assert same(exported(*inputs), block(*inputs), 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mamba3.py
+
+
+def mamba3_loop64(block, x, state):
+    """Mamba-3 step by step, in float64, from the formulas of the paper and by other means than mamba3.py: (y, state)."""
+    c, p = block.config, {name: p.double() for name, p in block.named_parameters()}
+    R, G, N, H, P, S = c.mimo_rank, c.ngroups, c.d_state, c.nheads, c.headdim, int(c.d_state * c.rope_fraction) // 2
+    (theta, h, k_before, x_before), groups, ys = (t.double() for t in state), [head // (H // G) for head in range(H)], []
+    ones = torch.ones(H, 1, P, dtype=torch.float64)
+    mimo_x, mimo_z, mimo_o = (p.get(name, ones) for name in ("mimo_x", "mimo_z", "mimo_o"))
+    ranks = lambda t, mimo: torch.einsum("bhp,hrp->brhp", t, mimo)
+    outer = lambda x, k: torch.einsum("brhp,brhn->bhpn", x, k)
+
+    def key(t, name):
+        t = t.view(-1, R, G, N)
+        t = t / torch.sqrt(t.square().mean(-1, keepdim=True) + 1e-5) * p[f"{name}_norm.weight"]
+        columns = list((t[:, :, groups] + p[f"{name}_bias"].transpose(0, 1)).unbind(-1))
+        for i in range(S):
+            one, other = (2 * i, 2 * i + 1) if R == 1 else (i, i + N // 2)
+            cos, sin = torch.cos(theta[:, None, :, i]), torch.sin(theta[:, None, :, i])
+            columns[one], columns[other] = columns[one] * cos - columns[other] * sin, columns[one] * sin + columns[other] * cos
+        return torch.stack(columns, -1)
+    for x_t in x.double().unbind(1):
+        parts = (x_t @ p["in_proj.weight"].T).split([H * P, H * P, R * G * N, R * G * N, H, H, H, S], -1)
+        z, u, B, C, dt, A, trap, angles = parts
+        delta, lam = torch.logaddexp(dt + p["dt_bias"], torch.zeros(())), torch.sigmoid(trap)
+        A = torch.minimum(-torch.where(A >= 0, 1 + A, 1 / (1 - A.clamp(max=0))), torch.tensor(-c.A_floor, dtype=torch.float64))
+        alpha = torch.exp(delta * A)
+        beta, gamma = (1 - lam) * delta * alpha, lam * delta
+        theta = (theta + math.pi * torch.tanh(angles)[:, None] * delta[..., None]) % (2 * math.pi)
+        k, q, u, z = key(B, "B"), key(C, "C"), u.view(-1, H, P), z.view(-1, H, P)
+        x_r, z_r = ranks(u, mimo_x), ranks(z, mimo_z)
+        h = alpha[..., None, None] * h + beta[..., None, None] * outer(ranks(x_before, mimo_x), k_before)
+        h = h + gamma[..., None, None] * outer(x_r, k)
+        y = torch.einsum("bhpn,brhn->brhp", h, q) + p["D"][:, None] * x_r
+        ys.append(torch.einsum("brhp,hrp->bhp", y * z_r * torch.sigmoid(z_r), mimo_o).flatten(1) @ p["out_proj.weight"].T)
+        x_before, k_before = u, k
+    return torch.stack(ys, 1), (theta, h, k_before, x_before)
+
+
+def mamba3_block(**changes):
+    torch.manual_seed(0)
+    block = Mamba3Block(Mamba3Config(**{"d_model": 16, "headdim": 8, "d_state": 12, "chunk_size": 16, **changes}))
+    with torch.no_grad():
+        for p in block.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return block
+
+
+@pytest.mark.parametrize("length", [1, 2, 37, 100])
+@pytest.mark.parametrize("scan", PLAIN)
+@pytest.mark.parametrize("changes", [{}, {"ngroups": 2, "rope_fraction": 1.0}, {"mimo_rank": 4}, {"mimo_rank": 3, "ngroups": 2, "chunk_size": 5}])
+def test_mamba3_equals_float64(changes, scan, length):
+    """Outputs, states and all gradients, of the state too."""
+    block = mamba3_block(scan=scan, **changes)
+    x, state = torch.randn(2, length, 16, requires_grad=True), type(block.init_state(2))(*(t.requires_grad_() for t in some_state(block, 2)))
+    leaves, results = [x, *state, *block.parameters()], []
+    for y, after in (block(x, state), mamba3_loop64(block, x, state)):
+        y, after = y.double(), [t.double() for t in after]
+        loss = y.sin().sum() + sum(t.cos().sum() for t in after[1:])
+        results.append([y, *after, *torch.autograd.grad(loss, leaves)])
+    assert same(*results, 1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mimo_rank": 2}])
+def test_mamba3_gradcheck(changes):
+    block = mamba3_block(d_state=4, headdim=16, chunk_size=3, **changes).double()
+    x, state = torch.randn(1, 7, 16, dtype=torch.float64, requires_grad=True), some_state(block, 1)
+    run = lambda x, h: block(x, state._replace(h=h))[0]
+    assert torch.autograd.gradcheck(run, (x, state.h.requires_grad_()), fast_mode=True)
+
+
+def test_angles_of_a_long_text_stay_exact():
+    block, x = mamba3_block(n_layer=1), torch.randn(1, 6000, 16) * 3
+    with torch.no_grad():
+        state, exact = block.init_state(1), copy.deepcopy(block).double()
+        _, after = block(x, state)
+        _, expected = exact(x.double(), exact.init_state(1))
+    turn = torch.exp(1j * after.theta.double()) - torch.exp(1j * expected.theta)
+    assert turn.abs().max() < 1e-3      # delta itself has an error of 1e-7 at each step
+
+
+@pytest.mark.parametrize("rank, shapes", [
+    (1, {"in_proj.weight": (3432, 768), "B_bias": (24, 1, 128), "C_bias": (24, 1, 128)}),
+    (4, {"in_proj.weight": (4200, 768), "B_bias": (24, 4, 128), "C_bias": (24, 4, 128), **dict.fromkeys(("mimo_x", "mimo_z", "mimo_o"), (24, 4, 64))})])
+def test_mamba3_has_the_names_and_shapes_of_the_released_weights(rank, shapes):
+    with torch.device("meta"):
+        block = Mamba3Block(Mamba3Config(d_model=768, mimo_rank=rank))
+    assert {name: tuple(p.shape) for name, p in block.named_parameters()} == {
+        "dt_bias": (24,), "D": (24,), "B_norm.weight": (128,), "C_norm.weight": (128,), "out_proj.weight": (768, 1536), **shapes}
+
+
+def test_mamba3_in_16_bits():
+    """delta's bias, D and the state stay float32."""
+    for rank in (1, 3):
+        block, x = mamba3_block(mimo_rank=rank), torch.randn(2, 50, 16)
+        expected = block(x)
+        block.bfloat16()
+        y, after = block(x.bfloat16(), block.init_state(2))
+        assert block.dt_bias.dtype == block.D.dtype == torch.float32 and block.B_bias.dtype == torch.bfloat16
+        assert y.dtype == torch.bfloat16 and relative(y, expected) < 0.05 and all(t.dtype == torch.float32 for t in after)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3735,7 +3845,8 @@ FLAGS = {
                  "html= export= format=mamba_ssm cache_dir= device=auto dtype=auto scan=auto compile=False quantize=",
     "bench.py": "suite=all seconds=3.0 out=results.json device=auto dtype=auto compile=False shapes=4x1024x512x16 lengths= "
                 "plot= longest=65536 memory_gb=8.0 d_model=256 n_layer=4 vocab_size=65 batch_size=8 block_size=256 size=both "
-                "texts=1 start=1 new_tokens=32 prompt=1000",
+                "texts=1 start=1 new_tokens=32 prompt=1000 dataset=pydoc data_dir=data models=mamba,gpt,moe max_iters=0 dropout=0.1 "
+                "seed=1337 task_steps=0",
 }
 BY_DEVICE = {   # on a CPU, on MPS, on CUDA
     "d_model": (160, 256, 320), "n_layer": (3, 6, 12), "d_state": (8, 16, 16), "dropout": (0.15, 0.1, 0.35),
@@ -6757,11 +6868,232 @@ def test_bench_refuses_bad_flags_in_one_line(tmp_path, call, flag):
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize("flags", (["--models=bert"], ["--models=gpt=fast"], ["--d_model=33"], ["--dataset=nowhere.txt"],
+                                   ["--max_iters=-1"], ["--max_iters=2", "--seconds=1"], ["--block_size=60000"]))
+def test_compare_refuses_bad_flags_and_keeps_old_results(tmp_path, call, flags):
+    (tmp_path / "results.json").write_text("of yesterday")
+    one_line_error(call("bench.py", "--suite=compare", *flags, cwd=tmp_path), flags[0].split("=")[flags[0].startswith("--dataset")])
+    assert (tmp_path / "results.json").read_text() == "of yesterday"
+
+
+def test_each_token_goes_to_the_experts_that_suit_it_best():
+    torch.manual_seed(0)
+    layer = bench_compare.Experts(12, 20)
+    x = torch.randn(3, 7, 12)
+    y, _ = layer(x)
+    weights, chosen, _ = layer.route(x.flatten(0, 1))
+    torch.testing.assert_close(weights.sum(1), torch.ones(21))
+    for i, token in enumerate(x.flatten(0, 1)):
+        likes = [(weight @ token).exp().item() for weight in layer.router.weight]
+        best = sorted(range(8), key=likes.__getitem__)[-2:]
+        assert set(chosen[i].tolist()) == set(best)
+        expected = sum(likes[e] / sum(likes[e] for e in best) * layer.experts[e](token) for e in best)
+        torch.testing.assert_close(y.flatten(0, 1)[i], expected)
+    y.square().sum().backward()
+    used = set(chosen.flatten().tolist())
+    assert layer.router.weight.grad.any() and all(layer.experts[e].up.weight.grad.any() for e in used)
+
+
+def test_balance_loss_is_least_where_the_experts_are_equally_busy():
+    layer = bench_compare.Experts(8, 4)
+    with torch.no_grad():       # token i likes experts i and i + 1 best, and all of them are equally many
+        layer.router.weight.copy_(5 * (torch.eye(8) + torch.eye(8).roll(1, 0)))
+    assert layer.route(torch.eye(8).repeat(3, 1))[2].item() == pytest.approx(1)
+    assert layer.route(torch.eye(8)[:1].repeat(24, 1))[2].item() > 3    # all like the same two
+
+    torch.manual_seed(0)
+    tokens, busiest = torch.randn(400, 8) + 1, lambda: layer.route(tokens)[1].flatten().bincount(minlength=8).max() / 800
+    nn.init.normal_(layer.router.weight)
+    before, optimizer = busiest(), torch.optim.Adam(layer.router.parameters(), 0.03)
+    for _ in range(40):
+        optimizer.zero_grad()
+        layer.route(tokens)[2].backward()
+        optimizer.step()
+    assert before > 0.25 and busiest() < 0.17
+
+
+@pytest.mark.parametrize("shape", ((256, 4, 65), (160, 3, 103), (64, 2, 1000)))
+def test_models_to_compare_have_equally_many_active_parameters(shape):
+    cfg = SimpleNamespace(**dict(zip(("d_model", "n_layer"), shape)), dropout=0.1)
+    with torch.device("meta"):
+        mamba, gpt, moe = (build(cfg, shape[2]) for build, _ in bench_compare.MODELS.values())
+    (active, total), (active_moe, total_moe) = map(bench_compare.count_parameters, (gpt, moe))
+    assert active == total == sum(p.numel() for p in gpt.parameters())
+    assert active == pytest.approx(mamba.num_params(), rel=0.02) and active_moe == pytest.approx(active, rel=0.01)
+    assert all(part.top == 2 and len(part.experts) == 8 for part in moe.modules() if isinstance(part, bench_compare.Experts))
+    assert total_moe == sum(p.numel() for p in moe.parameters()) > 2 * active_moe - 2 * shape[2] * shape[0]
+    wide, half = (next(m for m in of.modules() if isinstance(m, bench_compare.MLP)).up.out_features for of in (gpt, moe))
+    assert wide == 2 * half
+
+
+@pytest.mark.parametrize("sparse", (False, True))
+def test_gpt_writes_the_same_with_its_cache_as_without(sparse):
+    torch.manual_seed(0)
+    gpt = bench_compare.GPT(20, 32, 2, 48, dropout=0.1, sparse=sparse)
+    for name, p in gpt.named_parameters():
+        nn.init.normal_(p, std=1.0 if name.startswith("layers") else 0.3)
+    gpt, text = gpt.eval(), tokens(3, 9, vocab=20)
+    expected = text
+    with torch.no_grad():
+        for _ in range(12):
+            expected = torch.cat([expected, gpt(expected)[0][:, -1:].argmax(-1)], 1)
+        state = gpt.init_state(3, 30)
+        parts = []
+        for part in text.split([3, 1, 5], dim=1):     # with nothing before, one token, and some
+            logits, _, state = gpt(part, state=state)
+            parts.append(logits)
+        torch.testing.assert_close(torch.cat(parts, 1), gpt(text)[0])
+        assert state[1] == 9
+        state = gpt(text[:, :-1], state=gpt.init_state(3, 30))[2]
+        new = torch.stack(bench_compare.continued(gpt, text[:, -1:], 12, state), 1)
+        assert len(expected[:, 9:].unique()) > 3 and torch.equal(new, expected[:, 9:])
+        there = gpt(text)[0][:, :4], gpt(text[:, :4])[0]
+    torch.testing.assert_close(*there)      # no token sees one after it
+
+
+@pytest.mark.parametrize("gate", (True, False))
+def test_time_invariant_block_is_the_scan_with_constants(gate):
+    torch.manual_seed(0)
+    config = MambaConfig(d_model=12, d_state=5)
+    block = bench_compare.TimeInvariantBlock(config, gate)
+    x = torch.randn(2, 11, 12)
+    y = block(x)
+    u = F.linear(x, block.in_proj.weight)
+    u, z = u.chunk(2, -1) if gate else (u, None)
+    u = mamba.conv_silu(u, block.conv1d.weight, block.conv1d.bias)[0]
+    dt, B, C = block.x_proj.value.split([config.dt_rank, 5, 5])
+    delta = F.softplus(block.dt_proj(dt)).expand_as(u)
+    expected = selective_scan(u, delta, -block.A_log.exp(), B.expand(2, 11, 5), C.expand(2, 11, 5), block.D, z, method="sequential")
+    torch.testing.assert_close(y, block.out_proj(expected), rtol=1e-4, atol=1e-5)
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in block.parameters())
+    first, state = block(x[:, :4], block.init_state(2))
+    torch.testing.assert_close(torch.cat([first, block(x[:, 4:], state)[0]], 1), y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", (False, True))
+def test_answers_of_the_tasks_are_right(train):
+    for name, task in bench_compare.TASKS.items():
+        x, y = task.make(np.random.default_rng(3), 40, 24, train)
+        assert x.shape == y.shape and x.min() >= 0 and x.max() < 16
+        for tokens_, answers in zip(x.tolist(), y.tolist()):
+            asked = [i for i, answer in enumerate(answers) if answer >= 0]
+            if name == "selective copying":
+                seen = [token for token in tokens_[:24] if token]
+                assert len(seen) == 4 and tokens_[24:] == [15] * 4 and answers == [-1] * 24 + seen
+            elif name == "induction heads":
+                places = [i for i, token in enumerate(tokens_) if token == 15]
+                assert asked == places[1:] and places[-1] == 23 and len(places) == (9 if train else 2)
+                assert {answers[i] for i in asked} == {tokens_[i + 1] for i in places[:-1]}
+            else:
+                assert asked == (list(range(24)) if train else [23])
+                assert all(answers[i] == tokens_[:i + 1].count(1) % 2 for i in asked)
+        firsts = {row.index(15) for row in x.tolist()} if "induction" in name and not train else range(24)
+        assert len(firsts) > 8      # not always in the same place
+
+
+def compare_tiny(call, folder, *flags):
+    (folder / "words.txt").write_text(" ".join(map(str, range(1000))))
+    return call("bench.py", "--suite=compare", "--device=cpu", "--dataset=words.txt", "--d_model=16", "--n_layer=2", "--batch_size=2",
+                "--block_size=16", "--new_tokens=3", *flags, cwd=folder)
+
+
+def of_results(folder):
+    return [table["rows"] for table in json.loads((folder / "results.json").read_text())["tables"]]
+
+
+def test_compare(tmp_path, call, monkeypatch):
+    """All models see the same batches in the same order; none learns otherwise because of the others."""
+    monkeypatch.setattr(bench_compare, "EVALUATIONS", 2)
+    batches, draw = {}, bench_compare.random_windows
+
+    def watched(bench, tokens, step):
+        x, y = draw(bench, tokens, step)
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        batches.setdefault(step, []).append(x)
+        return x, y
+    monkeypatch.setattr(bench_compare, "random_windows", watched)
+    done = succeeded(compare_tiny(call, tmp_path, "--max_iters=4", "--longest=4096"))
+    assert all(torch.equal(x, of[0]) for of in batches.values() for x in of) and {len(batches[i]) for i in (1, 2, 3)} == {3}
+    assert len({tuple(of[0].flatten().tolist()) for of in batches.values()}) == 4
+    rows, speeds = of_results(tmp_path)
+    assert [row["model"] for row in rows] == ["mamba", "gpt", "moe"]
+    for row in rows:
+        assert [point["step"] for point in row["curve"]] == [2, 4] and [point["tokens"] for point in row["curve"]] == [64, 128]
+        assert row["loss"] == row["curve"][-1]["loss"] != row["curve"][0]["loss"] and row["tokens_per_s"] > 0
+        assert f"{row['loss']:.4f}" in done.stdout and f"{row['parameters']:,}" in done.stdout
+    memory = {(row["model"], row["after"]): row["state_mb"] for row in speeds}
+    assert memory["mamba", 256] == memory["mamba", 4096] < memory["gpt", 256] == memory["gpt", 4096] / 16
+    assert all(row["tokens_per_s"] > 0 for row in speeds) and len(speeds) == 6
+    has_matplotlib = importlib.util.find_spec("matplotlib")
+    assert (tmp_path / "results.png").exists() if has_matplotlib else "matplotlib is not installed" in done.stdout
+
+    monkeypatch.setattr(bench, "draw", lambda *_: None)
+    succeeded(compare_tiny(call, tmp_path, "--max_iters=4", "--longest=1", "--models=moe=1e-3"))
+    (alone,), none = of_results(tmp_path)
+    assert [point["loss"] for point in alone["curve"]] == [point["loss"] for point in rows[2]["curve"]] and none == []
+    succeeded(compare_tiny(call, tmp_path, "--seconds=0.05", "--longest=1", "--models=gpt=3e-2"))
+    (quick,), _ = of_results(tmp_path)
+    assert quick["seconds"] >= 0.05 and quick["learning_rate"] == 3e-2
+
+
+def test_ctrl_c_keeps_what_compare_has_done(tmp_path, call, monkeypatch):
+    evaluate, calls = bench_compare.evaluate, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+    monkeypatch.setattr(bench_compare, "evaluate", interrupted)
+    result = compare_tiny(call, tmp_path, "--max_iters=32", "--plot=curves.png")
+    assert result.returncode == 130 and "interrupted" in result.stderr
+    rows, speeds = of_results(tmp_path)
+    assert [len(row["curve"]) for row in rows] == [2, 1, 1] and speeds == []
+    assert all(f"{row['loss']:.4f}" in result.stdout.split("peak MB")[1] for row in rows)
+    assert (tmp_path / "curves.png").exists() == bool(importlib.util.find_spec("matplotlib"))
+
+
+def test_tasks(tmp_path, call, monkeypatch):
+    monkeypatch.setattr(bench_compare, "TASKS", {
+        name: dataclasses.replace(task, length=16, tests=(16, 64, 2 ** 20), batch=2) for name, task in bench_compare.TASKS.items()})
+    monkeypatch.setattr(bench_compare, "JUDGED", 64)
+    done = succeeded(call("bench.py", "--suite=tasks", "--device=cpu", "--task_steps=1", "--longest=64", cwd=tmp_path))
+    rows, = of_results(tmp_path)
+    kinds = ["mamba", "time-invariant", "time-invariant, no gate"]
+    expected = [*(("selective copying", kind) for kind in kinds), *(("induction heads", kind) for kind in kinds[:2]), ("parity", "mamba")]
+    assert [(row["task"], row["model"], row["tested"]) for row in rows] == [(*of, n) for of in expected for n in (16, 64)]
+    assert all(0 <= row["accuracy"] <= 100 and row["steps"] == 1 for row in rows)
+    assert "99.8" in done.stdout and "56.4" in done.stdout and done.stdout.count("in the paper (table") == 2
+
+
+def test_a_task_is_learned_and_then_counted_right():
+    """Parity of two bits, which needs no recurrence; and a model that is always right has 100 %."""
+    class Right:
+        eval = lambda self: self
+
+        def read(self, x, num_last_tokens):
+            for part in F.one_hot(y.clamp(min=0), 16).split(5, dim=1):
+                yield part, None
+    task = dataclasses.replace(bench_compare.TASKS["parity"], length=2)
+    machine = SimpleNamespace(cfg=SimpleNamespace(seed=1, compile=False), device=torch.device("cpu"), dtype="float32", clock=bench.clock)
+    batch = functools.partial(bench_compare.examples, machine, task, 2, 64, True)
+    torch.manual_seed(0)
+    run = bench_compare.Training(machine, "", bench_compare.build_small("mamba"), 5e-3, batch, 25)
+    x, y = batch(10 ** 6)
+    assert bench_compare.accuracy(Right(), x, y) == 100
+    told = []
+    run.train(1, lambda run: told.append(run.step))
+    assert told == list(range(1, 26)) and bench_compare.accuracy(run.model, x, y) == 100
+    y[:, 0] = 1 - y[:, 0]
+    assert bench_compare.accuracy(run.model, x, y) == 50
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a newcomer meets: files to read, flags, Ctrl-C at any time, pipes, and all of it without mamba_fast/
 
 SCRIPTS = ("train.py", "sample.py", "prepare_data.py", "bench.py")
-BESIDE = ("mamba.py", "mamba2.py", "mamba_files.py", "mamba_export.py", "common.py", "texts.py", *SCRIPTS)
+BESIDE = ("mamba.py", "mamba2.py", "mamba_files.py", "mamba_export.py", "common.py", "texts.py", "bench_compare.py", *SCRIPTS)
 FILES = [*(ROOT / name for name in BESIDE), *sorted((ROOT / "mamba_fast").glob("*.py"))]
 
 
@@ -6832,7 +7164,7 @@ import prepare_data, common
 assert "torch" not in sys.modules and environ == dict(os.environ)
 assert handlers == [signal.getsignal(n) for n in sorted(signal.valid_signals())]
 before = look()
-for name in ("mamba", "mamba_files", "mamba_export", "train", "sample", "bench", "mamba_fast"):
+for name in ("mamba", "mamba_files", "mamba_export", "train", "sample", "bench", "bench_compare", "mamba_fast"):
     try:
         __import__(name)
     except ImportError:
@@ -6846,7 +7178,7 @@ for name in ("mamba", "mamba_files", "mamba_export", "train", "sample", "bench",
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.11 has -P")
-@pytest.mark.parametrize("name", ["train.py"])
+@pytest.mark.parametrize("name", ["train.py", "sample.py", "prepare_data.py"])
 def test_a_script_without_its_folder_on_the_path(tmp_path, name):
     result = succeeded(subprocess.run([sys.executable, "-P", ROOT / name, "--help"], cwd=tmp_path, capture_output=True, text=True,
                                       check=False, env=environment()))
@@ -6965,3 +7297,202 @@ def test_all_of_it_without_mamba_fast(corpus, work, call):
     rows = (losses(work, name)[1:] for name in ("without", "run"))
     got, expected = ([float(value) for row in run for value in row[2:4] if value] for run in rows)
     assert len(got) == len(expected) > 30 and got == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What takes minutes: python -m pytest -m long
+
+FORKS = """
+import json, os, runpy, sys
+root, log = sys.argv[1:]
+sys.path.insert(0, root)
+import numpy, torch, torch._dynamo, train
+for line in sys.stdin:      # ["start", flags] or ["wait", pid]
+    what, value = json.loads(line)
+    if what == "wait":
+        print(os.waitstatus_to_exitcode(os.waitpid(value, 0)[1]), flush=True)
+        continue
+    pid = os.fork()
+    if pid > 0:
+        print(pid, flush=True)
+        continue
+    os.setsid()
+    for descriptor, path in ((0, os.devnull), (1, os.devnull), (2, log)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+    sys.argv, status = [os.path.join(root, "train.py"), *value], 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    os.kill(os.getpid(), 0)
+    sys.stderr.flush()
+    os._exit(status)
+"""
+
+
+class Forks:
+    """Runs of train.py that need not wait for torch to be imported."""
+
+    def __init__(self, folder):
+        self.folder, self.log = folder, folder / "stderr.txt"
+        self.server = subprocess.Popen([sys.executable, "-c", FORKS, str(ROOT), str(self.log)], cwd=folder, text=True, bufsize=1,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def ask(self, *question):
+        print(json.dumps(question), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
+
+    def run(self, *flags, signals=(), delay=0.0, rng=None):
+        """(status, seconds that it took after the last signal, stderr) of a run that gets these signals, the first one after a delay."""
+        pid = self.ask("start", flags)
+        for number in signals:
+            time.sleep(delay)
+            os.kill(pid, number)    # what has ended waits to be asked for its status, so that the pid is still its own
+            delay = rng.uniform(0, 0.05)
+        last = time.perf_counter()
+        status = self.ask("wait", pid)
+        return status, time.perf_counter() - last, self.log.read_text()
+
+
+def bits_of_run(folder):
+    """All that a run has made, but for the speeds and the machine's part of it."""
+    rows = [row[:5] for row in csv.reader((folder / "log.csv").open(newline=""))]
+    saved = [torch.load(folder / name, weights_only=True) for name in ("ckpt.pt", "best.pt")]
+    for of in saved:
+        of.pop("config", None)
+    return rows, saved
+
+
+def equal_bits(one, other):
+    leaves = [tree_leaves(of) for of in (one, other)]
+    return len(leaves[0]) == len(leaves[1]) and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else repr(a) == repr(b) for a, b in zip(*leaves))     # nan too
+
+
+POLITE = [(signal.SIGINT,), (signal.SIGTERM,), *((number,) for name in ("SIGHUP", "SIGUSR1") if (number := getattr(signal, name, None)))]
+RUDE = [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM),
+        *([(signal.SIGKILL,)] * 3 + [(signal.SIGINT, signal.SIGKILL)] if sys.platform != "win32" else [])]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+@pytest.mark.parametrize("steps, interruptions", [(60, 500), (5000, 20)])
+def test_random_kills_and_signals(tmp_path, steps, interruptions):
+    """Whenever and however a run is interrupted, it goes on to the same bits, and what is asked to stop saves what it has done."""
+    (tmp_path / "words.txt").write_text("".join(random.Random(0).choices("abcde fghij\n", k=20000)))
+    forks, rng, done = Forks(tmp_path), random.Random(0), 0
+    flags = ["--device=cpu", "--dataset=words.txt", "--compile=False", "--d_model=16", "--n_layer=1", "--d_state=4", "--block_size=32", "--batch_size=4",
+             "--dropout=0.1", "--eval_iters=2", "--log_interval=1", "--sample_tokens=3", "--warmup_iters=5", f"--max_iters={steps}",
+             f"--eval_interval={steps // 6}"]
+    status, took, err = forks.run(*flags, "--out_dir=whole")
+    assert status == 0, err
+    expected, counts = bits_of_run(tmp_path / "whole"), collections.Counter()
+    folder = tmp_path / "run"
+    while done < interruptions:
+        signals = rng.choice(rng.choice([POLITE, RUDE]))
+        logged_before = len((folder / "log.csv").read_bytes().splitlines()) if (folder / "log.csv").exists() else 0
+        delay = rng.uniform(0, took if steps < 1000 else 1.5 * took / interruptions)
+        status, late, err = forks.run(*flags, "--out_dir=run", signals=signals, delay=delay, rng=rng)
+        done, counts[status] = done + 1, counts[status] + 1
+        assert "Traceback" not in err and late < 5, (done, signals, status, late, err)
+        assert status in (0, 130, 129, 143, 138, -2, -15, -9, -1, -10), (done, signals, status, err)
+        if signals in POLITE and status > 0 and (folder / "ckpt.pt").exists():     # nothing of what was logged is lost
+            rows = list(csv.reader((folder / "log.csv").open(newline="")))
+            saved = torch.load(folder / "ckpt.pt", weights_only=True)["step"]
+            assert len(rows) == 1 or saved >= int(rows[-1][0]), (done, saved, rows[-1], logged_before)
+        if status == 0 or done == interruptions:
+            status, _, err = forks.run(*flags, "--out_dir=run")
+            assert status == 0, err
+            assert equal_bits(bits_of_run(folder), expected), done
+            assert not [name for name in os.listdir(folder) if "tmp" in name]
+            shutil.rmtree(folder)
+    print(dict(counts))
+
+
+def damaged(data, rng):
+    """The bytes of a file, with a random damage."""
+    data, at, size = bytearray(data), rng.randrange(len(data)), rng.choice((1, 4, 100, 5000))
+    how = rng.randrange(8)
+    if how == 0:
+        data[at] ^= 1 << rng.randrange(8)
+    elif how == 1:
+        data[at] = rng.randrange(256)
+    elif how == 2:
+        data[at:at + size] = bytes(len(data[at:at + size]))
+    elif how == 3:
+        data[at:at + size] = rng.randbytes(len(data[at:at + size]))
+    elif how == 4:
+        del data[max(at, 1):]       # an empty file is a text, too
+    elif how == 5:
+        del data[at:at + size]
+    elif how == 6:
+        data[at:at] = rng.randbytes(size)
+    else:
+        data[at:at] = data[rng.randrange(len(data)):][:size]
+    return bytes(data)
+
+
+def damage_cases(folder, finished):
+    """{kind of file: (path, what reads it)}. What reads it returns what it found: of a file with a checksum, the same or nothing."""
+    run, model = finished / "run", small(n_layer=1, d_model=16, d_state=4, vocab_size=11).eval()
+    model.save_pretrained(folder / "bin")
+    model.save_pretrained(folder / "safetensors", layout="transformers")
+    (folder / "t.json").write_text(neox_like(), encoding="utf-8")
+    (folder / "a.jsonl").write_text('{"text": "one text"}\n{"text": "another one"}\n' * 300)
+    (folder / "a.txt.gz").write_bytes(gzip.compress(b"a compressed text\n" * 300))
+    (folder / "w.txt").write_text("words to prepare, once and again\n" * 300)
+    data = prepare_data.open_data(str(folder / "w.txt"), str(folder / "data")).folder
+    talk = sample.Conversation(model, prepare_data.CharTokenizer("abcdefghij\n"), [1, 2, 3])
+    talk.save(folder / "talk.pt")
+
+    def text(path):
+        return "".join(block or "" for block in texts.read([path]))
+
+    def read_data(path):
+        return [tokens[:].tolist() for tokens in prepare_data.load_data(data)[2:4]]
+
+    def read_talk(path):
+        talk.load(path)
+        return [*tree_leaves(talk.state), talk.unread, sorted(talk.seen)]
+    model_of = lambda path: Mamba.from_pretrained(path.parent).state_dict()
+    checkpoint = lambda path: {k: v for k, v in common.load_checkpoint(path, Config=train.Config).items() if k != "path"}
+    log = lambda path: train.Log(SimpleNamespace(path=path.parent), train.Run(step=10 ** 9, evaluated=10 ** 9)).rows
+    return {
+        "ckpt.pt": (run / "ckpt.pt", checkpoint), "best.pt": (run / "best.pt", checkpoint), "log.csv": (run / "log.csv", log),
+        "pytorch_model.bin": (folder / "bin" / "pytorch_model.bin", model_of), "config.json": (folder / "bin" / "config.json", model_of),
+        "model.safetensors": (folder / "safetensors" / "model.safetensors", model_of), "talk.pt": (folder / "talk.pt", read_talk),
+        "train.bin": (data / "train.bin", read_data), "val.bin": (data / "val.bin", read_data), "meta.json": (data / "meta.json", read_data),
+        "tokenizer.json": (folder / "t.json", lambda path: prepare_data.open_tokenizer(str(path)).vocab_size),
+        "a.jsonl": (folder / "a.jsonl", text), "a.txt.gz": (folder / "a.txt.gz", text)}
+
+
+CHECKSUMS = {"ckpt.pt", "best.pt", "pytorch_model.bin", "talk.pt", "train.bin", "val.bin", "a.txt.gz"}
+
+
+@pytest.mark.long
+def test_a_thousand_damaged_files_of_each_kind(tmp_path, finished, capsys):
+    """One line or the file as it is; never another error, more than five seconds, or other numbers from a file that has a checksum."""
+    rng, counts = random.Random(0), {}
+    for kind, (path, read) in damage_cases(tmp_path, finished).items():
+        whole, expected, longest, refused = path.read_bytes(), read(path), 0.0, 0
+        for number in range(1000):
+            path.write_bytes(damaged(whole, rng))
+            began = time.perf_counter()
+            try:
+                found = read(path)
+            except (common.Problem, ValueError, OSError) as error:
+                assert str(error).strip() and "\n" not in str(error).strip(), (kind, number, error)
+                refused += 1
+            else:
+                assert kind not in CHECKSUMS or equal_bits(found, expected), (kind, number)
+            longest = max(longest, time.perf_counter() - began)
+        path.write_bytes(whole)
+        assert equal_bits(read(path), expected) and longest < 5, (kind, longest)
+        counts[kind] = refused
+        capsys.readouterr()
+    with capsys.disabled():
+        print(f"\nrefused of 1000: {counts}")

@@ -807,9 +807,10 @@ def train(cfg, given, at_end):
                         learning_rate(run.step - 1, cfg), speed)
                 bar.set_postfix(loss=f"{run.train_loss:.3f}", tok_s=f"{speed:,}")
                 if not sys.stdout.isatty() and clock > told + TELL:
-                    told, tokens_left = clock, (cfg.max_iters - run.step) * tokens_per_step
+                    told, left = clock, (cfg.max_iters - run.step) * tokens_per_step
+                    left = tqdm.format_interval(left / max(speed, 1))
                     say(f"step {run.step} of {cfg.max_iters}: loss {in_words(run.train_loss, meta)}"
-                        f", {speed:,} tokens/s, {tqdm.format_interval(tokens_left / speed)} left")
+                        f", {speed:,} tokens/s, {left} left")
             if stopping:
                 break
 
