@@ -9,14 +9,14 @@ Two suites of bench.py: Mamba beside Transformers on the same text, and the pape
     moe     the same with 8 MLPs of half that width in each layer, of which a router gives each
             token 2: as many active parameters, and more to choose from
 What is fair: all see the same batches in the same order, and are judged by the same windows of the
-validation text. All have AdamW with the same settings, the same dropout on what enters and leaves
-the layers, and a warm-up and a cosine over the same budget of steps or of seconds, in which
-evaluations do not count. The learning rate is each model's own: any single one would favour one of
-them. They take turns, so that a busy machine slows them all. The GPT's attention is PyTorch's fast
-one, therefore without dropout of its weights, and its positions are rotary: nanoGPT's learned ones
-end at block_size. So it can write on after any text, from a cache of all keys and values, as Mamba
-does from its state. That is timed; what it writes far beyond the length that it learned is not
-judged. Mamba writes by `stream`, with mamba_fast/ if it is there; the others in plain PyTorch.
+validation text. All have AdamW with the same settings, the same rate of dropout, and a warm-up and
+a cosine over the same budget of steps or of seconds, in which evaluations do not count. The
+learning rate is each model's own: any single one would favour one of them. They take turns, so that
+a busy machine slows them all. The GPT's attention is PyTorch's fast one, therefore without dropout
+of its weights. Its positions are rotary, for nanoGPT's learned ones end at block_size: so it can
+write on after any text, from a cache of all keys and values, as Mamba does from its state. That is
+timed; what it writes far beyond the length that it learned is not judged. Mamba writes by `stream`,
+with mamba_fast/ if that is there, the others in plain PyTorch.
 What it does not tell: this is one seed and one size, and nothing is tuned but the learning rate.
 
 --suite=tasks trains Mambas of two layers on the tasks of the paper's section 4.1, which show what

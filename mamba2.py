@@ -170,7 +170,7 @@ def chunked(u, delta, a, B, C, h, steps):
     parts = u, delta, a, B, C
     if any_length or padding > 0:
         parts = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, padding)) for t in parts]
-    u, delta, a, B, C = (t.unflatten(1, (chunks, steps)) for t in parts)    # (B, K, T, ...)
+    u, delta, a, B, C = (torch.unflatten(t, 1, (chunks, steps)) for t in parts)  # (B, K, T, ...)
     B, C = B.transpose(2, 3), C.transpose(2, 3)                             # (B, K, G, T, N)
     since = a.cumsum(2)             # (B, K, T, H): the sum of a from the chunk's start through t
     until = F.pad(a[:, :, 1:], (0, 0, 0, 1)).flip(2).cumsum(2).flip(2)      # after t to its end
@@ -185,13 +185,13 @@ def chunked(u, delta, a, B, C, h, steps):
     coarse = coarse.cumsum(2).transpose(2, 3)                               # (B, K, H, T)
     decay = torch.exp((coarse[..., None] - coarse[..., None, :]).clamp_(max=0))   # (B, K, H, T, T)
     scores = (C @ B.mT).tril(-1)                                            # (B, K, G, T, T)
-    scores = (decay.unflatten(2, (groups, -1)) * scores[:, :, :, None]).flatten(2, 3)
+    scores = (torch.unflatten(decay, 2, (groups, -1)) * scores[:, :, :, None]).flatten(2, 3)
     u_in = u * (delta[..., None] * torch.exp(-rest))                        # (B, K, T, H, P)
     y = (scores @ u_in.transpose(2, 3)).transpose(2, 3)     # still without exp(rest)
 
     # 2. What each chunk alone leaves at its end, decayed until there
     u_out = u * (delta * torch.exp(until))[..., None]                       # (B, K, T, H, P)
-    u_out = u_out.flatten(3).unflatten(3, (groups, -1))                     # (B, K, T, G, D / G)
+    u_out = torch.unflatten(u_out.flatten(3), 3, (groups, -1))              # (B, K, T, G, D / G)
     h_new = u_out.permute(0, 1, 3, 4, 2) @ B                                # (B, K, G, D / G, N)
 
     # 3. From chunk to chunk: the state before each chunk, and the last one
@@ -230,7 +230,7 @@ class GatedRMSNorm(nn.Module):
         dtype, number = y.dtype, torch.promote_types(y.dtype, torch.float32)
         y, gate = y.to(number), F.silu(z.to(number))
         y = y if self.norm_before_gate else y * gate
-        y = y.unflatten(-1, (self.groups, -1))                              # (B, L, G, D / G)
+        y = torch.unflatten(y, -1, (self.groups, -1))                       # (B, L, G, D / G)
         size = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         y = (y * torch.rsqrt(size.square() / y.shape[-1] + self.eps)).flatten(2) * self.weight
         return (y * gate if self.norm_before_gate else y).to(dtype)
@@ -302,8 +302,8 @@ class Mamba2Block(nn.Module):
         u, conv = conv_silu(u, self.conv1d.weight, self.conv1d.bias, conv, config.scan, mask,
                             seq_idx)
         u, B, C = u.split((d_inner, shared, shared), dim=-1)
-        u = u.unflatten(-1, (config.nheads, -1))                            # (B, L, H, P)
-        B, C = (t.unflatten(-1, (config.ngroups, -1)) for t in (B, C))      # (B, L, G, N)
+        u = torch.unflatten(u, -1, (config.nheads, -1))                     # (B, L, H, P)
+        B, C = (torch.unflatten(t, -1, (config.ngroups, -1)) for t in (B, C))  # (B, L, G, N)
         y, h = ssd(u, delta, -torch.exp(self.A_log), B, C, self.D, self.dt_bias, True, h, True,
                    config.scan, mask, seq_idx, config.dt_limit, config.chunk_size)
         y = y.flatten(2)                                                    # (B, L, D)

@@ -64,8 +64,8 @@ class Mamba3Config(Mamba2Config):
     n_angles = property(lambda self: int(self.d_state * self.rope_fraction) // 2)
 
 # ---- The scan ------------------------------------------------------------------------------------
-# x: (B, L, R, H, P).  k, q: (B, L, R, H, N), rotated.  (B, L, H) each: gamma = lambda delta, what is
-# added at once; late = (1 - lambda) delta, what is added one step later; a = delta * A.
+# x: (B, L, R, H, P).  k, q: (B, L, R, H, N), rotated.  And (B, L, H) each: a = delta * A; gamma =
+# lambda delta, what is added at once; late = (1 - lambda) delta, what is added one step later.
 
 def one_by_one(x, k, q, gamma, late, a, h, x_before, k_before):
     """The recurrence as written. Returns y (B, L, R, H, P) and the last h (B, H, P, N)."""
@@ -102,7 +102,7 @@ def turned(t, theta, pairs_apart):
     i + N / 2 if pairs_apart, else 2 i and 2 i + 1; i < S."""
     n, pairs = theta.shape[-1], t.shape[-1] // 2
     theta = F.pad(theta, (0, pairs - n))[:, :, None]                        # (B, L, 1, H, N / 2)
-    one, other = t.unflatten(-1, (2, pairs) if pairs_apart else (pairs, 2)).unbind(
+    one, other = torch.unflatten(t, -1, (2, pairs) if pairs_apart else (pairs, 2)).unbind(
         -2 if pairs_apart else -1)                                          # (B, L, R, H, N / 2)
     cos, sin = torch.cos(theta), torch.sin(theta)
     return torch.stack([one * cos - other * sin, one * sin + other * cos],
@@ -230,8 +230,8 @@ class Mamba3Block(nn.Module):
         theta = turns * (2 * math.pi)
         k, q = (turned(of_heads_normed(t, norm, bias, c), theta, c.mimo_rank > 1)
                 for t, norm, bias in ((B, self.B_norm, self.B_bias), (C, self.C_norm, self.C_bias)))
-        x = x.unflatten(-1, (c.nheads, -1))                                 # (B, L, H, P)
-        z = z.unflatten(-1, (c.nheads, -1))
+        x = torch.unflatten(x, -1, (c.nheads, -1))                          # (B, L, H, P)
+        z = torch.unflatten(z, -1, (c.nheads, -1))
         ranks = lambda t, name: (t[:, :, None] if c.mimo_rank == 1 else
                                  t[:, :, None] * getattr(self, name).transpose(0, 1).to(number))
         xs = ranks(x, "mimo_x")                                             # (B, L, R, H, P)
@@ -265,7 +265,7 @@ class Mamba3Block(nn.Module):
 
 def of_heads_normed(t, norm, bias, config):
     """B or C, (B, L, R * G * N), normed, for each head, with its bias: (B, L, R, H, N)."""
-    t = t.unflatten(-1, (config.mimo_rank, config.ngroups, -1))             # (B, L, R, G, N)
+    t = torch.unflatten(t, -1, (config.mimo_rank, config.ngroups, -1))      # (B, L, R, G, N)
     t = F.rms_norm(t, t.shape[-1:], norm.weight.to(t.dtype), norm.eps)
-    t = of_heads(t.flatten(0, 1), config.nheads).unflatten(0, t.shape[:2])
+    t = torch.unflatten(of_heads(t.flatten(0, 1), config.nheads), 0, t.shape[:2])
     return t + bias.transpose(0, 1).to(t.dtype)                             # (R, H, N)
