@@ -3738,7 +3738,7 @@ def small_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-TINY = ("--device=cpu", "--d_model=16", "--n_layer=2", "--batch_size=4", "--block_size=64", "--dropout=0.1",
+TINY = ("--device=cpu", "--threads=1", "--d_model=16", "--n_layer=2", "--batch_size=4", "--block_size=64", "--dropout=0.1",
         "--max_iters=150", "--eval_interval=40", "--eval_iters=3", "--log_interval=1", "--warmup_iters=5",
         "--learning_rate=3e-3", "--sample_tokens=5", "--dataset=words.txt", "--out_dir=run")
 
@@ -3839,7 +3839,7 @@ FLAGS = {
                 "expand=2 d_intermediate=0 dropout batch_size block_size gradient_accumulation_steps=1 max_iters "
                 "learning_rate min_lr=None warmup_iters=100 lr_decay_iters=None weight_decay=0.1 beta1=0.9 beta2=0.99 "
                 "grad_clip=1.0 seed=1337 reset_at_eot=None carry_state=False bptt=1 eval_interval=250 eval_iters=50 patience=0 log_interval=10 sample_tokens=200 cache_dir= "
-                "device=auto dtype=auto compile=None scan=auto checkpointing=False",
+                "device=auto dtype=auto compile=None scan=auto threads=None checkpointing=False",
     "sample.py": "out_dir= pretrained= start= num_samples=1 max_new_tokens=500 temperature=0.8 top_k=None top_p=None "
                  "min_p=None repetition_penalty=None stop= ignore_eos=False seed=None interactive=False show= layer=None "
                  "html= export= format=mamba_ssm cache_dir= device=auto dtype=auto scan=auto compile=False quantize=",
@@ -5514,16 +5514,43 @@ def test_what_others_left_in_the_environment(work, call, monkeypatch, env):
     assert "done" in succeeded(call("train.py", *TINY, "--max_iters=1", cwd=work)).stdout
 
 
-@pytest.mark.parametrize("cores, said", [(64, "threads: 3 as before, not 1"), (2, "threads: 1, and 3 before")])
+@pytest.mark.parametrize("cores, said", [(64, "threads: 3, not 1, as before"), (2, "threads: 3 before: from here on")])
 def test_threads_are_those_of_before(finished, call, monkeypatch, cores, said):
     path, used = finished / "run" / "ckpt.pt", []
     torch.save({**load(path), "threads": 3}, path)
     monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1] if used else 1)
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    output = succeeded(call("train.py", *TINY, "--max_iters=151", cwd=finished)).stdout
+    flags = [flag for flag in TINY if "threads" not in flag]
+    output = succeeded(call("train.py", *flags, "--max_iters=151", cwd=finished)).stdout
     assert said in output and load(path)["threads"] == (3 if cores == 64 else 1)
-    assert used == ([3, 1] if cores == 64 else [])      # and in the end as it was
+    assert used[0] == (3 if cores == 64 else 1) and used[-1] == 1       # and in the end as it was
+
+
+@pytest.mark.parametrize("speeds, expected", [
+    ({4: 10, 2: 9, 1: 5}, 4), ({4: 1, 2: 2, 1: 2.9}, 4), ({4: 1, 2: 20, 1: 10}, 2), ({4: 1, 2: 2, 1: 100}, 1)])
+def test_fewer_threads_where_other_programs_use_the_cores(work, call, monkeypatch, speeds, expected):
+    """Only if that is far faster, and not for a moment's load; --threads takes what it is told."""
+    monkeypatch.setattr(common, "additions_per_second", speeds.get)
+    assert common.pick_threads(4) == expected
+    moments = iter([speeds, dict.fromkeys(speeds, 1)])
+    now = {}
+    monkeypatch.setattr(common, "additions_per_second", lambda count: (now.update(next(moments)) if count not in now else None) or now.pop(count))
+    assert common.pick_threads(4) == 4
+    monkeypatch.setattr(common, "pick_threads", lambda most: expected)
+    used = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    flags = [*(flag for flag in TINY if "threads" not in flag), "--max_iters=1"]
+    output = succeeded(call("train.py", *flags, cwd=work)).stdout
+    assert used == [expected, 4] and ("threads: " in output) == (expected != 4)
+    succeeded(call("train.py", *flags, "--threads=3", "--init_from=scratch", cwd=work))
+    assert used[2:] == [3, 4]
+
+
+def test_additions_are_counted_on_so_many_threads():
+    before = torch.get_num_threads()
+    assert common.additions_per_second(1, 0.01) > 100 and torch.get_num_threads() == before
 
 
 def test_what_is_told_on_the_way(work, call, monkeypatch):

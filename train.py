@@ -68,7 +68,8 @@ SHAPE = ("d_model", "n_layer", "d_state", "d_conv", "expand", "d_intermediate")
 FIXED = {**dict.fromkeys(SHAPE, str), "dataset": dataset_name, "init_from": os.path.abspath,
          "new_vocabulary": bool}
 # what belongs to the command or the machine, not to the run: never taken from a checkpoint
-ONE_OFF = ("eval_only", "cache_dir", "device", "dtype", "compile", "scan", "checkpointing")
+ONE_OFF = ("eval_only", "cache_dir", "device", "dtype", "compile", "scan", "checkpointing",
+           "threads")
 # where in the text a step is with --carry_state: if one of these changes, the state begins anew
 PLACE = ("carry_state", "bptt", "batch_size", "block_size", "gradient_accumulation_steps")
 START_OVER = "start over with --init_from=scratch, or use another --out_dir"
@@ -131,6 +132,9 @@ class Config:
     compile: bool | None = flag(None, "torch.compile, up to a minute; by default on CUDA from 5000 "
                                 "steps on, on a CPU from 1000")
     scan: str = flag("auto", "auto, triton (fused kernels, on CUDA), chunked or sequential")
+    threads: int | None = flag(None, "of a CPU; by default all, but fewer if other programs use "
+                               "the cores as the run begins: the threads would mostly wait for "
+                               "each other", 1)
     checkpointing: bool = flag(False, "keep what enters each layer and compute the rest again for "
                                "the gradients: with 12 layers 0.4 of the memory, 1.4 times the "
                                "time")
@@ -571,20 +575,23 @@ def first_process_first(world):
     if first_here and world > 1:
         dist.barrier()
 
-def use_threads(before, at_end):
-    """Computes on as many threads as the run did before, or says that it cannot: their number is
-    in the last bits of every sum."""
-    now = torch.get_num_threads()
-    if before in (None, now):
-        return
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    if before <= len(cores):
-        at_end.callback(torch.set_num_threads, now)
-        torch.set_num_threads(before)
-        say(f"threads: {before} as before, not {now}, so that the run goes on exactly")
+def use_threads(wanted, before, at_end):
+    """Computes on as many threads as --threads wants, or as the run did before, for their number is
+    in the last bits of every sum, or as are fastest now; at_end on all again."""
+    most = torch.get_num_threads()
+    at_end.callback(torch.set_num_threads, most)
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    if wanted or (before and before <= cores):
+        number, why = wanted or before, "as before" if before and not wanted else "as asked for"
     else:
-        say(f"threads: {now}, and {before} before: from here on the last bits may differ from "
-            "those of a run that was not interrupted")
+        number, why = common.pick_threads(most), "other programs use the cores"
+    torch.set_num_threads(number)
+    if number != most:
+        say(f"threads: {number}, not {most}, {why}; --threads={most} takes {most}")
+    if before and before != number:
+        say(f"threads: {before} before: from here on the last bits may differ from those of a run "
+            "that was not interrupted")
 
 OVERFITTING = 3     # evaluations after the best one, while the loss in training is lower
 TELL = 3    # seconds between two lines on the progress, where no terminal shows a bar
@@ -692,10 +699,10 @@ def train(cfg, given, at_end):
     if checkpoint:
         say(f"going on from step {run.step} of {cfg.max_iters}")
         tell_new_schedule(run.step, Config(**checkpoint["config"]), cfg)
-        if device.type == "cpu":
-            use_threads(checkpoint.get("threads"), at_end)
     else:
         say(f"{cfg.max_iters} steps, into {folder.path}")
+    if device.type == "cpu":
+        use_threads(cfg.threads, checkpoint and checkpoint.get("threads"), at_end)
 
     # How gradients are computed: as the model stands there, compiled, or replayed as CUDA graphs
     if cfg.checkpointing:
