@@ -7330,7 +7330,7 @@ def test_all_of_it_without_mamba_fast(corpus, work, call):
 # What takes minutes: python -m pytest -m long
 
 FORKS = """
-import json, os, runpy, sys
+import json, os, runpy, signal, sys
 root, log = sys.argv[1:]
 sys.path.insert(0, root)
 import numpy, torch, torch._dynamo, train
@@ -7344,6 +7344,7 @@ for line in sys.stdin:      # ["start", flags] or ["wait", pid]
         print(pid, flush=True)
         continue
     os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # as train.py has it from its first lines on
     for descriptor, path in ((0, os.devnull), (1, os.devnull), (2, log)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
@@ -7355,7 +7356,6 @@ for line in sys.stdin:      # ["start", flags] or ["wait", pid]
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
-    os.kill(os.getpid(), 0)
     sys.stderr.flush()
     os._exit(status)
 """
