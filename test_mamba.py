@@ -7,6 +7,11 @@ run as real processes with real signals; downloads come from a small server here
 """
 from __future__ import annotations
 
+import os
+
+# All is small here: several threads would mostly wait for each other. The scripts that are started inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import ast
 import collections
 import contextlib
@@ -25,7 +30,6 @@ import io
 import itertools
 import json
 import math
-import os
 import pickle
 import random
 import re
@@ -129,7 +133,7 @@ def scan(request):
         yield request.param
 
 
-@pytest.fixture(params=["mamba", "mamba2", "mamba3", "mamba3, MIMO"])
+@pytest.fixture(params=["mamba", "mamba2", *(pytest.param(name, marks=pytest.mark.long) for name in ("mamba3", "mamba3, MIMO"))])
 def layer(request, monkeypatch):
     """Each kind of layer: within a test MambaBlock, MambaConfig and what a model is made of are those of this kind."""
     if request.param != "mamba":
@@ -7421,16 +7425,15 @@ def test_random_kills_and_signals(tmp_path, steps, interruptions):
     folder = tmp_path / "run"
     while done < interruptions:
         signals = rng.choice(rng.choice([POLITE, RUDE]))
-        logged_before = len((folder / "log.csv").read_bytes().splitlines()) if (folder / "log.csv").exists() else 0
         delay = rng.uniform(0, took if steps < 1000 else 1.5 * took / interruptions)
         status, late, err = forks.run(*flags, "--out_dir=run", signals=signals, delay=delay, rng=rng)
         done, counts[status] = done + 1, counts[status] + 1
         assert "Traceback" not in err and late < 5, (done, signals, status, late, err)
         assert status in (0, 130, 129, 143, 138, -2, -15, -9, -1, -10), (done, signals, status, err)
-        if signals in POLITE and status > 0 and (folder / "ckpt.pt").exists():     # nothing of what was logged is lost
+        if signals in POLITE and status > 0 and (folder / "log.csv").exists():     # nothing of what was logged is lost
             rows = list(csv.reader((folder / "log.csv").open(newline="")))
             saved = torch.load(folder / "ckpt.pt", weights_only=True)["step"]
-            assert len(rows) == 1 or saved >= int(rows[-1][0]), (done, saved, rows[-1], logged_before)
+            assert len(rows) == 1 or saved >= int(rows[-1][0]), (done, saved, rows[-1])
         if status == 0 or done == interruptions:
             status, _, err = forks.run(*flags, "--out_dir=run")
             assert status == 0, err
