@@ -4,7 +4,7 @@ Trains a Mamba language model on the text of prepare_data.py.
 python train.py                                     # built-in text, no network; minutes on a laptop
 python train.py --dataset=shakespeare --device=mps
 python train.py --dataset=novel.txt --d_model=256 --n_layer=6
-python train.py --dataset=novel-gpt-neox --init_from=state-spaces/mamba-130m    # released weights
+python train.py --dataset=letters.txt --init_from=out/novel      # a run, or released weights
 torchrun --nproc_per_node=2 train.py --dataset=shakespeare
 
 Ctrl-C finishes the step and saves; the same command again goes on exactly where it stopped. In
