@@ -545,12 +545,17 @@ def check_tensor(name, tensor, shape=None):
     """ValueError: not a tensor of this shape, with memory for all of it, of finite numbers."""
     import torch
     if not (isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-            and tensor.is_contiguous() and tensor.is_floating_point()):
+            and tensor.is_floating_point() and is_dense(tensor)):
         raise ValueError(f"{name} is no ordinary tensor")
     if shape is not None and tensor.shape != shape:
         raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
     if not tensor.isfinite().all():
         raise ValueError(f"{name} has numbers that are not finite")
+
+def is_dense(tensor):
+    """Whether each number has a place of its own, and there are no gaps: transposed or not."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(order).is_contiguous()
 
 def check_model(checkpoint):
     """The model of a checkpoint. ValueError or Problem: it does not hold a whole one."""
@@ -600,6 +605,7 @@ def check_training(checkpoint, model, Config):
         for name, tensor in of_one.items():
             shape = () if name == "step" else parameters[i].shape
             check_tensor(f"{name} of parameter {i}", tensor, shape)
+            of_one[name] = tensor.contiguous()      # as the fused step of AdamW takes it
     if (carried := checkpoint.get("carried")) is not None:
         for tensor in (tensor for layer in carried for tensor in layer):
             check_tensor("the carried state", tensor)
