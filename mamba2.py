@@ -235,9 +235,64 @@ class GatedRMSNorm(nn.Module):
         y = (y * torch.rsqrt(size.square() / y.shape[-1] + self.eps)).flatten(2) * self.weight
         return (y * gate if self.norm_before_gate else y).to(dtype)
 
-class Mamba2Block(nn.Module):
-    """The mixer (paper, figure 6): project, convolution, ssd, gate and norm, project back.
-    Called as MambaBlock of mamba.py, which says what x, state, mask and seq_idx are."""
+class HeadsBlock(nn.Module):
+    """What the blocks of Mamba-2 and Mamba-3 share, which differ in mix, what they do with x (B, L,
+    d_model): mix(x, state or None, mask, seq_idx) -> (y, the state after). Called as MambaBlock of
+    mamba.py, which says what x, state, mask and seq_idx are."""
+    exact = ("dt_bias", "D")    # the parameters that stay float32 in a model of 16 bits
+
+    @torch.no_grad()
+    def reset_steps(self):
+        """The first weights of delta, and zeros for the projections' biases."""
+        config = self.config
+        # the steps delta start log-uniform in [dt_min, dt_max]: the bias is the inverse of softplus
+        dt = torch.empty_like(self.dt_bias)
+        dt = dt.uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp_()
+        dt = dt.clamp(min=config.dt_init_floor)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        for linear in (self.in_proj, self.out_proj):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        self.mark_parameters()
+
+    def mark_parameters(self):
+        """Flags that other code bases honour, so that they leave these as they are."""
+        self.dt_bias._no_reinit = True
+        for name in self.exact:
+            getattr(self, name)._no_weight_decay = True
+
+    def forward(self, x, state=None, mask=None, seq_idx=None):
+        """(B, L, d_model) -> it; with a state, (it, the state after). ValueError: wrong shapes."""
+        shapes = [tuple(t.shape) for t in (x, mask, seq_idx) if t is not None]
+        if x.dim() != 3 or x.is_complex() or any(shape != shapes[0][:2] for shape in shapes[1:]):
+            raise ValueError("x must be (B, L, d_model) and real, mask and seq_idx (B, L), not "
+                             f"{x.dtype} and {', '.join(map(str, shapes))}")
+        if mask is not None:    # padding goes to the end of each row, and its content has no effect
+            order = (~mask).byte().argsort(dim=1, stable=True)              # (B, L)
+            mask, x = mask.take_along_dim(order, 1), x.take_along_dim(order[..., None], 1)
+            x = x.masked_fill(~mask[..., None], 0)
+            seq_idx = None if seq_idx is None else seq_idx.take_along_dim(order, 1)
+        y, after = self.mix(x, state, mask, seq_idx)
+        if mask is not None:
+            y = y.take_along_dim(order.argsort(1)[..., None], 1)            # where they were
+        return y if state is None else (y, after)
+
+    def _apply(self, fn, recurse=True):
+        # as MambaBlock: model.bfloat16() and .half() leave these in float32
+        parameters = [getattr(self, name) for name in self.exact]
+        exact = {id(t) for p in parameters for t in (p, p.grad)}
+
+        def keep_exact(t):
+            new = fn(t)
+            rounded = id(t) in exact and new.element_size() == 2
+            return t.to(new.device) if rounded else new
+        super()._apply(keep_exact, recurse)
+        self.mark_parameters()      # they may be other objects now
+        return self
+
+class Mamba2Block(HeadsBlock):
+    """The mixer (paper, figure 6): project, convolution, ssd, gate and norm, project back."""
+    exact = ("dt_bias", "A_log", "D")
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -262,22 +317,9 @@ class Mamba2Block(nn.Module):
         config = self.config
         self.A_log.uniform_(*config.A_init_range).log_()
         self.D.fill_(1)
-        # the steps delta start log-uniform in [dt_min, dt_max]: the bias is the inverse of softplus
-        dt = torch.empty_like(self.dt_bias)
-        dt = dt.uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp_()
-        dt = dt.clamp(min=config.dt_init_floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         if config.rmsnorm:
             self.norm.weight.fill_(1)
-        for linear in (self.in_proj, self.out_proj):
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        self.mark_parameters()
-
-    def mark_parameters(self):
-        """Flags that other code bases honour, so that they leave these as they are."""
-        self.dt_bias._no_reinit = True
-        self.dt_bias._no_weight_decay = self.A_log._no_weight_decay = self.D._no_weight_decay = True
+        self.reset_steps()
 
     def init_state(self, batch):
         """The state before the first token: zeros."""
@@ -285,17 +327,7 @@ class Mamba2Block(nn.Module):
         h = self.A_log.new_zeros(batch, config.nheads, config.headdim, config.d_state)
         return Mamba2State(weight.new_zeros(batch, config.d_conv - 1, len(weight)), h)
 
-    def forward(self, x, state=None, mask=None, seq_idx=None):
-        """(B, L, d_model) -> it; with a state, (it, Mamba2State). ValueError: wrong shapes."""
-        shapes = [tuple(t.shape) for t in (x, mask, seq_idx) if t is not None]
-        if x.dim() != 3 or x.is_complex() or any(shape != shapes[0][:2] for shape in shapes[1:]):
-            raise ValueError("x must be (B, L, d_model) and real, mask and seq_idx (B, L), not "
-                             f"{x.dtype} and {', '.join(map(str, shapes))}")
-        if mask is not None:    # padding goes to the end of each row, and its content has no effect
-            order = (~mask).byte().argsort(dim=1, stable=True)              # (B, L)
-            mask, x = mask.take_along_dim(order, 1), x.take_along_dim(order[..., None], 1)
-            x = x.masked_fill(~mask[..., None], 0)
-            seq_idx = None if seq_idx is None else seq_idx.take_along_dim(order, 1)
+    def mix(self, x, state, mask, seq_idx):
         config, (conv, h) = self.config, (None, None) if state is None else state
         d_inner, shared = config.d_inner, config.ngroups * config.d_state
         z, u, delta = self.in_proj(x).split((d_inner, d_inner + 2 * shared, config.nheads), dim=-1)
@@ -308,18 +340,4 @@ class Mamba2Block(nn.Module):
                    config.scan, mask, seq_idx, config.dt_limit, config.chunk_size)
         y = y.flatten(2)                                                    # (B, L, D)
         y = self.out_proj(self.norm(y, z) if config.rmsnorm else y * F.silu(z))
-        if mask is not None:
-            y = y.take_along_dim(order.argsort(1)[..., None], 1)            # where they were
-        return y if state is None else (y, Mamba2State(conv, h))
-
-    def _apply(self, fn, recurse=True):
-        # as MambaBlock: model.bfloat16() and .half() leave these in float32
-        exact = {id(t) for p in (self.A_log, self.D, self.dt_bias) for t in (p, p.grad)}
-
-        def keep_exact(t):
-            new = fn(t)
-            rounded = id(t) in exact and new.element_size() == 2
-            return t.to(new.device) if rounded else new
-        super()._apply(keep_exact, recurse)
-        self.mark_parameters()      # they may be other objects now
-        return self
+        return y, Mamba2State(conv, h)

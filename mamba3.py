@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mamba import Linear, beginnings
-from mamba2 import FORGET, Mamba2Config, in_chunks, of_heads
+from mamba2 import FORGET, HeadsBlock, Mamba2Config, in_chunks, of_heads
 
 __all__ = ["Mamba3Block", "Mamba3Config", "Mamba3State"]
 
@@ -130,9 +130,9 @@ class Mamba3State(NamedTuple):
     k: torch.Tensor         # (B, R, H, N), the last key, rotated
     x: torch.Tensor         # (B, H, P), the last value
 
-class Mamba3Block(nn.Module):
+class Mamba3Block(HeadsBlock):
     """The mixer (paper, figure 2): project, norms of B and C, rotation, scan, gate, project back.
-    Called as MambaBlock of mamba.py, which says what x, state, mask and seq_idx are."""
+    """
 
     def __init__(self, config: Mamba3Config):
         super().__init__()
@@ -157,27 +157,13 @@ class Mamba3Block(nn.Module):
     @torch.no_grad()
     def reset_parameters(self):
         """What is special about the first weights; call it after a host network's apply(init)."""
-        config = self.config
-        # the steps delta start log-uniform in [dt_min, dt_max]: the bias is the inverse of softplus
-        dt = torch.empty_like(self.dt_bias)
-        dt = dt.uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp_()
-        dt = dt.clamp(min=config.dt_init_floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         for ones in (self.D, self.B_bias, self.C_bias, self.B_norm.weight, self.C_norm.weight):
             ones.fill_(1)
-        if config.mimo_rank > 1:
-            self.mimo_x.fill_(1 / config.mimo_rank)
+        if self.config.mimo_rank > 1:
+            self.mimo_x.fill_(1 / self.config.mimo_rank)
             self.mimo_z.fill_(1)
-            self.mimo_o.fill_(1 / config.mimo_rank)
-        for linear in (self.in_proj, self.out_proj):
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        self.mark_parameters()
-
-    def mark_parameters(self):
-        """Flags that other code bases honour, so that they leave these as they are."""
-        self.dt_bias._no_reinit = True
-        self.dt_bias._no_weight_decay = self.D._no_weight_decay = True
+            self.mimo_o.fill_(1 / self.config.mimo_rank)
+        self.reset_steps()
 
     def init_state(self, batch):
         """The state before the first token: zeros."""
@@ -187,29 +173,16 @@ class Mamba3Block(nn.Module):
                            zeros(batch, c.mimo_rank, c.nheads, c.d_state),
                            zeros(batch, c.nheads, c.headdim))
 
-    def forward(self, x, state=None, mask=None, seq_idx=None):
-        """(B, L, d_model) -> it; with a state, (it, Mamba3State). ValueError: wrong shapes."""
-        shapes = [tuple(t.shape) for t in (x, mask, seq_idx) if t is not None]
-        if x.dim() != 3 or x.is_complex() or any(shape != shapes[0][:2] for shape in shapes[1:]):
-            raise ValueError("x must be (B, L, d_model) and real, mask and seq_idx (B, L), not "
-                             f"{x.dtype} and {', '.join(map(str, shapes))}")
-        if mask is not None:    # padding goes to the end of each row, and its content has no effect
-            order = (~mask).byte().argsort(dim=1, stable=True)              # (B, L)
-            mask, x = mask.take_along_dim(order, 1), x.take_along_dim(order[..., None], 1)
-            x = x.masked_fill(~mask[..., None], 0)
-            seq_idx = None if seq_idx is None else seq_idx.take_along_dim(order, 1)
+    def mix(self, x, state, mask, seq_idx):
         before = self.init_state(len(x)) if state is None else state
         if before.h.shape != (len(x), *self.init_state(1).h.shape[1:]):
             raise ValueError(f"the state must be of batch {len(x)}, not {[*before.h.shape]}")
         parts = self.in_proj(x).split(self.sizes, dim=-1)
         with torch.autocast(x.device.type, enabled=False):
-            y, after = self.mix(parts, before, mask, seq_idx)
-        y = self.out_proj(y.to(parts[0].dtype))
-        if mask is not None:
-            y = y.take_along_dim(order.argsort(1)[..., None], 1)            # where they were
-        return y if state is None else (y, after)
+            y, after = self.mix_parts(parts, before, mask, seq_idx)
+        return self.out_proj(y.to(parts[0].dtype)), after
 
-    def mix(self, parts, state, mask, seq_idx):
+    def mix_parts(self, parts, state, mask, seq_idx):
         """All between the two projections, in float32: (B, L, D) and the state after it."""
         c = self.config
         number = torch.promote_types(parts[0].dtype, torch.float32)
@@ -250,18 +223,6 @@ class Mamba3Block(nn.Module):
             [first[:, None], t], 1).take_along_dim(last.view(-1, *[1] * (t.dim() - 1)), 1)[:, 0])
         after = Mamba3State(keep(theta, state.theta), h, keep(k, state.k), keep(x, state.x))
         return y.flatten(2), after
-
-    def _apply(self, fn, recurse=True):
-        # as MambaBlock: model.bfloat16() and .half() leave these in float32
-        exact = {id(t) for p in (self.D, self.dt_bias) for t in (p, p.grad)}
-
-        def keep_exact(t):
-            new = fn(t)
-            rounded = id(t) in exact and new.element_size() == 2
-            return t.to(new.device) if rounded else new
-        super()._apply(keep_exact, recurse)
-        self.mark_parameters()      # they may be other objects now
-        return self
 
 def of_heads_normed(t, norm, bias, config):
     """B or C, (B, L, R * G * N), normed, for each head, with its bias: (B, L, R, H, N)."""
