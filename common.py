@@ -174,7 +174,7 @@ def fits(field, value):
     if value is None:
         return bool(optional)
     if kind in ("int", "float"):
-        return type(value) in (int, {"int": int, "float": float}[kind]) and least <= value < below
+        return type(value).__name__ in ("int", kind) and least <= value < below
     return type(value).__name__ == kind
 
 def parse_flags(Config, argv=None):
@@ -209,7 +209,7 @@ def parse_flags(Config, argv=None):
             what += f" from {bounds[0]} on" + f" and below {bounds[1]}" * (bounds[1] < math.inf)
         try:
             value = None if optional and text.lower() == "none" else read(text)
-            if bounds and value is not None and not bounds[0] <= value < bounds[1]:
+            if not fits(fields[name], value):
                 raise ValueError
         except (KeyError, ValueError):
             raise Problem(f"{word} takes {what}, not '{text}'") from None
@@ -479,7 +479,7 @@ def reading(path, kind):
     becomes a Problem of one line about it: what is cut off or garbled may fail in any way."""
     try:
         yield
-    except MemoryError:
+    except (MemoryError, ImportError):  # a package that is missing: not the file is to blame
         raise
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise Problem(f"cannot read {path}: {error.strerror}") from None
@@ -560,6 +560,8 @@ def is_dense(tensor):
 def check_model(checkpoint):
     """The model of a checkpoint. ValueError or Problem: it does not hold a whole one."""
     check_kinds(checkpoint, model=dict, model_config=dict, meta=dict, step=int)
+    if checkpoint["step"] < 0:
+        raise ValueError("its step is below 0")
     options, weights = checkpoint["model_config"], checkpoint["model"]
     check_kinds(options, **dict.fromkeys(options, (int, float, str)))
     check_kinds(options, n_layer=int, vocab_size=int)
@@ -594,8 +596,8 @@ def check_training(checkpoint, model, Config):
         if not fits(fields[name], value):
             raise ValueError(f"its {name} is not one that --{name} takes")
     for name in ("since_best", "threads"):  # which older versions do not keep
-        if type(checkpoint.get(name, 1)) is not int:
-            raise ValueError(f"its {name} is not a whole number")
+        if type(count := checkpoint.get(name, 1)) is not int or count < 0:
+            raise ValueError(f"its {name} is not a whole number from 0 on")
     groups, moments = model.configure_optimizers(1.0).param_groups, checkpoint["optimizer"]["state"]
     parameters = dict(enumerate(p for group in groups for p in group["params"]))
     if moments and moments.keys() != parameters.keys():

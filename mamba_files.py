@@ -55,7 +55,7 @@ def read(name_or_folder, cache_dir=None):
     name = os.fspath(name_or_folder)
     if path := checkpoint_of(name):
         with blame(path):
-            saved = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+            saved = mapped(path)
             options, paths = checked(saved["model_config"]), [path]
             tokenizer = saved.get("meta", {}).get("tokenizer")
     else:
@@ -72,6 +72,11 @@ def read(name_or_folder, cache_dir=None):
     return options, lambda *wanted: fitting(name, paths, tokenizer, *wanted)
 
 
+def mapped(path):
+    """What torch.save wrote, tensors and plain values alone, mapped to memory."""
+    return torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+
+
 def read_tokenizer(name_or_folder, cache_dir=None):
     """
     The tokenizer of a model, as the dict that load_tokenizer of prepare_data.py takes: of a run, of
@@ -82,8 +87,7 @@ def read_tokenizer(name_or_folder, cache_dir=None):
     path = checkpoint_of(name) or tokenizer_file(name, cache_dir)
     with blame(path):
         if path.suffix == ".pt":
-            saved = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
-            saved = saved["meta"]["tokenizer"]
+            saved = mapped(path)["meta"]["tokenizer"]
             if not isinstance(saved[{"char": "chars", "bpe": "json"}[saved["type"]]], str):
                 raise ValueError("its tokenizer is not a text")
             return saved
@@ -103,7 +107,7 @@ def check_usable(model, tokenizer, name):
     if tokenizer and tokenizer.vocab_size > known:
         raise ValueError(f"the tokenizer of {name} has {tokenizer.vocab_size:,} tokens, and the "
                          f"weights know {known:,}: put their own tokenizer.json beside them")
-    for key, tensor in model.state_dict().items():
+    for key, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise ValueError(f"{key} of {name} has values that are not finite numbers: the file is "
                              "damaged, or of a training that diverged")
@@ -135,8 +139,8 @@ def write(folder, options, weights, layout="mamba_ssm", tokenizer=None):
     if other := [name for name in WEIGHTS if name != file and (folder / name).exists()]:
         raise FileExistsError(f"{folder} holds {other[0]}, which others would read; "
                               "choose another folder")
-    texts = {"config.json": json.dumps(config, indent=2) + "\n", **texts}
-    write_files(folder, {file: lambda path: save(weights, path), **texts})
+    write_files(folder, {file: lambda path: save(weights, path),
+                         "config.json": json.dumps(config, indent=2) + "\n", **texts})
 
 
 def write_files(folder, contents):
@@ -323,7 +327,7 @@ def open_weights(path):
         from safetensors import safe_open
         file = safe_open(path, framework="pt")
         return file.get_tensor, list(file.keys())
-    weights = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+    weights = mapped(path)
     weights = weights["model"] if path.suffix == ".pt" else weights
     return weights.__getitem__, list(weights)
 

@@ -88,6 +88,10 @@ class CharTokenizer:
         """Whether all characters of a text are in the alphabet."""
         return bool((self.table[code_points(text)] >= 0).all())
 
+    def ids(self):
+        """{token: id}"""
+        return {character: i for i, character in enumerate(self.chars)}
+
     def to_dict(self):
         return {"type": "char", "chars": self.chars}
 
@@ -180,6 +184,10 @@ class BPETokenizer:
         model = json.loads(self.tokenizer.to_str())["model"]
         return model.get("unk_id", self.tokenizer.token_to_id(model.get("unk_token") or ""))
 
+    def ids(self):
+        """{token: id}"""
+        return self.tokenizer.get_vocab()
+
     def to_dict(self):
         return {"type": "bpe", "json": self.tokenizer.to_str()}
 
@@ -222,9 +230,9 @@ def open_tokenizer(tokenizer, cache_dir=None):
     """The tokenizer that --tokenizer names: gpt-neox or the path of a tokenizer.json."""
     path = Path(tokenizer)
     if tokenizer == "gpt-neox":
-        from mamba_files import hub_file  # only here: it brings torch along
+        from mamba_files import NEOX, hub_file  # only here: it brings torch along
         try:
-            path = hub_file("EleutherAI/gpt-neox-20b", "tokenizer.json", cache_dir)
+            path = hub_file(NEOX, "tokenizer.json", cache_dir)
         except ConnectionError as error:
             raise Problem(f"{error}; --tokenizer=char and bpe need no network") from None
     elif not path.is_file():
@@ -494,7 +502,7 @@ def open_data(dataset, data_dir, block_size=0, may_prepare=True, tokenizer=None)
     Problem: it cannot be prepared, is damaged, or has not block_size + 1 tokens in each part."""
     folder = Path(data_dir, dataset_name(dataset))
     if tokenizer is not None:
-        dataset, folder = in_tokens_of(tokenizer, dataset, folder)
+        folder = in_tokens_of(tokenizer, dataset, folder)
     if may_prepare:
         if any(leftovers(folder)) and os.access(folder, os.W_OK):
             with alone_in(folder):
@@ -505,14 +513,13 @@ def open_data(dataset, data_dir, block_size=0, may_prepare=True, tokenizer=None)
     return load_data(folder, block_size, dataset)
 
 def in_tokens_of(tokenizer, dataset, folder):
-    """(the text of a dataset, the folder of its tokens by this tokenizer); folder: that of its
-    tokens by any."""
+    """The folder of a dataset's tokens by this tokenizer; folder: that of its tokens by any."""
     if (folder / "meta.json").exists():
         meta = read_meta(folder, dataset)
         if not is_text(dataset) or meta["tokenizer"] == tokenizer.to_dict():
-            return dataset, folder
+            return folder
     digest = sha256_of(json.dumps(tokenizer.to_dict()).encode())
-    return dataset, folder.with_name(f"{folder.name}-as-{digest[:8]}")
+    return folder.with_name(f"{folder.name}-as-{digest[:8]}")
 
 def is_prepared(folder, dataset):
     """Whether folder holds the tokens of this dataset: if it is files, of what they hold today."""
@@ -532,8 +539,6 @@ def load_data(folder, block_size=0, dataset=""):
     """The Data in folder, of this dataset if that is known. Problem: it is missing, its files are
     not what was written, or one of them has not block_size + 1 tokens."""
     meta = read_meta(folder, dataset)
-    if meta["tokenizer"]["type"] == "bpe":
-        import tokenizers  # noqa: F401 (the file is not to blame if that is missing)
     with advice(folder, dataset, meta):
         with reading(folder / "meta.json", "of prepared data"):
             tokenizer = load_tokenizer(meta["tokenizer"])

@@ -4719,6 +4719,12 @@ def test_a_python_without_pydoc_data_or_tokenizers(tmp_path, call, monkeypatch):
     one_line_error(call("prepare_data.py", cwd=tmp_path), "without pydoc_data")
     one_line_error(call("prepare_data.py", "--tokenizer=bpe", cwd=tmp_path), "pip install tokenizers")
     assert not (tmp_path / "data").exists()
+    model = small(vocab_size=5)
+    checkpoint = {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config), "step": 1, "best_loss": 1.0,
+                  "meta": {"tokenizer": {"type": "bpe", "json": "{}"}}}
+    (tmp_path / "run").mkdir()
+    torch.save(checkpoint, tmp_path / "run" / "best.pt")
+    one_line_error(call("sample.py", "--out_dir=run", cwd=tmp_path), "pip install tokenizers")     # not: the file is damaged
 
 
 # failures in the middle leave what was there
@@ -4960,7 +4966,7 @@ FIRST = "optimizer.state.0"
     (("model.lm_head", lambda _: torch.zeros(1).expand(9 ** 9)), "lm_head is no ordinary tensor"),
     (("model.lm_head", lambda _: torch.full((2,), math.nan)), "lm_head has numbers that are not finite"),
     (("evaluated", None), "it has no evaluated"), (("best_loss", laughs), "its best_loss is a list"), (("since_best", laughs), "since_best"),
-    (("threads", 1.5), "its threads"), (("meta.sha256", None), "it has no sha256"), (("optimizer", {}), "it has no state"),
+    (("threads", 1.5), "its threads"), (("threads", -3), "its threads"), (("step", -1), "its step"), (("meta.sha256", None), "it has no sha256"), (("optimizer", {}), "it has no state"),
     (("config.newer", 1), "of a newer version: the option newer"), (("config.max_iters", laughs), "its max_iters"),
     (("config.batch_size", -1), "its batch_size"), (("config.device", 3), "its device"), (("scaler", {"scale": []}), "its scale"),
     (("carried", laughs), "damaged"), (("carried", [(torch.ones(2, 3), torch.ones(2))]), "the carried state"),
@@ -5233,6 +5239,7 @@ def test_fewer_steps_than_are_done(finished, call, monkeypatch):
     one_line_error(call("train.py", *TINY, "--max_iters=152", cwd=finished), "has done 155 steps already, more than --max_iters=152")
     assert of_run(finished) == before
     weights = load(finished / "run" / "ckpt.pt")["model"]
+    assert "max_iters: 190 -> None" in succeeded(call("train.py", *TINY, "--max_iters=none", "--eval_only", cwd=finished)).stdout
     result = succeeded(call("train.py", *TINY, "--max_iters=155", cwd=finished))
     assert "step 155: val loss" in result.stdout and "done: best val loss" in result.stdout
     last, saved = losses(finished)[-1], load(finished / "run" / "ckpt.pt")
@@ -5764,6 +5771,7 @@ def test_weights_of_other_tokens(finished, call):
         kept = [key for key in made["model"] if torch.equal(made["model"][key], best["model"][key])]
         assert made["model"].keys() - kept == {"backbone.embedding.weight", "lm_head.weight"}
         assert 0.01 < made["model"]["lm_head.weight"].std() < 0.03
+        assert len(made["model"]["lm_head.weight"]) == 16      # not padded as the other vocabulary was
         assert "going on from step 2 of 3" in succeeded(call("train.py", *flags, *out, "--max_iters=3", cwd=finished)).stdout
         one_line_error(call("train.py", *flags, *out[:2], "--new_vocabulary=False", cwd=finished), "not --new_vocabulary=False")
 

@@ -75,7 +75,7 @@ def find_text(dataset, downloads, cache_dir=None, noticed=None):
                   f"{', '.join(DATASETS)}, a text file, a folder or a URL"
                   f"{nearest(dataset, DATASETS)}")
 
-IS_TEXT = re.compile(r"[^.].*\.(txt|md|jsonl)(\.gz)?", re.IGNORECASE | re.DOTALL)
+TEXT_FILE = re.compile(r"[^.].*\.(txt|md|jsonl)(\.gz)?", re.IGNORECASE | re.DOTALL)
 
 def texts_in(folder):
     """(the texts in a folder and in those below it, how many other files there are). Nothing that
@@ -91,7 +91,7 @@ def texts_in(folder):
         skipped += sum(name.startswith(".") for name in folders)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(place, name) for name in sorted(names)):
-            if not (IS_TEXT.fullmatch(path.name) and path.is_file()):
+            if not (TEXT_FILE.fullmatch(path.name) and path.is_file()):
                 skipped += 1
             elif os.path.realpath(path) not in seen:
                 seen.add(os.path.realpath(path))
@@ -173,6 +173,9 @@ LINE = 1 << 26  # characters that a line of JSON has at most: it is read whole
 def open_source(source):
     return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
 
+def name_of(source):
+    return "the text" if isinstance(source, bytes) else str(source)
+
 def sha256_of(*sources):
     """The hash of the contents of these sources, one after the other."""
     digest = hashlib.sha256()
@@ -201,14 +204,14 @@ NAME_OF_JSON = re.compile(r"\.jsonl?(\.gz)?$", re.IGNORECASE)
 def documents(source, bar, noticed):
     """The documents of a source, each in blocks: one, or if its lines are JSON with a "text", those
     texts. Problem: only some lines are."""
-    blocks = characters(source, bar, noticed)
-    first, name = next(blocks, ""), "" if isinstance(source, bytes) else str(source)
+    blocks, name = characters(source, bar, noticed), name_of(source)
+    first = next(blocks, "")
     markup, texts = MARKUP.match(first) or NAME_OF_JSON.search(name), None
     if markup:
         texts = text_in(next(filter(str.strip, lines(characters(source, None, {}))), ""))
     if markup and texts is None:
-        noticed["markup"] = (f"warning: {name or 'the text'} looks like HTML, XML or JSON without "
-                             'a "text" in each line; it is learned with all its tags and braces')
+        noticed["markup"] = (f'warning: {name} looks like HTML, XML or JSON without a "text" in '
+                             "each line; it is learned with all its tags and braces")
     blocks = itertools.chain([first], blocks)
     if texts is None:
         yield blocks
@@ -244,7 +247,7 @@ def text_in(line):
 
 def characters(source, bar, noticed):
     """The text of a source in blocks, each \\r\\n and \\r being \\n. Problem: it is not text."""
-    name = "the text" if isinstance(source, bytes) else source
+    name = name_of(source)
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     with open_source(source) as packed:
@@ -311,10 +314,10 @@ def not_utf8(path, offset, byte):
 
 def iconv(path, encoding):
     """The command that makes a file UTF-8."""
-    path = shlex.quote(str(path))
-    if path.lower().rstrip("'").endswith(".gz"):
-        return f"gunzip -c {path} | iconv -f {encoding} -t utf-8 >new.txt"
-    return f"iconv -f {encoding} -t utf-8 {path} >new.txt"
+    quoted = shlex.quote(str(path))
+    if str(path).lower().endswith(".gz"):
+        return f"gunzip -c {quoted} | iconv -f {encoding} -t utf-8 >new.txt"
+    return f"iconv -f {encoding} -t utf-8 {quoted} >new.txt"
 
 def is_text(dataset):
     """Whether it is a text; else it can only be the name of a folder of prepared data."""

@@ -151,7 +151,9 @@ def settings(cfg, given, out_dir):
     if cfg.eval_only and cfg.init_from == "resume" and not begun:
         raise Problem(f"--eval_only needs a checkpoint, and {out_dir} has none; train first, or "
                       "give its --out_dir")
-    if not begun or cfg.init_from == "scratch":
+    # torchrun, which starts all anew after a failure, has begun it already
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if not begun or (cfg.init_from == "scratch" and not again):
         return cfg, None
     checkpoint = common.load_checkpoint(*begun, Config=Config)
     return go_on_as(given, checkpoint, out_dir), checkpoint
@@ -171,7 +173,7 @@ def go_on_as(given, checkpoint, out_dir):
         holds, asked = (" ".join(as_flag(k, flags[k]) for k in wrong) for flags in (before, given))
         advice = "use another --out_dir" if "init_from" in wrong else START_OVER
         raise Problem(f"{out_dir} holds a run with {holds}, not {asked}; {advice}")
-    if "max_iters" in changed and given["max_iters"] < checkpoint["step"]:
+    if "max_iters" in changed and (given["max_iters"] or math.inf) < checkpoint["step"]:
         raise Problem(f"{out_dir} has done {checkpoint['step']} steps already, more than "
                       f"--max_iters={given['max_iters']}; {START_OVER}")
     for k in changed:
@@ -203,8 +205,7 @@ def load_pretrained(cfg, given, device):
     try:
         model = Mamba.from_pretrained(name, device, torch.float32, cache_dir, dropout=cfg.dropout,
                                       scan=cfg.scan)
-        saved = None if cfg.new_vocabulary else read_tokenizer(name, cache_dir)
-        tokenizer = saved and load_tokenizer(saved)
+        tokenizer = None if cfg.new_vocabulary else load_tokenizer(read_tokenizer(name, cache_dir))
         check_usable(model, tokenizer, name)
     except (ValueError, Problem) as error:
         raise Problem(f"--init_from={name}: {error}") from None
@@ -220,12 +221,14 @@ def fit_vocabulary(model, tokenizer, data, cfg):
     said = f"weights of {cfg.init_from}, whose vocabulary is {config.vocab_size:,}; the data has a"
     if tokenizer is None:
         torch.manual_seed(cfg.seed)
-        model.config = replace(config, vocab_size=needed)
+        # not the multiple to which another vocabulary was padded
+        model.config = replace(config, vocab_size=needed,
+                               pad_vocab_size_multiple=MambaConfig.pad_vocab_size_multiple)
         fresh = Mamba(replace(model.config, n_layer=1)).to(model.device)
         model.backbone["embedding"], model.lm_head = fresh.backbone["embedding"], fresh.lm_head
         return say(f"{said} {kind}, whose embedding is learned anew")
-    theirs = ids_of(tokenizer)
-    if others := [token for token, i in ids_of(data.tokenizer).items() if theirs.get(token) != i]:
+    theirs = tokenizer.ids()
+    if others := [token for token, i in data.tokenizer.ids().items() if theirs.get(token) != i]:
         raise Problem(f"{data.folder} has other tokens than {cfg.init_from} ({others[0]!r} for "
                       "one): give --dataset the text itself, which is then prepared in theirs, or "
                       "learn an embedding of these tokens anew by --new_vocabulary")
@@ -233,12 +236,6 @@ def fit_vocabulary(model, tokenizer, data, cfg):
     if needed < config.vocab_size:
         # The weights of the other tokens stay, but what the data does not know is never predicted.
         config.pad_vocab_size_multiple, config.vocab_size = config.padded_vocab_size, needed
-
-def ids_of(tokenizer):
-    """{token: id}"""
-    if hasattr(tokenizer, "chars"):
-        return {character: i for i, character in enumerate(tokenizer.chars)}
-    return tokenizer.tokenizer.get_vocab()
 
 def end_of_text(cfg, data):
     """The token at which --reset_at_eot resets, or None where there is nothing to reset.
@@ -493,8 +490,7 @@ class Stop:
             by_nohup = name == "SIGHUP" and handler is signal.SIG_IGN
             if handler is not None and not by_nohup:    # None: one of C, which cannot be put back
                 self.before[number] = handler
-        for number in self.before:
-            signal.signal(number, self.receive)
+                signal.signal(number, self.receive)
         return self
 
     def __exit__(self, *error):
@@ -527,8 +523,6 @@ def processes():
     it (0, 1). Problem: only some of what it sets is there."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     there = {name: os.environ[name] for name in names if name in os.environ}
-    if not {"RANK", "WORLD_SIZE"} & there.keys():
-        return 0, 1
     rank, world = there.get("RANK", "0"), there.get("WORLD_SIZE", "1")
     if (rank, world) == ("0", "1"):
         return 0, 1
@@ -582,8 +576,10 @@ def use_threads(wanted, before, at_end):
     at_end.callback(torch.set_num_threads, most)
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    if wanted or (before and before <= cores):
-        number, why = wanted or before, "as before" if before and not wanted else "as asked for"
+    if wanted:
+        number, why = wanted, "as asked for"
+    elif before and before <= cores:
+        number, why = before, "as before"
     else:
         number, why = common.pick_threads(most), "other programs use the cores"
     torch.set_num_threads(number)
@@ -621,8 +617,6 @@ def train(cfg, given, at_end):
         common.repeatable()
     if world > 1:
         join_others(rank, world, device)
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and cfg.init_from == "scratch":
-        cfg.init_from = "resume"    # torchrun has begun it, and starts it again after a failure
 
     # The settings, and the checkpoint that the run goes on from, if there is one. The folder is
     # this run's alone before anything in it is looked at.
@@ -633,9 +627,10 @@ def train(cfg, given, at_end):
             at_end.enter_context(folder)
         return settings(cfg, given, folder.path)
     cfg, checkpoint = of_first(open_run, rank, world, device)
-    pretrained = cfg.init_from not in ("resume", "scratch") and not checkpoint
+    of_weights = cfg.init_from not in ("resume", "scratch")     # the run begins, or once began
+    pretrained = of_weights and not checkpoint
     fill_in(cfg, device, pretrained)
-    if cfg.new_vocabulary and cfg.init_from in ("resume", "scratch"):
+    if cfg.new_vocabulary and not of_weights:
         raise Problem("--new_vocabulary goes with weights to begin with: --init_from=<folder>")
     if cfg.bptt > 1 and not cfg.carry_state:
         raise Problem("--bptt goes with --carry_state; without it take a longer --block_size")
@@ -648,8 +643,9 @@ def train(cfg, given, at_end):
         if pretrained:
             model, tokenizer = load_pretrained(cfg, given, device)
             fill_in(cfg, device, pretrained)    # now that the shape is known
-        elif cfg.init_from not in ("resume", "scratch") and not cfg.new_vocabulary:
-            tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
+        elif of_weights and not cfg.new_vocabulary:
+            with common.reading(checkpoint["path"], "a checkpoint"):
+                tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
         scan = common.pick_scan(cfg.scan, device, dtype, cfg.d_state)
         data = open_data(cfg.dataset, cfg.data_dir, cfg.block_size, first_here, tokenizer)
     meta, eot = data.meta, end_of_text(cfg, data)
