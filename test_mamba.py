@@ -6297,9 +6297,9 @@ def test_special_tokens_that_a_person_types(tmp_path, call, monkeypatch, capsys)
         assert answers[1] == expected.rstrip("\ufffd") + "\n"
 
 
+@pytest.mark.fast
 def test_the_time_of_compiling_is_apart(finished, call, monkeypatch):
     """It is announced before the silence, and not counted in tokens/s."""
-    pytest.importorskip("mamba_fast")
     compiled, clock, stream = [], [0.0], Mamba.stream
 
     def slow(model, prompts, count, compile=False, **more):
