@@ -329,6 +329,24 @@ def pick_threads(most):
             return most
     return fastest
 
+def use_threads(wanted, before, most):
+    """Computes on as many threads as --threads wants, or as the run did before, or as are fastest
+    now, of at most so many. It is said where that changes, because the last bits of sums do too."""
+    import torch
+    now, has_affinity = torch.get_num_threads(), hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    if wanted:
+        number, why = wanted, "as asked for"
+    elif before and before <= cores:
+        number, why = before, "as before"
+    else:
+        number = pick_threads(most)
+        why = "the cores are free" if number == most else "other programs use the cores"
+    torch.set_num_threads(number)
+    if others := {now, before or now} - {number}:
+        say(f"threads: {number}, not {' or '.join(map(str, others))}, {why}; --threads={most} takes"
+            f" {most}. The last bits of all sums depend on their number")
+
 def additions_per_second(threads, seconds=0.05):
     import torch
     before, x = torch.get_num_threads(), torch.zeros(2 ** 19)   # enough for 16 threads
@@ -420,58 +438,7 @@ def is_same(path, stat):
     except OSError:
         return False
 
-class RunFolder:
-    """`with RunFolder(path) as folder` makes it and keeps every other run out. If nothing has been
-    put into it in the end, it is gone again. folder.path is where it is.
-    Problem: another run is in there, or was until just now; it cannot be written into."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self):
-        way = (self.path, *self.path.absolute().parents)
-        there = next(path for path in way if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK)):
-            raise Problem(f"cannot write into {there}; choose another --out_dir")
-        self.made, before = way[:way.index(there)], self.saved()
-        self.hold(self.path)
-        if self.saved() != before:
-            raise Problem(f"another run has just saved in {self.path}; the same command goes on "
-                          "from there")
-        for name in ("ckpt.tmp", "best.tmp", "log.csv.tmp"):    # of a run that was killed
-            unfinished = self.path / name
-            remove = unfinished.rmdir if unfinished.is_dir() else unfinished.unlink
-            with contextlib.suppress(OSError):
-                remove()
-        return self
-
-    def saved(self):
-        return {path: path.stat().st_mtime_ns for path in self.path.glob("*.pt")}
-
-    def hold(self, path):
-        self.path, self.lock, self.stat = path, lock(path), os.stat(path)
-
-    def make_again(self):
-        """To be called before something is saved: if the folder was renamed or deleted, a new one
-        is made, beside what has its name by now."""
-        locked = os.fstat(self.lock.fileno())
-        if is_same(self.path / "lock", locked) or is_same(self.path, self.stat):
-            return
-        before, number = self.path, 2
-        while self.path.exists():
-            self.path, number = before.with_name(f"{before.name}-{number}"), number + 1
-        say(f"{before} was renamed or deleted: from here on this run is saved in {self.path}")
-        self.hold(self.path)
-
-    def __exit__(self, *error):
-        self.lock.close()
-        with contextlib.suppress(OSError):
-            if self.made and os.listdir(self.path) == ["lock"]:
-                os.unlink(self.path / "lock")
-            for path in self.made:
-                path.rmdir()    # which removes nothing that is not empty
-
-# ---- Checkpoints ---------------------------------------------------------------------------------
+# ---- Files that are read: whole, or one line about them ------------------------------------------
 
 @contextlib.contextmanager
 def reading(path, kind):
@@ -496,39 +463,6 @@ def read_whole(path, device="cpu"):
         if archive.testzip():
             raise ValueError("a checksum is wrong")
     return torch.load(path, map_location=device, weights_only=True)
-
-def load_checkpoint(*paths, Config=None):
-    """The first of these files that is a whole checkpoint, on the CPU: a dict, its file under
-    "path". Those before it that are damaged are named on stderr. Problem: there is none.
-    Config: that of train.py, if training shall go on from it."""
-    problems = []
-    for path in filter(Path.exists, paths):
-        try:
-            with reading(path, "a checkpoint"):
-                checkpoint = {**read_whole(path), "path": path}
-                model = check_model(checkpoint)
-                if Config and "optimizer" in checkpoint:
-                    check_training(checkpoint, model, Config)
-        except Problem as problem:
-            problems.append(str(problem))
-            continue
-        for problem in problems:
-            print(f"{problem}; using {path}, of step {checkpoint['step']}", file=sys.stderr)
-        return checkpoint
-    missing = f"no checkpoint at {paths[0]}; train one with: python train.py"
-    raise Problem("; ".join(problems) or missing)
-
-def load_model(checkpoint, **changes):
-    """The model of a checkpoint, on the CPU. changes: to its config, of what leaves the weights
-    alone (scan, dropout). Problem: config and weights do not fit each other."""
-    from mamba import Mamba, MambaConfig
-    try:
-        model = Mamba(MambaConfig(**{**checkpoint["model_config"], **changes}))
-        model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError) as error:  # the last in a line for each tensor
-        reason = str(error).split("\n\t")[-1]
-        raise Problem(f"config and weights of the checkpoint do not fit: {reason}") from None
-    return model
 
 # What a file may hold is checked before it is used: a crafted one must neither write beyond a
 # tensor nor fill the memory. A value of an unknown kind is never shown: that might take forever.
@@ -556,62 +490,3 @@ def is_dense(tensor):
     """Whether each number has a place of its own, and there are no gaps: transposed or not."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     return tensor.permute(order).is_contiguous()
-
-def check_model(checkpoint):
-    """The model of a checkpoint. ValueError or Problem: it does not hold a whole one."""
-    check_kinds(checkpoint, model=dict, model_config=dict, meta=dict, step=int)
-    if checkpoint["step"] < 0:
-        raise ValueError("its step is below 0")
-    options, weights = checkpoint["model_config"], checkpoint["model"]
-    check_kinds(options, **dict.fromkeys(options, (int, float, str)))
-    check_kinds(options, n_layer=int, vocab_size=int)
-    for name, tensor in weights.items():
-        check_tensor(name, tensor)
-    layers = sum(name.endswith(".A_log") for name in weights)
-    longest = max((side for tensor in weights.values() for side in tensor.shape), default=0)
-    if options["n_layer"] != layers:
-        raise ValueError(f"n_layer is {options['n_layer']}, and it has the weights of {layers}")
-    for name, value in options.items():
-        if name != "n_layer" and isinstance(value, int) and value > longest:
-            raise ValueError(f"config and weights do not fit: size mismatch for {name}")
-    check_kinds(checkpoint["meta"], tokenizer=dict)
-    tokenizer = checkpoint["meta"]["tokenizer"]
-    check_kinds(tokenizer, type=str)
-    check_kinds(tokenizer, **{"chars" if tokenizer["type"] == "char" else "json": str})
-    if len(tokenizer.get("chars", "")) not in (0, options["vocab_size"]):
-        raise ValueError("alphabet and vocabulary do not fit")
-    return load_model(checkpoint)
-
-def check_training(checkpoint, model, Config):
-    """ValueError: training cannot go on from what the checkpoint of this model holds."""
-    check_kinds(checkpoint, config=dict, optimizer=dict, scaler=dict, best_loss=(int, float),
-                evaluated=int, train_loss=(int, float, type(None)))
-    check_kinds(checkpoint["meta"], sha256=str)
-    check_kinds(checkpoint["optimizer"], state=dict)
-    check_kinds(checkpoint["scaler"], **dict.fromkeys(checkpoint["scaler"], (int, float)))
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    for name, value in checkpoint["config"].items():
-        if name not in fields:
-            raise ValueError(f"of a newer version: the option {name} is unknown to this one")
-        if not fits(fields[name], value):
-            raise ValueError(f"its {name} is not one that --{name} takes")
-    for name in ("since_best", "threads"):  # which older versions do not keep
-        if type(count := checkpoint.get(name, 1)) is not int or count < 0:
-            raise ValueError(f"its {name} is not a whole number from 0 on")
-    groups, moments = model.configure_optimizers(1.0).param_groups, checkpoint["optimizer"]["state"]
-    parameters = dict(enumerate(p for group in groups for p in group["params"]))
-    if moments and moments.keys() != parameters.keys():
-        raise ValueError("its optimizer is one of other parameters")
-    for i, of_one in moments.items():
-        check_kinds(of_one, step=object, exp_avg=object, exp_avg_sq=object)
-        for name, tensor in of_one.items():
-            shape = () if name == "step" else parameters[i].shape
-            check_tensor(f"{name} of parameter {i}", tensor, shape)
-            of_one[name] = tensor.contiguous()      # as the fused step of AdamW takes it
-    if (carried := checkpoint.get("carried")) is not None:
-        for tensor in (tensor for layer in carried for tensor in layer):
-            check_tensor("the carried state", tensor)
-        shapes = [[[t.shape for t in layer] for layer in state]
-                  for state in (carried, model.init_state(len(carried[0][0])))]
-        if shapes[0] != shapes[1]:
-            raise ValueError("the carried state has other shapes")

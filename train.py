@@ -30,10 +30,8 @@ if __name__ == "__main__":
 import contextlib
 import functools
 import math
-import re
-import threading
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +41,12 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 import common
-from common import Problem, as_flag, dataset_name, flag, say, write_whole
+import processes
+import runs
+from common import Problem, dataset_name, flag, say
 from mamba import Mamba, MambaConfig
-from mamba_files import ON_HUB, check_usable, checkpoint_of, read_tokenizer
-from prepare_data import load_tokenizer, open_data
+from prepare_data import open_data
+from tokens import load_tokenizer
 
 try:
     import mamba_fast as fast
@@ -62,18 +62,6 @@ PRESETS = {     # what trains in minutes on such a device
              "block_size": 256, "max_iters": 800, "learning_rate": 3e-3},
 }
 FINE_TUNING = {"dropout": 0.0, "learning_rate": 1e-4}   # for weights that are already good
-# what the shapes of the weights depend on
-SHAPE = ("d_model", "n_layer", "d_state", "d_conv", "expand", "d_intermediate")
-# what a run cannot change, each with a function that makes its values comparable
-FIXED = {**dict.fromkeys(SHAPE, str), "dataset": dataset_name, "init_from": os.path.abspath,
-         "new_vocabulary": bool}
-# what belongs to the command or the machine, not to the run: never taken from a checkpoint
-ONE_OFF = ("eval_only", "cache_dir", "device", "dtype", "compile", "scan", "checkpointing",
-           "threads")
-# where in the text a step is with --carry_state: if one of these changes, the state begins anew
-PLACE = ("carry_state", "bptt", "batch_size", "block_size", "gradient_accumulation_steps")
-START_OVER = "start over with --init_from=scratch, or use another --out_dir"
-
 @dataclass
 class Config:
     # what to learn from, and where to keep what was learned
@@ -132,110 +120,24 @@ class Config:
     compile: bool | None = flag(None, "torch.compile, up to a minute; by default on CUDA from 5000 "
                                 "steps on, on a CPU from 1000")
     scan: str = flag("auto", "auto, triton (fused kernels, on CUDA), chunked or sequential")
-    threads: int | None = flag(None, "of a CPU; by default all, but fewer if other programs use "
-                               "the cores as the run begins: the threads would mostly wait for "
-                               "each other", 1)
+    threads: int | None = flag(None, "of a CPU; by default all, but fewer as long as other "
+                               "programs use the cores: the threads would mostly wait for each "
+                               "other", 1)
     checkpointing: bool = flag(False, "keep what enters each layer and compute the rest again for "
                                "the gradients: with 12 layers 0.4 of the memory, 1.4 times the "
                                "time")
-
-# ---- Settings: the flags, over what the checkpoint says, over the defaults -----------------------
-
-def settings(cfg, given, out_dir):
-    """(the Config of the run, the checkpoint that it goes on from or None). Problem: the checkpoint
-    is damaged, or one of another run than the flags say."""
-    begun = [path for path in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt") if path.exists()]
-    if cfg.eval_only and cfg.init_from == "scratch":
-        raise Problem("--eval_only looks at what was trained, and --init_from=scratch begins anew: "
-                      "give one of the two")
-    if cfg.eval_only and cfg.init_from == "resume" and not begun:
-        raise Problem(f"--eval_only needs a checkpoint, and {out_dir} has none; train first, or "
-                      "give its --out_dir")
-    # torchrun, which starts all anew after a failure, has begun it already
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if not begun or (cfg.init_from == "scratch" and not again):
-        return cfg, None
-    checkpoint = common.load_checkpoint(*begun, Config=Config)
-    return go_on_as(given, checkpoint, out_dir), checkpoint
-
-def go_on_as(given, checkpoint, out_dir):
-    """The Config of a run that goes on: as in its checkpoint, but for the flags that were given, of
-    which those that change something are named. Problem: one of them would make it another run."""
-    if "optimizer" not in checkpoint:
-        raise Problem(f"{out_dir / 'ckpt.pt'} holds a model but no optimizer, so training cannot "
-                      "go on from it")
-    before = {k: v for k, v in checkpoint["config"].items() if k not in ONE_OFF}
-    before.setdefault("reset_at_eot", False)    # of a run from before there was this flag
-    # "resume" is no wish to change how the run began
-    given = {k: v for k, v in given.items() if (k, v) != ("init_from", "resume")}
-    changed = [k for k in given if k in before and given[k] != before[k]]
-    if wrong := [k for k in changed if k in FIXED and FIXED[k](given[k]) != FIXED[k](before[k])]:
-        holds, asked = (" ".join(as_flag(k, flags[k]) for k in wrong) for flags in (before, given))
-        advice = "use another --out_dir" if "init_from" in wrong else START_OVER
-        raise Problem(f"{out_dir} holds a run with {holds}, not {asked}; {advice}")
-    if "max_iters" in changed and (given["max_iters"] or math.inf) < checkpoint["step"]:
-        raise Problem(f"{out_dir} has done {checkpoint['step']} steps already, more than "
-                      f"--max_iters={given['max_iters']}; {START_OVER}")
-    for k in changed:
-        say(f"{k}: {before[k]} -> {given[k]}")
-    return Config(**{**before, **given})
 
 def fill_in(cfg, device, pretrained):
     """Replaces each None whose default depends on the device; the shape of pretrained weights, and
     what depends on that, only once it is known."""
     for k, v in {**PRESETS[device.type], **(FINE_TUNING if pretrained else {})}.items():
-        if getattr(cfg, k) is None and not (pretrained and k in SHAPE):
+        if getattr(cfg, k) is None and not (pretrained and k in runs.SHAPE):
             setattr(cfg, k, v)
     if cfg.compile is None and cfg.d_state is not None:
         # it takes up to a minute, which only many steps bring back
         compiles = fast and fast.compiles_well(device, cfg.d_state) and cfg.scan != "sequential"
         pays_from = 5000 if device.type == "cuda" else 1000 if compiles else math.inf
         cfg.compile = cfg.max_iters >= pays_from and not cfg.eval_only
-
-def load_pretrained(cfg, given, device):
-    """(model, tokenizer) of --init_from; cfg takes over the shape of the model. With
-    --new_vocabulary the tokenizer does not matter, and is None. Problem: there is no such model."""
-    name, cache_dir = cfg.init_from, cfg.cache_dir or None
-    if not (Path(name).is_dir() or checkpoint_of(name) or ON_HUB.fullmatch(name)):
-        raise Problem("--init_from takes resume, scratch, a folder (of weights or of a run), or a "
-                      f"name such as state-spaces/mamba-130m, not '{name}'")
-    if shape := [k for k in SHAPE if k in given]:
-        raise Problem(f"--{shape[0]} cannot be chosen: the weights of {name} have a shape of their "
-                      "own")
-    try:
-        model = Mamba.from_pretrained(name, device, torch.float32, cache_dir, dropout=cfg.dropout,
-                                      scan=cfg.scan)
-        tokenizer = None if cfg.new_vocabulary else load_tokenizer(read_tokenizer(name, cache_dir))
-        check_usable(model, tokenizer, name)
-    except (ValueError, Problem) as error:
-        raise Problem(f"--init_from={name}: {error}") from None
-    for k in SHAPE:
-        setattr(cfg, k, getattr(model.config, k))
-    return model.train(), tokenizer
-
-def fit_vocabulary(model, tokenizer, data, cfg):
-    """Makes the model of --init_from one for the tokens of the data. tokenizer: that of its
-    weights; if there is none, the embedding begins anew. Problem: the tokens are not the same."""
-    config, needed = model.config, data.tokenizer.vocab_size
-    kind = f"{data.meta['tokenizer']['type']} tokenizer of {needed:,}"
-    said = f"weights of {cfg.init_from}, whose vocabulary is {config.vocab_size:,}; the data has a"
-    if tokenizer is None:
-        torch.manual_seed(cfg.seed)
-        # not the multiple to which another vocabulary was padded
-        model.config = replace(config, vocab_size=needed,
-                               pad_vocab_size_multiple=MambaConfig.pad_vocab_size_multiple)
-        fresh = Mamba(replace(model.config, n_layer=1)).to(model.device)
-        model.backbone["embedding"], model.lm_head = fresh.backbone["embedding"], fresh.lm_head
-        return say(f"{said} {kind}, whose embedding is learned anew")
-    theirs = tokenizer.ids()
-    if others := [token for token, i in data.tokenizer.ids().items() if theirs.get(token) != i]:
-        raise Problem(f"{data.folder} has other tokens than {cfg.init_from} ({others[0]!r} for "
-                      "one): give --dataset the text itself, which is then prepared in theirs, or "
-                      "learn an embedding of these tokens anew by --new_vocabulary")
-    say(f"{said} {kind}")
-    if needed < config.vocab_size:
-        # The weights of the other tokens stay, but what the data does not know is never predicted.
-        config.pad_vocab_size_multiple, config.vocab_size = config.padded_vocab_size, needed
 
 def end_of_text(cfg, data):
     """The token at which --reset_at_eot resets, or None where there is nothing to reset.
@@ -316,23 +218,6 @@ def put(state, other):
         for t, new in zip(layer, other_layer):
             t.copy_(new)
 
-def gather(state, world):
-    """A state of the rows of all processes, which each have every world-th one, to be saved."""
-    def of_all(t):
-        parts = [torch.empty_like(t) for _ in range(world)]
-        dist.all_gather(parts, t)
-        return torch.stack(parts, dim=1).flatten(0, 1)
-    return [tuple(map(of_all, layer)) if world > 1 else tuple(layer) for layer in state]
-
-def average(grads, world):
-    """The mean over the processes, in place, by one call after the last batch of a step.
-    DistributedDataParallel would begin during the backward pass, which then could not be a CUDA
-    graph: that costs more than the wait."""
-    flat = torch.cat([grad.flatten() for grad in grads]).div_(world)
-    dist.all_reduce(flat)
-    means = flat.split([grad.numel() for grad in grads])
-    torch._foreach_copy_(grads, [mean.view_as(grad) for mean, grad in zip(means, grads)])
-
 @torch.no_grad()
 def evaluate(model, data, cfg, dtype, eot, stop):
     """Mean loss over windows spread evenly over the data, always the same; None if told to stop."""
@@ -363,16 +248,6 @@ def evaluate_all(model, data, dtype, eot, part=2048):
         total += loss.item() * length
     return total / (len(data) - 1)
 
-def best_of(run, meta, out_dir):
-    return (f"best val loss {in_words(run.best_loss, meta)}, in {out_dir}. To write with it: "
-            f"python sample.py {as_flag('out_dir', out_dir)}")
-
-def in_words(loss, meta):
-    """A loss. Bits for a piece of text compare between tokenizers; how many bytes a token has is
-    that of the validation text."""
-    bits = loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
-    return f"{loss:.4f} nats per token, {bits:.3f} bits per byte"
-
 def a_sample(model, tokenizer, prompt, cfg, dtype, step):
     """A text of the model, another one at each step."""
     generator = torch.Generator().manual_seed((cfg.seed << 32) + step)
@@ -389,209 +264,6 @@ def learning_rate(step, cfg):
     progress = min(1, (step - cfg.warmup_iters) / max(1, end - cfg.warmup_iters))
     return low + (cfg.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
-def tell_new_schedule(step, before, cfg):
-    """Says what the learning rate does where the flags of a run that goes on changed its course."""
-    old, new, last = (learning_rate(at, c) for at, c in ((step, before), (step, cfg),
-                                                         (cfg.max_iters, cfg)))
-    if old != new:
-        say(f"learning rate: {new:.3g} from step {step} on, where it would have been {old:.3g}; "
-            f"{last:.3g} at step {cfg.max_iters}. --learning_rate={old:.3g} --min_lr={old:.3g} "
-            "keep it where it was")
-
-def check_finite(step, saved_step, **values):
-    """Problem if one of the values is not a finite number: the run is lost from here on."""
-    if not all(map(math.isfinite, values.values())):
-        seen = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        kept = "" if saved_step is None else f"the checkpoint of step {saved_step} is kept. "
-        raise Problem(f"training diverged at step {step}: {seen}; {kept}"
-                      "Try a lower --learning_rate")
-
-@dataclass
-class Run:
-    """How far a run has come, as it stands in its checkpoint."""
-    step: int = 0                   # how many are done
-    best_loss: float = math.inf     # of the evaluations
-    evaluated: int = -1             # the step of the last one
-    since_best: int = 0             # how many there were after the best one
-    train_loss: float | None = None     # of the last step that was logged
-
-    def evaluation_is_due(self, cfg):
-        at_one = self.step % cfg.eval_interval == 0 or self.step >= cfg.max_iters
-        return at_one and self.step != self.evaluated
-
-    def is_finished(self, cfg):
-        ends = self.step >= cfg.max_iters or 0 < cfg.patience <= self.since_best
-        return ends and self.step == self.evaluated
-
-def save(folder, checkpoint, best):
-    """Writes ckpt.pt, the one before becoming ckpt.prev.pt, and if these weights are the best so
-    far, what sample.py needs of them as best.pt. At step 0 nothing stays of a run before."""
-    folder.make_again()
-    begins, previous = checkpoint["step"] == 0, folder.path / "ckpt.prev.pt"
-    if best:
-        needed = ("model", "model_config", "meta", "step", "best_loss")
-        without_optimizer = {k: checkpoint[k] for k in needed}
-        write_whole(folder.path / "best.pt", lambda file: torch.save(without_optimizer, file))
-    write_whole(folder.path / "ckpt.pt", lambda file: torch.save(checkpoint, file),
-                previous=None if begins else previous)
-    if begins:
-        previous.unlink(missing_ok=True)
-        if not best:
-            (folder.path / "best.pt").unlink(missing_ok=True)
-
-COLUMNS = ("step", "tokens", "train_loss", "val_loss", "learning_rate", "tokens_per_s")
-NUMBER = r"\d{1,20}(?:\.\d+)?(?:e[-+]\d+)?"
-ROW = re.compile(rf"(\d{{1,20}}),{NUMBER},(?:{NUMBER})?,({NUMBER})?,{NUMBER},{NUMBER}", re.ASCII)
-
-class Log:
-    """The rows of log.csv. Of those that are there already, those that run, as its checkpoint has
-    it, does not know go when the first new one comes: these steps are done again."""
-
-    def __init__(self, folder, run):
-        self.folder, self.rows, self.whole, damaged = folder, [",".join(COLUMNS)], False, 0
-        path = folder.path / "log.csv"
-        with common.reading(path, "a log"):
-            lines = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else []
-        for line in (line.rstrip("\r") for line in lines):
-            row = ROW.fullmatch(line)
-            if row and int(row[1]) <= (run.evaluated if row[2] else run.step):
-                self.rows.append(row[0])
-            damaged += not row and line not in ("", self.rows[0])
-        if damaged:
-            say(f"{path}: {damaged} damaged {'row' if damaged == 1 else 'rows'} left out")
-
-    def add(self, *values):
-        self.folder.make_again()
-        path = self.folder.path / "log.csv"
-        self.rows.append(",".join("" if value is None else str(value) for value in values))
-        if self.whole and path.exists():
-            with open(path, "a", newline="\n") as file:
-                print(self.rows[-1], file=file)
-        else:
-            text = "\n".join([*self.rows, ""])
-            write_whole(path, lambda file: file.write(text.encode()))
-            self.whole = True
-
-class Stop:
-    """Within `with Stop(world) as stop`, stop is true once one of SIGNALS came, or nobody reads
-    what is printed. The handlers only note it: to print, lock or raise in the middle of anything
-    may fail. After the first signal one more Ctrl-C does what it did before, which in a script is
-    to stop at once; not under torchrun, which passes on what the processes may have got already."""
-    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")    # Windows lacks two of them
-
-    def __init__(self, world):
-        self.signal, self.told, self.alone, self.before = 0, False, world == 1, {}
-
-    def __enter__(self):
-        in_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
-        for name in filter(vars(signal).get, self.SIGNALS) if in_main else ():
-            number = getattr(signal, name)
-            handler = signal.getsignal(number)
-            by_nohup = name == "SIGHUP" and handler is signal.SIG_IGN
-            if handler is not None and not by_nohup:    # None: one of C, which cannot be put back
-                self.before[number] = handler
-                signal.signal(number, self.receive)
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number, frame):
-        self.signal = self.signal or number
-        if self.alone and signal.SIGINT in self.before:
-            signal.signal(signal.SIGINT, self.before[signal.SIGINT])
-
-    def __bool__(self):
-        if say.unread and not self.signal:
-            self.signal = 13    # SIGPIPE, which Windows does not have
-        return self.signal != 0
-
-    def agreed(self, device):
-        """True on all processes at the same step once one of them was told to stop."""
-        if not self.alone:
-            first = torch.tensor(self.signal if self else 0, device=device)
-            dist.all_reduce(first, dist.ReduceOp.MAX)
-            self.signal = int(first)
-        if self and not self.told:
-            say(f"stopping after this step{'; once more to stop at once' * self.alone}")
-            self.told = True
-        return bool(self)
-
-def processes():
-    """(rank, world): the number of this process and how many there are, as torchrun says; without
-    it (0, 1). Problem: only some of what it sets is there."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    there = {name: os.environ[name] for name in names if name in os.environ}
-    rank, world = there.get("RANK", "0"), there.get("WORLD_SIZE", "1")
-    if (rank, world) == ("0", "1"):
-        return 0, 1
-    if len(there) < len(names) or not (rank + world).isdecimal() or int(rank) >= int(world):
-        os.environ.pop("LOCAL_RANK", None)      # or nobody tells this
-        raise Problem(f"{', '.join(f'{k}={v}' for k, v in there.items())} in the environment: "
-                      f"torchrun sets all of {', '.join(names)}. Start with it, or unset these")
-    return int(rank), int(world)
-
-def join_others(rank, world, device):
-    """Problem: the processes do not find each other."""
-    on_gpu = device.type == "cuda"
-    try:
-        store, *_ = next(dist.rendezvous("env://"))
-        # When torchrun starts all anew, the addresses of those before are still in there.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
-                                world_size=world, device_id=device if on_gpu else None)
-    except (RuntimeError, ValueError) as error:
-        raise Problem("the processes do not find each other at MASTER_ADDR, MASTER_PORT: "
-                      f"{error}") from None
-
-def of_first(make, rank, world, device):
-    """What make() returns in the first process, in all of them: machines need not share a disk.
-    A Problem there is one in all."""
-    made = [None, None]
-    try:
-        made[0] = make() if rank == 0 else None
-    except Problem as problem:
-        made[1] = problem
-    if world > 1:
-        dist.broadcast_object_list(made, device=device)
-    if made[1]:
-        raise made[1]
-    return made[0]
-
-@contextlib.contextmanager
-def first_process_first(world):
-    """What the first process of each machine prepares and downloads within it, its others find."""
-    first_here = world == 1 or common.is_first_here()
-    if not first_here:
-        dist.barrier()
-    yield first_here
-    if first_here and world > 1:
-        dist.barrier()
-
-def use_threads(wanted, before, at_end):
-    """Computes on as many threads as --threads wants, or as the run did before, for their number is
-    in the last bits of every sum, or as are fastest now; at_end on all again."""
-    most = torch.get_num_threads()
-    at_end.callback(torch.set_num_threads, most)
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    if wanted:
-        number, why = wanted, "as asked for"
-    elif before and before <= cores:
-        number, why = before, "as before"
-    else:
-        number, why = common.pick_threads(most), "other programs use the cores"
-    torch.set_num_threads(number)
-    if number != most:
-        say(f"threads: {number}, not {most}, {why}; --threads={most} takes {most}")
-    if before and before != number:
-        say(f"threads: {before} before: from here on the last bits may differ from those of a run "
-            "that was not interrupted")
-
-OVERFITTING = 3     # evaluations after the best one, while the loss in training is lower
-TELL = 3    # seconds between two lines on the progress, where no terminal shows a bar
-
 def main(cfg, given):
     """Trains as cfg, a Config, says. given: {name: value} of the flags that the person gave: these
     a run that goes on takes over, and all else is as in its checkpoint. Returns the status to exit
@@ -601,47 +273,41 @@ def main(cfg, given):
 
 def train(cfg, given, at_end):
     """What main does. at_end gives back what it holds: the folder, the number of threads."""
+    threads = torch.get_num_threads()
+    at_end.callback(torch.set_num_threads, threads)
     # Who am I? Under torchrun one of several processes (world), each with a number (rank) and on a
     # GPU of its own.
-    rank, world = processes()
+    rank, world = processes.rank_and_world()
     master = rank == 0      # it prints and saves
     if world > 1 and cfg.device in ("auto", "cuda") and torch.cuda.is_available():
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if here > gpus:
-            raise Problem(f"{here} processes need as many GPUs; torch {torch.__version__} finds "
-                          f"{gpus}")
-        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        cfg.device = processes.gpu_of_its_own()
     device = common.pick_device(cfg.device)
     dtype = common.pick_dtype(cfg.dtype, device)
     if device.type == "cuda":
         common.repeatable()
     if world > 1:
-        join_others(rank, world, device)
+        processes.join_others(rank, world, device)
 
     # The settings, and the checkpoint that the run goes on from, if there is one. The folder is
     # this run's alone before anything in it is looked at.
-    folder = common.RunFolder(Path(cfg.out_dir or Path("out", dataset_name(cfg.dataset))))
+    folder = runs.RunFolder(Path(cfg.out_dir or Path("out", dataset_name(cfg.dataset))))
 
     def open_run():
         if not cfg.eval_only:
             at_end.enter_context(folder)
-        return settings(cfg, given, folder.path)
-    cfg, checkpoint = of_first(open_run, rank, world, device)
+        return runs.settings(cfg, given, folder.path)
+    cfg, checkpoint = processes.of_first(open_run, rank, world, device)
     of_weights = cfg.init_from not in ("resume", "scratch")     # the run begins, or once began
     pretrained = of_weights and not checkpoint
     fill_in(cfg, device, pretrained)
-    if cfg.new_vocabulary and not of_weights:
-        raise Problem("--new_vocabulary goes with weights to begin with: --init_from=<folder>")
-    if cfg.bptt > 1 and not cfg.carry_state:
-        raise Problem("--bptt goes with --carry_state; without it take a longer --block_size")
     if cfg.batch_size % world:
         raise Problem(f"--batch_size={cfg.batch_size} cannot be shared evenly by {world} processes")
 
     # The data
-    with first_process_first(world) as first_here:
+    with processes.first_process_first(world) as first_here:
         tokenizer = None    # which open_data makes, if the text is not prepared
         if pretrained:
-            model, tokenizer = load_pretrained(cfg, given, device)
+            model, tokenizer = runs.load_pretrained(cfg, given, device)
             fill_in(cfg, device, pretrained)    # now that the shape is known
         elif of_weights and not cfg.new_vocabulary:
             with common.reading(checkpoint["path"], "a checkpoint"):
@@ -650,17 +316,17 @@ def train(cfg, given, at_end):
         data = open_data(cfg.dataset, cfg.data_dir, cfg.block_size, first_here, tokenizer)
     meta, eot = data.meta, end_of_text(cfg, data)
     for key, what in (("tokenizer", "another vocabulary"), ("sha256", "another text")):
-        if meta[key] != of_first(functools.partial(meta.get, key), rank, world, device):
+        if meta[key] != processes.of_first(functools.partial(meta.get, key), rank, world, device):
             raise Problem(f"{data.folder} of this machine has {what} than that of the first one")
         if checkpoint and checkpoint["meta"][key] != meta[key]:
             raise Problem(f"the checkpoint in {folder.path} learns {what} than {data.folder}; "
-                          f"{START_OVER}")
+                          f"{runs.START_OVER}")
 
     # The model
     if checkpoint:
-        model = common.load_model(checkpoint, dropout=cfg.dropout, scan=cfg.scan).to(device)
+        model = runs.load_model(checkpoint, dropout=cfg.dropout, scan=cfg.scan).to(device)
     elif pretrained:
-        fit_vocabulary(model, tokenizer, data, cfg)
+        runs.fit_vocabulary(model, tokenizer, data, cfg)
     else:
         torch.manual_seed(cfg.seed)
         both = {f.name: getattr(cfg, f.name) for f in fields(MambaConfig) if hasattr(cfg, f.name)}
@@ -674,31 +340,31 @@ def train(cfg, given, at_end):
     optimizer = model.configure_optimizers(cfg.learning_rate, cfg.weight_decay,
                                            (cfg.beta1, cfg.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    run = Run()
+    run = runs.Run()
     if checkpoint:
-        run = Run(**{f.name: checkpoint.get(f.name, f.default) for f in fields(Run)})
+        run = runs.Run(**{f.name: checkpoint.get(f.name, f.default) for f in fields(runs.Run)})
         moments = checkpoint["optimizer"]["state"]      # its learning rate, ... come from the flags
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         if scaler.is_enabled() and checkpoint["scaler"]:    # empty after steps in another dtype
             scaler.load_state_dict(checkpoint["scaler"])
     if cfg.eval_only:
         val_loss = evaluate(model, data.val, cfg, dtype, eot, stop=False)
-        say(f"step {run.step}: val loss {in_words(val_loss, meta)}")
+        say(f"step {run.step}: val loss {runs.in_words(val_loss, meta)}")
         all_loss = evaluate_all(model, data.val, dtype, eot)
-        say(f"the whole validation text, read once: {in_words(all_loss, meta)}")
+        say(f"the whole validation text, read once: {runs.in_words(all_loss, meta)}")
         return 0
     if run.is_finished(cfg):
         more = f"--max_iters={2 * run.step}" if run.step >= cfg.max_iters else "--patience=0"
-        say(f"{folder.path} is finished: {run.step} steps, {best_of(run, meta, folder.path)}\n"
+        say(f"{folder.path} is finished: {run.step} steps, {runs.best_of(run, meta, folder.path)}\n"
             f"Go on with {more}, or start over with --init_from=scratch")
         return 0
     if checkpoint:
         say(f"going on from step {run.step} of {cfg.max_iters}")
-        tell_new_schedule(run.step, Config(**checkpoint["config"]), cfg)
+        runs.tell_new_schedule(run.step, Config(**checkpoint["config"]), cfg, learning_rate)
     else:
         say(f"{cfg.max_iters} steps, into {folder.path}")
     if device.type == "cpu":
-        use_threads(cfg.threads, checkpoint and checkpoint.get("threads"), at_end)
+        common.use_threads(cfg.threads, checkpoint and checkpoint.get("threads"), threads)
 
     # How gradients are computed: as the model stands there, compiled, or replayed as CUDA graphs
     if cfg.checkpointing:
@@ -723,7 +389,7 @@ def train(cfg, given, at_end):
     first_gradients, more_gradients = calls[0], calls[-1]
     if carried:     # undo what the trials left in it
         before = model.init_state(cfg.batch_size)
-        if checkpoint and all(checkpoint["config"].get(k) == getattr(cfg, k) for k in PLACE):
+        if checkpoint and all(checkpoint["config"].get(k) == getattr(cfg, k) for k in runs.PLACE):
             before = checkpoint["carried"]
         put(carried, [[t[rank::world] for t in layer] for layer in before])
 
@@ -731,47 +397,39 @@ def train(cfg, given, at_end):
         """All that a run needs to go on from here."""
         return {"model": model.state_dict(), "model_config": asdict(model.config), "meta": meta,
                 **asdict(run), "threads": torch.get_num_threads(), "config": asdict(cfg),
-                "carried": carried and gather(carried, world),
+                "carried": carried and processes.gather(carried, world),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
 
     # The loop
     if master:
-        if checkpoint and checkpoint["path"].name == "ckpt.prev.pt":
-            newest = folder.path / "ckpt.pt"    # which is damaged: it must not become the previous
-            if newest.is_dir():
-                newest.rmdir()
-            os.replace(checkpoint["path"], newest)
-        log = Log(folder, run)
-    tokens_per_step = batch[0].numel() * world * cfg.gradient_accumulation_steps
+        if checkpoint:
+            folder.go_on_from(checkpoint["path"])
+        log = runs.Log(folder, run, batch[0].numel() * world * cfg.gradient_accumulation_steps)
     saved_step = run.step if checkpoint else None
-    speed, clock, clock_step, told = 0, time.perf_counter(), run.step, time.perf_counter()
     bar = tqdm(total=cfg.max_iters, initial=run.step, unit="step", dynamic_ncols=True,
                disable=None if master else True)
-    with Stop(world) as stop, bar:
+    with runs.Stop(world) as stop, bar:
         while True:
             if run.evaluation_is_due(cfg):
                 val_loss = evaluate(model, data.val, cfg, dtype, eot, stop)
                 if stop.agreed(device):
                     break
-                check_finite(run.step, saved_step, val_loss=val_loss)
-                best = val_loss < run.best_loss
-                run.evaluated, run.best_loss = run.step, min(val_loss, run.best_loss)
-                run.since_best = 0 if best else run.since_best + 1
+                runs.check_finite(run.step, saved_step, val_loss=val_loss)
+                best = run.take(val_loss)
+                if device.type == "cpu":    # other programs come and go
+                    common.use_threads(cfg.threads, None, threads)
                 checkpoint = everything()
                 if master:
-                    log.add(run.step, run.step * tokens_per_step, run.train_loss, val_loss,
-                            learning_rate(max(run.step - 1, 0), cfg), speed)
-                    save(folder, checkpoint, best)
-                say(f"step {run.step}: val loss {in_words(val_loss, meta)}{', best' * best}")
-                if run.since_best == OVERFITTING and run.train_loss < val_loss:
-                    say(f"for {OVERFITTING} evaluations validation was worse than its best, while "
-                        "the loss in training is lower: the model learns this text by heart. More "
-                        "text helps, a higher --dropout or a smaller model; best.pt is from before")
+                    log.add(run, learning_rate(max(run.step - 1, 0), cfg), val_loss)
+                    runs.save(folder, checkpoint, best)
+                say(f"step {run.step}: val loss {runs.in_words(val_loss, meta)}{', best' * best}")
+                runs.tell_overfitting(run, val_loss)
                 if master and cfg.sample_tokens:
                     prompt = data.val[:1].tolist()
                     say(a_sample(model, data.tokenizer, prompt, cfg, dtype, run.step))
                 saved_step = run.step
-                clock, clock_step = time.perf_counter(), run.step
+                if master:
+                    log.go_on(run.step)
                 if run.is_finished(cfg) and run.step < cfg.max_iters:
                     say(f"no better for {run.since_best} evaluations: --patience ends the run")
             if run.is_finished(cfg):
@@ -786,7 +444,7 @@ def train(cfg, given, at_end):
                 x, y = get_batch(data.train, cfg, run.step, micro, rank, world, device)
                 total += more_gradients(x, y) if micro else first_gradients(x, y)
             if world > 1:
-                average([p.grad for p in model.parameters() if p.grad is not None], world)
+                processes.average([p.grad for p in model.parameters() if p.grad is not None], world)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             scaler.step(optimizer)
@@ -800,20 +458,13 @@ def train(cfg, given, at_end):
                     dist.all_reduce(total)
                 run.train_loss = total.item() / world   # waits for the device
                 # a scaler skips a step whose gradients are not finite
-                check_finite(run.step, saved_step, loss=run.train_loss,
-                             gradient_norm=0 if scaler.is_enabled() else norm.item())
+                runs.check_finite(run.step, saved_step, loss=run.train_loss,
+                                  gradient_norm=0 if scaler.is_enabled() else norm.item())
             if log_now and master:
-                seconds = max(time.perf_counter() - clock, 1e-9)
-                speed = round((run.step - clock_step) * tokens_per_step / seconds)
-                clock, clock_step = time.perf_counter(), run.step
-                log.add(run.step, run.step * tokens_per_step, run.train_loss, "",
-                        learning_rate(run.step - 1, cfg), speed)
-                bar.set_postfix(loss=f"{run.train_loss:.3f}", tok_s=f"{speed:,}")
-                if not sys.stdout.isatty() and clock > told + TELL:
-                    told, left = clock, (cfg.max_iters - run.step) * tokens_per_step
-                    left = tqdm.format_interval(left / max(speed, 1))
-                    say(f"step {run.step} of {cfg.max_iters}: loss {in_words(run.train_loss, meta)}"
-                        f", {speed:,} tokens/s, {left} left")
+                log.measure(run.step)
+                log.add(run, learning_rate(run.step - 1, cfg))
+                log.tell(run, cfg, meta)
+                bar.set_postfix(loss=f"{run.train_loss:.3f}", tok_s=f"{log.speed:,}")
             if stopping:
                 break
 
@@ -821,7 +472,7 @@ def train(cfg, given, at_end):
         if run.step != saved_step:
             checkpoint = everything()
             if master:
-                save(folder, checkpoint, best=False)
+                runs.save(folder, checkpoint, best=False)
         if world > 1:
             dist.barrier()
             dist.destroy_process_group()
@@ -832,7 +483,7 @@ def train(cfg, given, at_end):
         say(f"stopped after step {run.step} of {cfg.max_iters}, saved in {folder.path}; the same "
             f"command goes on from there{again}")
         return 128 + stop.signal
-    say(f"done: {best_of(run, meta, folder.path)}")
+    say(f"done: {runs.best_of(run, meta, folder.path)}")
     return 0
 
 if __name__ == "__main__":

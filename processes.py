@@ -1,0 +1,89 @@
+"""
+Several processes of torchrun that train as one, on the GPUs of one machine or of many.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+
+import common
+from common import Problem
+
+
+def rank_and_world():
+    """(rank, world): the number of this process and how many there are, as torchrun says; without
+    it (0, 1). Problem: only some of what it sets is there."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    there = {name: os.environ[name] for name in names if name in os.environ}
+    rank, world = there.get("RANK", "0"), there.get("WORLD_SIZE", "1")
+    if (rank, world) == ("0", "1"):
+        return 0, 1
+    if len(there) < len(names) or not (rank + world).isdecimal() or int(rank) >= int(world):
+        os.environ.pop("LOCAL_RANK", None)      # or nobody tells this
+        raise Problem(f"{', '.join(f'{k}={v}' for k, v in there.items())} in the environment: "
+                      f"torchrun sets all of {', '.join(names)}. Start with it, or unset these")
+    return int(rank), int(world)
+
+def gpu_of_its_own():
+    """The name of the GPU of this process. Problem: there are fewer than processes."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if here > gpus:
+        raise Problem(f"{here} processes need as many GPUs; torch {torch.__version__} finds {gpus}")
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
+def join_others(rank, world, device):
+    """Problem: the processes do not find each other."""
+    on_gpu = device.type == "cuda"
+    try:
+        store, *_ = next(dist.rendezvous("env://"))
+        # When torchrun starts all anew, the addresses of those before are still in there.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
+                                world_size=world, device_id=device if on_gpu else None)
+    except (RuntimeError, ValueError) as error:
+        raise Problem("the processes do not find each other at MASTER_ADDR, MASTER_PORT: "
+                      f"{error}") from None
+
+def of_first(make, rank, world, device):
+    """What make() returns in the first process, in all of them: machines need not share a disk.
+    A Problem there is one in all."""
+    made = [None, None]
+    try:
+        made[0] = make() if rank == 0 else None
+    except Problem as problem:
+        made[1] = problem
+    if world > 1:
+        dist.broadcast_object_list(made, device=device)
+    if made[1]:
+        raise made[1]
+    return made[0]
+
+@contextlib.contextmanager
+def first_process_first(world):
+    """What the first process of each machine prepares and downloads within it, its others find."""
+    first_here = world == 1 or common.is_first_here()
+    if not first_here:
+        dist.barrier()
+    yield first_here
+    if first_here and world > 1:
+        dist.barrier()
+
+def average(grads, world):
+    """The mean over the processes, in place, by one call after the last batch of a step.
+    DistributedDataParallel would begin during the backward pass, which then could not be a CUDA
+    graph: that costs more than the wait."""
+    flat = torch.cat([grad.flatten() for grad in grads]).div_(world)
+    dist.all_reduce(flat)
+    means = flat.split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [mean.view_as(grad) for mean, grad in zip(means, grads)])
+
+def gather(state, world):
+    """A state of the rows of all processes, which each have every world-th one, to be saved."""
+    def of_all(t):
+        parts = [torch.empty_like(t) for _ in range(world)]
+        dist.all_gather(parts, t)
+        return torch.stack(parts, dim=1).flatten(0, 1)
+    return [tuple(map(of_all, layer)) if world > 1 else tuple(layer) for layer in state]
