@@ -36,6 +36,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))   # python -P leaves it out
     # As in train.py: torch reads these two once. Large pages, on Linux: fresh memory costs less.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Without such a workspace PyTorch does not trust cuBLAS to repeat itself; see repeatable.

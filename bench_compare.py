@@ -42,7 +42,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from common import Problem, autocast, nearest, repeatable, say
+from common import Problem, autocast, nearest, repeatable, say, seed_of
 from mamba import Mamba, MambaBlock, MambaConfig
 from prepare_data import open_data
 
@@ -203,7 +203,7 @@ class Training:
 
     def do_step(self):
         # dropout, too, depends on seed and step alone, whoever had a turn in between
-        torch.manual_seed((self.bench.cfg.seed << 32) + self.step)
+        torch.manual_seed(seed_of(self.bench.cfg.seed, self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * schedule(self.progress)
         loss = self.gradients(*self.batch(self.step))

@@ -106,7 +106,7 @@ def nobody_reads(error, of_stdout=False):
 def say(line):
     """Prints a line, above a progress bar if there is one; under torchrun only the first process
     does. A line that nobody reads is lost, and say.unread is True from then on."""
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" and "LOCAL_RANK" in os.environ:
         return
     try:
         tqdm.write(line)
@@ -306,12 +306,16 @@ def pick_dtype(name, device):
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
-def pick_scan(name, device, dtype, d_state):
+def pick_scan(name, device, dtype, d_state, layer="mamba"):
     """The scan that runs there for this --scan. Problem: one that cannot run."""
     import torch
 
     from mamba import scan_method
     try:
+        if layer != "mamba":
+            if name == "triton":
+                raise ValueError("only for layers of Mamba-1 are there such kernels")
+            device = "cpu"      # where "auto" is what it is for these layers everywhere
         example = torch.empty(0, device=device, dtype=getattr(torch, dtype))
         return scan_method(name, example, d_state)
     except ValueError as error:
@@ -364,6 +368,11 @@ def autocast(device, dtype):
     import torch
     enabled = dtype != "float32"
     return torch.autocast(device.type, getattr(torch, dtype), enabled=enabled, cache_enabled=False)
+
+def seed_of(*numbers):
+    """A seed for torch made of several numbers: of a larger one its CPUs use 32 bits alone."""
+    import numpy as np
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 def repeatable():
     """The same bits from the same input on CUDA too, where the gradient of an embedding is else

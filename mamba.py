@@ -6,7 +6,8 @@ torch alone. What is notable here:
 - activations are (batch, length, channels) throughout: none is transposed in memory
 - a state is a value: a call with a state returns the next one and leaves the given one as it is
 - parameters have the names of the released state-spaces/mamba-* weights
-Optional beside it: mamba_fast/ computes the same numbers sooner, mamba_files.py reads more layouts.
+Optional beside it: mamba_fast/ computes the same numbers sooner, mamba_files.py reads more layouts,
+mamba2.py and mamba3.py have the layers of its successors.
 
 Glossary, with the paper's names. In shapes alone: B batch, L length, D d_inner = expand * d_model,
 the channels of the scan, N d_state, the numbers that each of them remembers. Elsewhere:
@@ -15,7 +16,6 @@ the channels of the scan, N d_state, the numbers that each of them remembers. El
     A           (D, N), negative: rate of forgetting; the decay of one step is exp(delta * A)
     B, C        (B, L, N): what each token writes to the state, and what it reads from it
     D           (D,): weight of the direct path from u to y
-    dt_rank     rank of the projection that makes delta
     h           (B, D, N): the state, all that the scan remembers of the tokens before
 """
 from __future__ import annotations
@@ -26,6 +26,8 @@ import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -56,7 +58,7 @@ class MambaConfig:
     d_state: int = 16
     d_conv: int = 4                     # width of the causal convolution in front of the scan
     expand: int = 2                     # d_inner = expand * d_model
-    dt_rank: int | str = "auto"         # "auto" is ceil(d_model / 16)
+    dt_rank: int | str = "auto"         # of the projection that makes delta; auto: d_model / 16
     dt_min: float = 0.001               # at initialisation delta lies in [dt_min, dt_max] ...
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4         # ... and never below this
@@ -69,9 +71,21 @@ class MambaConfig:
     d_intermediate: int = 0             # > 0 adds a gated MLP of this width after each mixer
     residual_in_fp32: bool = False      # of a 16 bit model; the released ones were trained so
     scan: str = "auto"                  # method of selective_scan
+    mixer_rms_eps: float = 0.0          # > 0 normalizes dt, B and C, as Falcon-Mamba does
+    layer: str = "mamba"                # "mamba2", "mamba3" make it a Mamba2Config, Mamba3Config
+
+    def __new__(cls, *_, layer="mamba", **__):
+        if cls is MambaConfig and layer != "mamba":
+            if layer not in ("mamba2", "mamba3"):
+                raise ValueError(f"layer must be mamba, mamba2 or mamba3, not {layer!r}")
+            try:
+                return object.__new__(getattr(import_module(layer), f"{layer.capitalize()}Config"))
+            except ModuleNotFoundError as error:
+                raise ValueError(f"layer {layer!r} needs {error.name}.py beside mamba.py") from None
+        return object.__new__(cls)
 
     def __post_init__(self):
-        if self.dt_rank == "auto":
+        if self.layer == "mamba" and self.dt_rank == "auto":
             self.dt_rank = math.ceil(self.d_model / 16)
         for f in fields(self):
             value, least = getattr(self, f.name), 0 if f.name == "d_intermediate" else 1
@@ -82,13 +96,13 @@ class MambaConfig:
                 ("dt_min", 0 < self.dt_min <= self.dt_max, f"above 0 and up to {self.dt_max}"),
                 ("dt_init_floor", self.dt_init_floor > 0, "above 0"),
                 ("norm_eps", self.norm_eps > 0, "above 0"),
+                ("mixer_rms_eps", self.mixer_rms_eps >= 0, "above 0, or 0 for none"),
                 ("scan", self.scan in SCAN_METHODS, f"one of {', '.join(SCAN_METHODS)}")):
             if not right:
                 raise ValueError(f"{name} must be {need}, not {getattr(self, name)!r}")
 
     d_inner = property(lambda self: self.expand * self.d_model)
-    padded_vocab_size = property(lambda self: -(
-        -self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple)
+    padded_vocab_size = property(lambda c: c.vocab_size + -c.vocab_size % c.pad_vocab_size_multiple)
 
 # ---- The selective scan --------------------------------------------------------------------------
 
@@ -109,8 +123,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D=
     method: "sequential" (the loop) | "chunked" (tiles) | "triton" (kernels of mamba_fast/, on
     CUDA) | "auto", the fastest that can run.  mask: (B, L) bool, False is padding, which leaves the
     state as it is.  seq_idx: (B, L) int; where it changes at a real token, the state begins anew.
-    ValueError: inputs that do not fit; a method that cannot run here.
-    Names and meaning are those of mamba_ssm's selective_scan_fn; the layout is (B, L, D)."""
+    ValueError: inputs that do not fit; a method that cannot run here. Names are as in mamba_ssm."""
     if u.dim() != 3 or A.dim() != 2 or u.shape[1] == 0:
         raise ValueError(f"u must be (B, L, D), L > 0, A (D, N), not {[*u.shape]}, {[*A.shape]}")
     wide, (batch, length, d_inner), d_state = tuple(u.shape), u.shape, A.shape[1]
@@ -195,10 +208,9 @@ def one_by_one(u, delta, A, B, C, h):
     return torch.stack(ys, dim=1), h                                        # (B, L, D), (B, D, N)
 
 # ---- The same recurrence in tiles of T steps -----------------------------------------------------
-# The states of all steps, (B, L, N, D), are N times larger than u and never in memory at
-# once. In a tile everything but the recurrence itself is done for all its T steps together. Of a
-# tile only what enters it is kept, by checkpoint; the backward pass computes the rest again. The
-# state is (N, D) here, channels innermost: products and sums over N read it in order.
+# The states of all steps, (B, L, N, D), are never in memory at once. Of a tile only what enters it
+# is kept, by checkpoint, and the backward pass computes the rest again. All but the recurrence is
+# done for its T steps together. The state is (N, D) here: sums over N read it in order.
 
 def in_tiles(u, delta, A, B, C, state):
     """What one_by_one computes, sooner, and with memory for one tile alone."""
@@ -212,31 +224,12 @@ def in_tiles(u, delta, A, B, C, state):
 
 def one_tile(u, delta, B, C, A, h):
     """one_by_one for the T steps of a tile, with A (N, D) and h (B, N, D)."""
-    decay = torch.exp(delta[:, :, None] * A)                                # (B, T, N, D)
-    x = (delta * u)[:, :, None] * B[..., None]                              # (B, T, N, D)
-    hs = Chain.apply(decay, x, h)                                           # (B, T, N, D)
-    return (C[..., None] * hs).sum(2), hs[:, -1].clone()    # a view would keep all of hs alive
-
-class Chain(torch.autograd.Function):
-    """h_t = a_t h_{t-1} + x_t for the steps of a tile, in place: x becomes h. For the gradients it
-    runs the other way: g_t = dLoss/dh_t is what reaches h_t itself, plus a_{t+1} g_{t+1}."""
-
-    @staticmethod
-    def forward(ctx, a, x, h):
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(a, x, h)
-        for a_t, x_t in zip(a.unbind(1), x.unbind(1)):
-            h = x_t.addcmul_(a_t, h)
-        return x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (a, hs, h), g = ctx.saved_tensors, g.clone()
-        for t in reversed(range(g.shape[1] - 1)):
-            g[:, t].addcmul_(a[:, t + 1], g[:, t + 1])
-        h_before = torch.cat([h[:, None], hs[:, :-1]], dim=1)
-        return g * h_before, g, a[:, 0] * g[:, 0]
+    decays = torch.exp(delta[:, :, None] * A).unbind(1)                     # T x (B, N, D)
+    news = ((delta * u)[:, :, None] * B[..., None]).unbind(1)               # T x (B, N, D)
+    hs = [h]
+    for decay, new in zip(decays, news):
+        hs.append(torch.addcmul(new, decay, hs[-1]))    # decay * h + new
+    return (C[..., None] * torch.stack(hs[1:], dim=1)).sum(2), hs[-1]
 
 # ---- The convolution and the block ---------------------------------------------------------------
 
@@ -244,7 +237,7 @@ def conv_silu(x, weight, bias=None, state=None, scan="auto", mask=None, seq_idx=
     """silu of a causal convolution, silu(bias + sum_k weight[:, 0, k] x_{t - (d_conv - 1) + k}).
     x: (B, L, D).  weight: (D, 1, d_conv).  bias: (D,).  state: (B, d_conv - 1, D), the inputs
     before x, or None for zeros.  mask, seq_idx: as in selective_scan, with all padding at the end.
-    scan: its method.  Returns (B, L, D) and the last d_conv - 1 inputs. Not F.conv1d: (B, D, L)."""
+    scan: its method.  Returns (B, L, D) and the last d_conv - 1 inputs."""
     (batch, length, d_inner), past, document = x.shape, weight.shape[2] - 1, None
     if state is not None and state.shape != (batch, past, d_inner):
         raise ValueError(f"the conv state must be {[batch, past, d_inner]}, not {[*state.shape]}")
@@ -286,19 +279,69 @@ class MambaState(NamedTuple):
     conv: torch.Tensor      # (B, d_conv - 1, D), the last inputs of the convolution
     h: torch.Tensor         # (B, D, N), the state of the scan, in float32
 
-class MambaBlock(nn.Module):
-    """The mixer (paper, figure 3): project up, convolution, selective scan, gate, project down.
-
+class Mixer(nn.Module):
+    """What all kinds of blocks share: all but mix, which is called with the padding at the end.
     block(x) -> y, both (B, L, d_model). Stands alone: put it where a Transformer has attention.
     block(x, state) -> (y, state after x) continues where the call ended that returned the state;
     block.init_state(batch) is the first one. Gradients flow through it.
     mask: (B, L) bool, False is padding, anywhere: real tokens get what they get without it.
     seq_idx: (B, L) int; where it changes a document begins, which sees nothing of those before."""
+    exact = ()      # names of the parameters that stay float32 in a model of 16 bits
+
+    def reset_steps(self, bias):
+        """The first values of delta's bias, and zeros for those of the projections."""
+        # the steps delta start log-uniform in [dt_min, dt_max]: the bias is the inverse of softplus
+        # at such a draw, and a later init must not set it to zero
+        low, high = math.log(self.config.dt_min), math.log(self.config.dt_max)
+        dt = torch.exp(torch.rand(len(bias)) * (high - low) + low)
+        dt = dt.clamp(min=self.config.dt_init_floor)
+        bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        for linear in (self.in_proj, self.out_proj):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        self.exact_parameters()
+
+    def exact_parameters(self):
+        """Those, with flags that other code bases honour, so that they leave them as they are."""
+        parameters = [attrgetter(name)(self) for name in self.exact]
+        for parameter in parameters:
+            parameter._no_reinit = parameter._no_weight_decay = True
+        return parameters
+
+    def forward(self, x: Tensor, state: NamedTuple | None = None, mask=None, seq_idx=None):
+        """(B, L, d_model) -> it; with a state, (it, the state after). ValueError: wrong shapes."""
+        shapes = [tuple(t.shape) for t in (x, mask, seq_idx) if t is not None]
+        if x.dim() != 3 or x.is_complex() or any(shape != shapes[0][:2] for shape in shapes[1:]):
+            raise ValueError("x must be (B, L, d_model) and real, mask and seq_idx (B, L), not "
+                             f"{x.dtype} and {', '.join(map(str, shapes))}")
+        if mask is not None:    # padding goes to the end of each row, and its content has no effect
+            order = (~mask).byte().argsort(dim=1, stable=True)              # (B, L)
+            mask, x = mask.take_along_dim(order, 1), x.take_along_dim(order[..., None], 1)
+            x = x.masked_fill(~mask[..., None], 0)
+            seq_idx = None if seq_idx is None else seq_idx.take_along_dim(order, 1)
+        y, after = self.mix(x, state, mask, seq_idx)
+        if mask is not None:
+            y = y.take_along_dim(order.argsort(1)[..., None], 1)            # where they were
+        return y if state is None else (y, after)
+
+    def _apply(self, fn, recurse=True):
+        # model.bfloat16() and .half() leave these in float32: rounding A or delta's bias changes
+        # how long the model remembers by up to 1 %, at every step again
+        exact = {id(t) for p in self.exact_parameters() for t in (p, p.grad)}
+
+        def keep_exact(t):
+            new = fn(t)
+            return t.to(new.device) if id(t) in exact and new.element_size() == 2 else new
+        return super()._apply(keep_exact, recurse)
+
+class MambaBlock(Mixer):
+    """The mixer (paper, figure 3): project up, convolution, selective scan, gate, project down."""
+    exact = ("A_log", "D", "dt_proj.bias")
 
     def __init__(self, config: MambaConfig):
         super().__init__()
+        self.config, self.scan = config, config.scan
         d_inner, self.dt_rank, self.d_state = config.d_inner, config.dt_rank, config.d_state
-        self.scan, self.dt_range = config.scan, (config.dt_min, config.dt_max, config.dt_init_floor)
         self.in_proj = Linear(config.d_model, 2 * d_inner, bias=config.bias)
         # holds the weights under their released names; the convolution itself is in conv_silu
         self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner,
@@ -315,22 +358,8 @@ class MambaBlock(nn.Module):
         """What is special about the first weights; call it after a host network's apply(init)."""
         self.A_log.copy_(torch.log(torch.arange(1, self.d_state + 1, dtype=torch.float32)))
         self.D.fill_(1)
-        # the steps delta start log-uniform in [dt_min, dt_max]: the bias is the inverse of softplus
-        # at such a draw, and a later init must not set it to zero
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
-        dt_min, dt_max, floor = self.dt_range
-        low, high = math.log(dt_min), math.log(dt_max)
-        dt = torch.exp(torch.rand(len(self.D)) * (high - low) + low).clamp(min=floor)
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-        for linear in (self.in_proj, self.out_proj):
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        self.mark_parameters()
-
-    def mark_parameters(self):
-        """Flags that other code bases honour, so that they leave these as they are."""
-        self.dt_proj.bias._no_reinit = True
-        self.A_log._no_weight_decay = self.D._no_weight_decay = True
+        self.reset_steps(self.dt_proj.bias)
 
     def init_state(self, batch: int) -> MambaState:
         """The state before the first token: zeros."""
@@ -338,46 +367,24 @@ class MambaBlock(nn.Module):
         return MambaState(*(torch.zeros(batch, *shape, dtype=weight.dtype, device=weight.device)
                             for shape, weight in zip(shapes, (self.conv1d.weight, self.A_log))))
 
-    def forward(self, x: Tensor, state: MambaState | None = None, mask=None, seq_idx=None):
-        """(B, L, d_model) -> the same; with a state, (it, MambaState). ValueError: wrong shapes."""
-        shapes = [tuple(t.shape) for t in (x, mask, seq_idx) if t is not None]
-        if x.dim() != 3 or x.is_complex() or any(shape != shapes[0][:2] for shape in shapes[1:]):
-            raise ValueError("x must be (B, L, d_model) and real, mask and seq_idx (B, L), not "
-                             f"{x.dtype} and {', '.join(map(str, shapes))}")
-        if mask is not None:    # padding goes to the end of each row, and its content has no effect
-            order = (~mask).byte().argsort(dim=1, stable=True)              # (B, L)
-            mask, x = mask.take_along_dim(order, 1), x.take_along_dim(order[..., None], 1)
-            x = x.masked_fill(~mask[..., None], 0)
-            seq_idx = None if seq_idx is None else seq_idx.take_along_dim(order, 1)
+    def mix(self, x, state, mask, seq_idx):
         conv, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)                             # (B, L, D) each
         x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv, self.scan, mask, seq_idx)
-        dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        parts = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        if eps := self.config.mixer_rms_eps:
+            parts = [F.rms_norm(part, part.shape[-1:], eps=eps) for part in parts]
+        dt, B, C = parts
         if is_plain(self.dt_proj):      # then its bias is added in the scan, in float32
             delta, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias      # (B, L, D)
         else:       # in 16 bits autocast rounds the bias, which F.linear would not take as it is
             with torch.autocast(dt.device.type, dt.dtype, enabled=dt.element_size() == 2):
                 delta, bias = self.dt_proj(dt), None
-        A = -torch.exp(self.A_log)                                          # (D, N)
-        y, h = selective_scan(x, delta, A, B, C, self.D, z, bias, True, h, True, self.scan, mask,
-                              seq_idx)
-        y = self.out_proj(y)
-        if mask is not None:
-            y = y.take_along_dim(order.argsort(1)[..., None], 1)            # where they were
-        return y if state is None else (y, MambaState(conv, h))
+        y, h = selective_scan(x, delta, -torch.exp(self.A_log), B, C, self.D, z, bias, True, h,
+                              True, self.scan, mask, seq_idx)
+        return self.out_proj(y), MambaState(conv, h)
 
-    def _apply(self, fn, recurse=True):
-        # model.bfloat16() and .half() leave these in float32: rounding A or delta's bias changes
-        # how long the model remembers by up to 1 %, at every step again
-        exact = {id(t) for p in (self.A_log, self.D, self.dt_proj.bias) for t in (p, p.grad)}
-
-        def keep_exact(t):
-            new = fn(t)
-            rounded = id(t) in exact and new.element_size() == 2
-            return t.to(new.device) if rounded else new
-        super()._apply(keep_exact, recurse)
-        self.mark_parameters()      # they may be other objects now
-        return self
+MambaConfig.block = MambaBlock      # the mixer of a Layer; that of other layers is in their files
 
 # ---- The model -----------------------------------------------------------------------------------
 
@@ -403,10 +410,10 @@ class Layer(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         norm = functools.partial(nn.RMSNorm, config.d_model, eps=config.norm_eps)
-        self.norm, self.mixer, self.dropout = norm(), MambaBlock(config), nn.Dropout(config.dropout)
-        self.mlp = None
-        if config.d_intermediate > 0:
-            self.norm2, self.mlp = norm(), GatedMLP(config)
+        self.norm, self.mixer = norm(), config.block(config)
+        self.dropout = nn.Dropout(config.dropout)
+        has_mlp = config.d_intermediate > 0
+        self.norm2, self.mlp = (norm(), GatedMLP(config)) if has_mlp else (None, None)
 
     def forward(self, x, state=None, **masks):
         """(B, L, d_model), and as for MambaBlock -> ((B, L, d_model), MambaState or None)."""
@@ -444,17 +451,17 @@ class Mamba(nn.Module):
 
     def forward(self, idx, targets=None, state=None, num_last_tokens=0, mask=None, seq_idx=None):
         """idx: (B, L) token ids.  targets: (B, L), negative ones are ignored.  state: init_state's
-        or what a call returned; any split of a text gives the logits of one call.  mask, seq_idx:
-        (B, L), as for MambaBlock.  Returns logits (B, L, vocab_size), or of the last
-        num_last_tokens, and None; with targets None, and the mean cross-entropy in nats; with a
-        state the next state as a third.  ValueError: shapes that do not fit."""
+        or what a call returned: any split of a text gives the same.  mask, seq_idx: as for Mixer.
+        Returns logits (B, L, vocab_size), or of the last num_last_tokens, and None; with targets
+        None and the mean cross-entropy in nats; with a state the next one as a third."""
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets must be {[*idx.shape]} as idx, not {[*targets.shape]}")
         x = self.hidden(idx, state, mask, seq_idx)
         x, *after = (x,) if state is None else x
         if targets is not None:
             return None, self._loss(x, targets), *after
-        return self._logits(x[:, -num_last_tokens:]), None, *after
+        logits = self.lm_head(x[:, -num_last_tokens:])
+        return logits[..., :self.config.vocab_size], None, *after           # without padding rows
 
     def hidden(self, idx: Tensor, state=None, mask=None, seq_idx=None):
         """(B, L, d_model) of token ids (B, L), for the head; with a state, (it, the next state)."""
@@ -474,15 +481,13 @@ class Mamba(nn.Module):
         x = normed(self.backbone["norm_f"], x)
         return x if state is None else (x, after)
 
-    def _logits(self, x):
-        return self.lm_head(x)[..., :self.config.vocab_size]                # without padding rows
-
     def _loss(self, x, targets):
         x, targets = x.flatten(0, 1), targets.masked_fill(targets < 0, -100).flatten()
         plain, vocab_size = is_plain(self.lm_head), self.config.vocab_size
         loss = fast and fast.cross_entropy(x, self.lm_head, plain, targets, vocab_size)
         if loss is None:
-            loss = F.cross_entropy(self._logits(x).float(), targets, reduction="sum")
+            logits = self.lm_head(x)[:, :vocab_size]
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         return loss / (targets >= 0).sum().clamp(min=1)
 
     device = property(lambda self: next(self.parameters()).device)
@@ -497,15 +502,12 @@ class Mamba(nn.Module):
         return sum(p.numel() for p in self.parameters() if embedding or id(p) not in tables)
 
     def configure_optimizers(self, learning_rate: float, weight_decay=0.1, betas=(0.9, 0.95)):
-        """AdamW with decay on the projection matrices alone: decay would pull A_log, D, delta's
-        bias and the norms to a wrong place (A to -1 for every state, D to 0), and an embedding row
-        that is rarely used would just fade."""
-        decay = [m.weight for m in self.modules()
-                 if isinstance(m, nn.Linear) and m is not self.lm_head]
+        """AdamW with decay on the projection matrices alone: it would pull A to -1 for every state,
+        D, delta's bias and the norms to 0, and an embedding row that is rarely used would fade."""
+        decay = [m.weight for m in self.backbone.modules() if isinstance(m, nn.Linear)]
         rest = [p for p in self.parameters() if all(p is not d for d in decay)]
-        groups = [{"params": decay, "weight_decay": weight_decay},
-                  {"params": rest, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+        groups = [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, learning_rate, betas, 1e-8, weight_decay, fused=True)
 
     @torch.no_grad()
     def read(self, idx: Tensor, state=None, num_last_tokens=1, part=2048, mask=None) -> Iterator:
@@ -545,10 +547,9 @@ class Mamba(nn.Module):
                  top_p=None, generator=None, stop=(), **settings) -> Tensor | list[Tensor]:
         """prompts: (B, L) token ids, or a list of B prompts of any lengths. Returns them with
         max_new_tokens more each, as one tensor, or as a list; at temperature 0 each prompt gives
-        what it gives alone.  temperature, ..., generator, min_p, repetition_penalty: see sample.
-        stop: ids that end a row. In the list each row ends with its stop token; in the tensor,
-        which is as long as the longest row, a shorter row repeats it.  compile=True: on a CPU, by
-        torch.compile, after ten seconds.  ValueError: settings without a meaning."""
+        what it gives alone.  temperature, ..., generator: see sample.  stop: ids that end a row. In
+        the list each row ends with its stop token; in the tensor a shorter row repeats it.
+        compile=True: by torch.compile, on a CPU.  ValueError: settings without a meaning."""
         stream = self.stream(prompts, max_new_tokens, temperature=temperature, top_k=top_k,
                              top_p=top_p, generator=generator, stop=stop, **settings)
         first = torch.zeros(len(prompts), dtype=torch.long, device=self.device)
@@ -563,10 +564,9 @@ class Mamba(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_folder, device=None, dtype=None, cache_dir=None, **changes):
         """A trained model, in eval mode, from a folder that save_pretrained wrote; or by
-        mamba_files.py a run of train.py, any in the layout of mamba_ssm or transformers, or a name
-        on Hugging Face, such as state-spaces/mamba-130m.  dtype: by default as in the file; what
-        MambaBlock keeps in float32 stays so.  cache_dir: for downloads.  changes: as dropout=0.1.
-        ValueError: no such model, or damaged.  OSError: not found, no download."""
+        mamba_files.py a run of train.py, any layout of mamba_ssm or transformers, or a name on
+        Hugging Face, as state-spaces/mamba-130m.  dtype: as in the file; what is exact stays so.
+        changes: as dropout=0.1.  ValueError: no such model, or damaged.  OSError: not found."""
         options, tensors = (files.read if files else read_folder)(name_or_folder, cache_dir)
         with torch.device("meta"):
             model = cls(MambaConfig(**{**options, **changes}))
@@ -589,24 +589,24 @@ class Mamba(nn.Module):
         Path(folder, "config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
 
 # what mamba_fast/ may take over: objects of these very classes (take out one that you change)
-PLAIN = {cls: cls.forward for cls in (Mamba, Layer, MambaBlock, GatedMLP)}
+PLAIN = {c: (c.forward, getattr(c, "mix", None)) for c in (Mamba, Layer, MambaBlock, GatedMLP)}
 
 def read_folder(folder, _):
     """What save_pretrained wrote: options of a MambaConfig, and a function that gives tensors."""
     config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     config.update(config.get("ssm_cfg", {}))
     weights = torch.load(Path(folder, "pytorch_model.bin"), map_location="cpu", weights_only=True)
-    options = {f.name: config[f.name] for f in fields(MambaConfig) if f.name in config}
+    known = fields(MambaConfig(layer=config.get("layer", "mamba")))
+    options = {f.name: config[f.name] for f in known if f.name in config}
     return options, lambda *_: weights
 
 # ---- Generation: one token after the other -------------------------------------------------------
 
 class Stream(Iterator):
     """An iterator over the next tokens of some prompts, (B,) each, in constant time and memory. Its
-    state is what has been read so far, all but the last token. A row that has made a stop token
-    repeats it until all rows have; then the stream ends, on a GPU up to 16 tokens later, because
-    asking makes it wait.  Arguments: as of generate; state, which the prompts continue; and seen,
-    (B, vocab_size) bool, for repetition_penalty, to which the new tokens are added."""
+    state is what has been read so far, all but the last token. It ends when all rows have made a
+    stop token, on a GPU up to 16 tokens later: asking makes it wait.  Arguments: as of generate;
+    state, which the prompts continue; seen, (B, vocab_size) bool, as of sample, is added to."""
 
     def __init__(self, model, prompts, max_new_tokens, state=None, stop=(), seen=None,
                  compile=False, **sampling):
@@ -668,10 +668,10 @@ def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetiti
 def sample(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None,
            repetition_penalty=None, seen=None) -> Tensor:
     """Draws one token id for each row of logits (B, V); returns (B,), without waiting for a GPU.
-    temperature: 0 takes the likeliest token.  top_k: only among the k likeliest.  top_p: among the
-    fewest that together have this probability.  min_p: among those at least min_p times as likely
-    as the likeliest.  repetition_penalty: above 1 makes the tokens in seen, (B, V) bool, less
-    likely (CTRL, arXiv 1909.05858).  generator: to draw the same again; on the CPU, a GPU waits."""
+    temperature: 0 takes the likeliest.  top_k: among the k likeliest.  top_p: among the fewest that
+    have this probability.  min_p: among those min_p times as likely as the likeliest, or more.
+    repetition_penalty: above 1 makes tokens in seen, (B, V) bool, less likely (arXiv 1909.05858).
+    generator: to draw the same again; on the CPU, a GPU waits."""
     if repetition_penalty is not None and seen is not None:
         logits, penalty = logits.float(), repetition_penalty
         penalized = torch.where(logits > 0, logits / penalty, logits * penalty)

@@ -31,14 +31,14 @@ groups of heads, T steps of a chunk, K chunks. The state h is (B, H, P, N).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mamba import Linear, MambaConfig, beginnings, conv_silu
+from mamba import Linear, MambaConfig, Mixer, beginnings, conv_silu
 
 __all__ = ["Mamba2Block", "Mamba2Config", "Mamba2State", "ssd"]
 METHODS = ("auto", "sequential", "chunked")
@@ -48,6 +48,10 @@ FORGET = -1024.0    # a delta * A after which nothing is left: its exp is 0, in 
 @dataclass
 class Mamba2Config(MambaConfig):
     """What Mamba-2 has besides; the defaults are mamba2-130m. A bad value is a ValueError."""
+    absent = ("dt_rank", "mixer_rms_eps")   # options of MambaConfig that mean nothing here
+
+    layer: str = "mamba2"
+    dt_rank: str = "auto"
     d_state: int = 128
     pad_vocab_size_multiple: int = 16
     headdim: int = 64                   # channels of a head
@@ -59,15 +63,23 @@ class Mamba2Config(MambaConfig):
     norm_before_gate: bool = False      # ... or before it
 
     def __post_init__(self):
+        for name in ("A_init_range", "dt_limit"):
+            pair = getattr(self, name)
+            if type(pair) not in (list, tuple) or len(pair) != 2:
+                raise ValueError(f"{name} must be two numbers, not {pair!r}")
+            setattr(self, name, tuple(pair))        # JSON has lists
+        for f in fields(self):
+            if f.name in self.absent and getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name} means nothing for the layer {type(self).layer!r}")
         super().__post_init__()
-        low, high = self.A_init_range
-        least, most = self.dt_limit
+        (low, high), (least, most) = self.A_init_range, self.dt_limit
         for name, right, need in (
                 ("headdim", self.d_inner % self.headdim == 0, f"a divisor of {self.d_inner}"),
                 ("ngroups", self.nheads % self.ngroups == 0, f"a divisor of {self.nheads} heads"),
                 ("chunk_size", self.chunk_size <= 256, "at most 256"),
-                ("A_init_range", 0 < low <= high, "two numbers above 0, the smaller one first"),
-                ("dt_limit", 0 <= least <= most, "two numbers from 0 on, the smaller one first"),
+                ("layer", self.layer == type(self).layer, f"{type(self).layer} for this class"),
+                ("A_init_range", 0 < low <= high < math.inf, "two numbers above 0, in order"),
+                ("dt_limit", 0 <= least <= most, "two numbers from 0 on, in order"),
                 ("scan", self.scan in METHODS, f"one of {', '.join(METHODS)} for Mamba-2")):
             if not right:
                 raise ValueError(f"{name} must be {need}, not {getattr(self, name)!r}")
@@ -167,6 +179,7 @@ def chunked(u, delta, a, B, C, h, steps):
     chunks = (length + steps - 1) // steps
     padding = chunks * steps - length       # steps with delta 0, which change nothing
     a = a.masked_fill(a < -32, FORGET)      # 1e-14 is as good as 0, and needs no gradient
+    a = a / math.log(2)     # exp2 from here on: of such numbers CPUs take exp much more slowly
     parts = u, delta, a, B, C
     if any_length or padding > 0:
         parts = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, padding)) for t in parts]
@@ -175,22 +188,22 @@ def chunked(u, delta, a, B, C, h, steps):
     since = a.cumsum(2)             # (B, K, T, H): the sum of a from the chunk's start through t
     until = F.pad(a[:, :, 1:], (0, 0, 0, 1)).flip(2).cumsum(2).flip(2)      # after t to its end
 
-    # 1. Within a chunk: attention. The decay from s to t is exp of a difference of two sums of a,
-    # not a quotient of two exp, which would be 0 / 0. But a small difference of large sums is
-    # inexact. So a is split: multiples of 1/64 from -1024 to 0, whose sums are exact, and a rest of
-    # at most 1/128. That is so small that exp(rest_t - rest_s) may be taken apart: exp(rest_t)
-    # scales row t of y, exp(-rest_s) row s of u. They alone carry gradients to a.
-    coarse = (a.detach() * 64).round() / 64
+    # 1. Within a chunk: attention. The decay from s to t is exp2 of a difference of two sums of a,
+    # not a quotient of two exp2, which would be 0 / 0. But a small difference of large sums is
+    # inexact. So a is split: multiples of 1/32, whose sums are exact, and a rest of at most 1/64.
+    # That is so small that exp2(rest_t - rest_s) may be taken apart: exp2(rest_t) scales row t of
+    # y, exp2(-rest_s) row s of u. They alone carry gradients to a.
+    coarse = (a.detach() * 32).round() / 32
     rest = (a - coarse).cumsum(2)[..., None]                                # (B, K, T, H, 1)
     coarse = coarse.cumsum(2).transpose(2, 3)                               # (B, K, H, T)
-    decay = torch.exp((coarse[..., None] - coarse[..., None, :]).clamp_(max=0))   # (B, K, H, T, T)
+    decay = torch.exp2((coarse[..., None] - coarse[..., None, :]).clamp_(max=0))  # (B, K, H, T, T)
     scores = (C @ B.mT).tril(-1)                                            # (B, K, G, T, T)
     scores = (torch.unflatten(decay, 2, (groups, -1)) * scores[:, :, :, None]).flatten(2, 3)
-    u_in = u * (delta[..., None] * torch.exp(-rest))                        # (B, K, T, H, P)
-    y = (scores @ u_in.transpose(2, 3)).transpose(2, 3)     # still without exp(rest)
+    u_in = u * (delta[..., None] * torch.exp2(-rest))                       # (B, K, T, H, P)
+    y = (scores @ u_in.transpose(2, 3)).transpose(2, 3)     # still without exp2(rest)
 
     # 2. What each chunk alone leaves at its end, decayed until there
-    u_out = u * (delta * torch.exp(until))[..., None]                       # (B, K, T, H, P)
+    u_out = u * (delta * torch.exp2(until))[..., None]                      # (B, K, T, H, P)
     u_out = torch.unflatten(u_out.flatten(3), 3, (groups, -1))              # (B, K, T, G, D / G)
     h_new = u_out.permute(0, 1, 3, 4, 2) @ B                                # (B, K, G, D / G, N)
 
@@ -199,7 +212,7 @@ def chunked(u, delta, a, B, C, h, steps):
     hs = torch.cat([h.flatten(2)[:, None], h_new], dim=1)                   # (B, K + 1, H, P * N)
     total = F.pad(since[:, :, -1].transpose(1, 2), (1, 0))                  # (B, H, K + 1)
     total = total[..., None].expand(*total.shape, total.shape[-1])          # (B, H, K + 1, K + 1)
-    decay = torch.exp(total.tril(-1).cumsum(2)).tril()      # from one chunk's end to another's
+    decay = torch.exp2(total.tril(-1).cumsum(2)).tril()     # from one chunk's end to another's
     hs = (decay @ hs.transpose(1, 2)).transpose(1, 2)                       # (B, K + 1, H, P * N)
     h = hs[:, -1].clone().reshape(h.shape)      # a view would keep all of hs alive
     hs = hs[:, :-1]
@@ -207,7 +220,7 @@ def chunked(u, delta, a, B, C, h, steps):
     # 4. What each step reads of the state before its chunk
     read = C @ hs.reshape(batch, chunks, groups, heads // groups * headdim, d_state).mT
     read = read.transpose(2, 3).reshape(y.shape)                            # (B, K, T, H, P)
-    y = (y + read * torch.exp(coarse).transpose(2, 3)[..., None]) * torch.exp(rest)
+    y = (y + read * torch.exp2(coarse).transpose(2, 3)[..., None]) * torch.exp2(rest)
     return y.flatten(1, 2)[:, :length], h
 
 # ---- The block -----------------------------------------------------------------------------------
@@ -235,68 +248,14 @@ class GatedRMSNorm(nn.Module):
         y = (y * torch.rsqrt(size.square() / y.shape[-1] + self.eps)).flatten(2) * self.weight
         return (y * gate if self.norm_before_gate else y).to(dtype)
 
-class HeadsBlock(nn.Module):
-    """What the blocks of Mamba-2 and Mamba-3 share, which differ in mix, what they do with x (B, L,
-    d_model): mix(x, state or None, mask, seq_idx) -> (y, the state after). Called as MambaBlock of
-    mamba.py, which says what x, state, mask and seq_idx are."""
-    exact = ("dt_bias", "D")    # the parameters that stay float32 in a model of 16 bits
-
-    @torch.no_grad()
-    def reset_steps(self):
-        """The first weights of delta, and zeros for the projections' biases."""
-        config = self.config
-        # the steps delta start log-uniform in [dt_min, dt_max]: the bias is the inverse of softplus
-        dt = torch.empty_like(self.dt_bias)
-        dt = dt.uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp_()
-        dt = dt.clamp(min=config.dt_init_floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-        for linear in (self.in_proj, self.out_proj):
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        self.mark_parameters()
-
-    def mark_parameters(self):
-        """Flags that other code bases honour, so that they leave these as they are."""
-        self.dt_bias._no_reinit = True
-        for name in self.exact:
-            getattr(self, name)._no_weight_decay = True
-
-    def forward(self, x, state=None, mask=None, seq_idx=None):
-        """(B, L, d_model) -> it; with a state, (it, the state after). ValueError: wrong shapes."""
-        shapes = [tuple(t.shape) for t in (x, mask, seq_idx) if t is not None]
-        if x.dim() != 3 or x.is_complex() or any(shape != shapes[0][:2] for shape in shapes[1:]):
-            raise ValueError("x must be (B, L, d_model) and real, mask and seq_idx (B, L), not "
-                             f"{x.dtype} and {', '.join(map(str, shapes))}")
-        if mask is not None:    # padding goes to the end of each row, and its content has no effect
-            order = (~mask).byte().argsort(dim=1, stable=True)              # (B, L)
-            mask, x = mask.take_along_dim(order, 1), x.take_along_dim(order[..., None], 1)
-            x = x.masked_fill(~mask[..., None], 0)
-            seq_idx = None if seq_idx is None else seq_idx.take_along_dim(order, 1)
-        y, after = self.mix(x, state, mask, seq_idx)
-        if mask is not None:
-            y = y.take_along_dim(order.argsort(1)[..., None], 1)            # where they were
-        return y if state is None else (y, after)
-
-    def _apply(self, fn, recurse=True):
-        # as MambaBlock: model.bfloat16() and .half() leave these in float32
-        parameters = [getattr(self, name) for name in self.exact]
-        exact = {id(t) for p in parameters for t in (p, p.grad)}
-
-        def keep_exact(t):
-            new = fn(t)
-            rounded = id(t) in exact and new.element_size() == 2
-            return t.to(new.device) if rounded else new
-        super()._apply(keep_exact, recurse)
-        self.mark_parameters()      # they may be other objects now
-        return self
-
-class Mamba2Block(HeadsBlock):
+class Mamba2Block(Mixer):
     """The mixer (paper, figure 6): project, convolution, ssd, gate and norm, project back."""
     exact = ("dt_bias", "A_log", "D")
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
-        d_inner, shared, self.config = config.d_inner, config.ngroups * config.d_state, config
+        self.config, self.scan = config, config.scan
+        d_inner, shared = config.d_inner, config.ngroups * config.d_state
         channels = d_inner + 2 * shared
         self.in_proj = Linear(config.d_model, d_inner + channels + config.nheads, bias=config.bias)
         # holds the weights under their released names; the convolution itself is in conv_silu
@@ -319,25 +278,29 @@ class Mamba2Block(HeadsBlock):
         self.D.fill_(1)
         if config.rmsnorm:
             self.norm.weight.fill_(1)
-        self.reset_steps()
+        self.reset_steps(self.dt_bias)
 
     def init_state(self, batch):
         """The state before the first token: zeros."""
-        weight, config = self.conv1d.weight, self.config
-        h = self.A_log.new_zeros(batch, config.nheads, config.headdim, config.d_state)
-        return Mamba2State(weight.new_zeros(batch, config.d_conv - 1, len(weight)), h)
+        config, weight, A_log = self.config, self.conv1d.weight, self.A_log
+        return Mamba2State(
+            torch.zeros(batch, config.d_conv - 1, len(weight), dtype=weight.dtype,
+                        device=weight.device),
+            torch.zeros(batch, config.nheads, config.headdim, config.d_state, dtype=A_log.dtype,
+                        device=A_log.device))
 
     def mix(self, x, state, mask, seq_idx):
         config, (conv, h) = self.config, (None, None) if state is None else state
         d_inner, shared = config.d_inner, config.ngroups * config.d_state
         z, u, delta = self.in_proj(x).split((d_inner, d_inner + 2 * shared, config.nheads), dim=-1)
-        u, conv = conv_silu(u, self.conv1d.weight, self.conv1d.bias, conv, config.scan, mask,
-                            seq_idx)
+        u, conv = conv_silu(u, self.conv1d.weight, self.conv1d.bias, conv, self.scan, mask, seq_idx)
         u, B, C = u.split((d_inner, shared, shared), dim=-1)
         u = torch.unflatten(u, -1, (config.nheads, -1))                     # (B, L, H, P)
         B, C = (torch.unflatten(t, -1, (config.ngroups, -1)) for t in (B, C))  # (B, L, G, N)
         y, h = ssd(u, delta, -torch.exp(self.A_log), B, C, self.D, self.dt_bias, True, h, True,
-                   config.scan, mask, seq_idx, config.dt_limit, config.chunk_size)
+                   self.scan, mask, seq_idx, config.dt_limit, config.chunk_size)
         y = y.flatten(2)                                                    # (B, L, D)
         y = self.out_proj(self.norm(y, z) if config.rmsnorm else y * F.silu(z))
         return y, Mamba2State(conv, h)
+
+Mamba2Config.block = Mamba2Block

@@ -30,6 +30,7 @@ and q the keys and queries (B, L, R, H, N), which are B and C after norm, bias a
 """
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,16 +39,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mamba import Linear, beginnings
-from mamba2 import FORGET, HeadsBlock, Mamba2Config, in_chunks, of_heads
+from mamba import Linear, Mixer, beginnings
+from mamba2 import FORGET, Mamba2Config, in_chunks, of_heads
 
 __all__ = ["Mamba3Block", "Mamba3Config", "Mamba3State"]
 
 
 @dataclass
 class Mamba3Config(Mamba2Config):
-    """What Mamba-3 has besides; the defaults are the mixers of mamba3-siso-187m. What Mamba-2 has
-    for its convolution, its norm and the start of A means nothing here."""
+    """What Mamba-3 has besides; the defaults are the mixers of mamba3-siso-187m. It has no
+    convolution, no norm behind the gate, and makes A from its input."""
+    absent = (*Mamba2Config.absent, "d_conv", "conv_bias", "A_init_range", "rmsnorm",
+              "norm_before_gate")
+
+    layer: str = "mamba3"
     mimo_rank: int = 1                  # R: keys, values and queries of a step
     rope_fraction: float = 0.5          # of the d_state numbers, how many are rotated
     A_floor: float = 1e-4               # the least rate of forgetting
@@ -130,13 +135,15 @@ class Mamba3State(NamedTuple):
     k: torch.Tensor         # (B, R, H, N), the last key, rotated
     x: torch.Tensor         # (B, H, P), the last value
 
-class Mamba3Block(HeadsBlock):
+class Mamba3Block(Mixer):
     """The mixer (paper, figure 2): project, norms of B and C, rotation, scan, gate, project back.
     """
+    exact = ("dt_bias", "D")
 
     def __init__(self, config: Mamba3Config):
         super().__init__()
-        self.config, heads, rank = config, config.nheads, config.mimo_rank
+        self.config, self.scan = config, config.scan
+        heads, rank = config.nheads, config.mimo_rank
         shared = config.d_state * config.ngroups * rank
         self.sizes = (config.d_inner, config.d_inner, shared, shared, heads, heads, heads,
                       config.n_angles)
@@ -163,20 +170,22 @@ class Mamba3Block(HeadsBlock):
             self.mimo_x.fill_(1 / self.config.mimo_rank)
             self.mimo_z.fill_(1)
             self.mimo_o.fill_(1 / self.config.mimo_rank)
-        self.reset_steps()
+        self.reset_steps(self.dt_bias)
 
     def init_state(self, batch):
         """The state before the first token: zeros."""
-        c, zeros = self.config, self.D.new_zeros
+        c = self.config
+        zeros = functools.partial(torch.zeros, dtype=self.D.dtype, device=self.D.device)
         return Mamba3State(zeros(batch, c.nheads, c.n_angles),
                            zeros(batch, c.nheads, c.headdim, c.d_state),
                            zeros(batch, c.mimo_rank, c.nheads, c.d_state),
                            zeros(batch, c.nheads, c.headdim))
 
     def mix(self, x, state, mask, seq_idx):
-        before = self.init_state(len(x)) if state is None else state
-        if before.h.shape != (len(x), *self.init_state(1).h.shape[1:]):
-            raise ValueError(f"the state must be of batch {len(x)}, not {[*before.h.shape]}")
+        batch = x.shape[0]      # not len(x), which torch.export would take for a constant
+        before = self.init_state(batch) if state is None else state
+        if before.h.shape != (batch, *self.init_state(1).h.shape[1:]):
+            raise ValueError(f"the state must be of batch {batch}, not {[*before.h.shape]}")
         parts = self.in_proj(x).split(self.sizes, dim=-1)
         with torch.autocast(x.device.type, enabled=False):
             y, after = self.mix_parts(parts, before, mask, seq_idx)
@@ -210,7 +219,8 @@ class Mamba3Block(HeadsBlock):
         xs = ranks(x, "mimo_x")                                             # (B, L, R, H, P)
         x_before = ranks(state.x[:, None], "mimo_x")[:, 0]                  # (B, R, H, P)
         inputs = xs, k, q, gamma, late, a, state.h, x_before, state.k
-        if c.scan == "sequential" or (c.scan == "auto" and x.shape[1] == 1) or len(x) == 0:
+        short = x.shape[0] == 0 or (self.scan == "auto" and x.shape[1] == 1)
+        if self.scan == "sequential" or short:
             y, h = one_by_one(*inputs)
         else:
             y, h = chunked(*inputs, c.chunk_size)
@@ -230,3 +240,5 @@ def of_heads_normed(t, norm, bias, config):
     t = F.rms_norm(t, t.shape[-1:], norm.weight.to(t.dtype), norm.eps)
     t = torch.unflatten(of_heads(t.flatten(0, 1), config.nheads), 0, t.shape[:2])
     return t + bias.transpose(0, 1).to(t.dtype)                             # (R, H, N)
+
+Mamba3Config.block = Mamba3Block

@@ -5,6 +5,7 @@ weights and its tokenizer as transformers reads them.
 import contextlib
 import copy
 import io
+import itertools
 import json
 import logging
 import warnings
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 import mamba
-from mamba_files import TABLES, TRANSFORMERS, of_characters, write_files
+from mamba_files import OF_LAYER, OF_MODEL, TABLES, TRANSFORMERS, of_characters, write_files
 
 # ---- ONNX ----------------------------------------------------------------------------------------
 
@@ -24,7 +25,8 @@ def write_onnx(model, folder, tokenizer):
     """
     Writes into a folder, all or nothing:
     step.onnx       token (B,), conv_0, h_0, conv_1, ... -> logits (B, vocab_size), the next states
-    read.onnx       tokens (B, L), a prompt -> logits (B, vocab_size) after it, its states
+    read.onnx       tokens (B, L), a prompt -> logits (B, vocab_size) after it, its states; layers
+                    of Mamba-2 and 3 have none, and read a prompt step by step
     tokenizer.json  or alphabet.json, which is all of a tokenizer for characters
     generate.py     writes text with them, by onnxruntime and numpy (and tokenizers) alone
     What they compute is what the model does, adapters and hooks included, in float32.
@@ -34,20 +36,22 @@ def write_onnx(model, folder, tokenizer):
     import onnxscript  # noqa: F401 (here, so that what is missing is known before the work)
     model = copy.deepcopy(model).cpu().float().eval()
     for block in model.modules():
-        if isinstance(block, mamba.MambaBlock):
-            block.scan = "sequential"       # by mamba.one_by_one
+        if isinstance(block, mamba.Mixer):
+            block.scan = "sequential"       # by one_by_one
     state = model.init_state(2)             # of an example with 2 rows
-    names = [f"{part}_{i}" for i in range(len(state)) for part in mamba.MambaState._fields]
+    names = [f"{part}_{i}" for i, layer in enumerate(state) for part in layer._fields]
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2)
     step = exported(Step(model), (torch.tensor([0, 1]), tensors_of(state)),
                     ({0: batch}, [{0: batch}] * len(names)), ["token", *names], names)
-    # with a length of its own each time, the loop over the steps has to be one of ONNX
-    with mock.patch.object(mamba, "one_by_one", any_steps):
-        read = exported(Read(model), (torch.zeros(2, 8, dtype=torch.long),),
-                        ({0: batch, 1: length},), ["tokens"], names)
-    vocabulary, text, script = alphabet_or_json(tokenizer)
-    write_files(Path(folder), {"step.onnx": step.save, "read.onnx": read.save, vocabulary: text,
-                               "generate.py": script})
+    graphs, way = {"step.onnx": step.save}, READ_BY_STEPS
+    if model.config.layer == "mamba":
+        # with a length of its own each time, the loop over the steps has to be one of ONNX
+        with mock.patch.object(mamba, "one_by_one", any_steps):
+            read = exported(Read(model), (torch.zeros(2, 8, dtype=torch.long),),
+                            ({0: batch, 1: length},), ["tokens"], names)
+        graphs["read.onnx"], way = read.save, READ_AT_ONCE
+    vocabulary, text, script = alphabet_or_json(tokenizer, way)
+    write_files(Path(folder), {**graphs, vocabulary: text, "generate.py": script})
 
 
 class Step(nn.Module):
@@ -55,10 +59,11 @@ class Step(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model, self.kinds = model, [type(layer) for layer in model.init_state(1)]
 
     def forward(self, token, state):
-        state = [mamba.MambaState(*layer) for layer in zip(state[::2], state[1::2])]
+        parts = iter(state)
+        state = [kind(*itertools.islice(parts, len(kind._fields))) for kind in self.kinds]
         logits, _, state = self.model(token[:, None], state=state)
         return logits[:, 0], tensors_of(state)
 
@@ -152,15 +157,25 @@ GENERATE = '''\
 
 start, length, temperature = sys.argv[1:]
 %(open)s
-read, step = (onnxruntime.InferenceSession(f"{sys.path[0]}/{x}.onnx") for x in ("read", "step"))
+%(graphs)s
 ids = %(encode)s
-logits, *state = read.run(None, {"tokens": np.array([ids], np.int64)})
+%(read)s
 for _ in range(int(length)):
     token = (logits + float(temperature) * np.random.gumbel(size=logits.shape)).argmax(1)
     ids.append(int(token[0]))
     logits, *state = step.run(None, dict(zip((i.name for i in step.get_inputs()), [token, *state])))
 print(%(decode)s)
 '''
+READ_AT_ONCE = {
+    "graphs": 'read, step = (onnxruntime.InferenceSession(f"{sys.path[0]}/{x}.onnx") '
+              'for x in ("read", "step"))',
+    "read": 'logits, *state = read.run(None, {"tokens": np.array([ids], np.int64)})'}
+READ_BY_STEPS = {
+    "graphs": 'step = onnxruntime.InferenceSession(f"{sys.path[0]}/step.onnx")',
+    "read": "names = [i.name for i in step.get_inputs()]\n"
+            "state = [np.zeros([1, *i.shape[1:]], np.float32) for i in step.get_inputs()[1:]]\n"
+            "for token in ids:\n"
+            "    logits, *state = step.run(None, dict(zip(names, [np.array([token]), *state])))"}
 OF_CHARACTERS = {
     "imports": "import json\nimport sys\n\nimport numpy as np\nimport onnxruntime",
     "open": 'alphabet = json.load(open(f"{sys.path[0]}/alphabet.json"))',
@@ -174,30 +189,50 @@ OF_PIECES = {
     "decode": "tokenizer.decode(ids, skip_special_tokens=False)"}
 
 
-def alphabet_or_json(tokenizer):
-    """The name and the text of the file that keeps a tokenizer, and the text of generate.py."""
+def alphabet_or_json(tokenizer, read):
+    """The name and the text of the file that keeps a tokenizer, and the text of generate.py. read:
+    READ_AT_ONCE or READ_BY_STEPS."""
     saved = tokenizer.to_dict()
     if saved["type"] == "char":
-        return "alphabet.json", json.dumps(saved["chars"]), GENERATE % OF_CHARACTERS
-    return "tokenizer.json", saved["json"], GENERATE % OF_PIECES
+        return "alphabet.json", json.dumps(saved["chars"]), GENERATE % {
+            **OF_CHARACTERS, **read}
+    return "tokenizer.json", saved["json"], GENERATE % {**OF_PIECES, **read}
 
 # ---- Weights and tokenizer for transformers ------------------------------------------------------
+
+
+def keys_of(options):
+    """The names of the weights of a model with these options of MambaConfig."""
+    with torch.device("meta"):
+        return mamba.Mamba(mamba.MambaConfig(**options)).state_dict().keys()
 
 
 def as_transformers(options, weights):
     """config.json, a dict, and weights of transformers, for options and weights by our names. Its
     head, if not tied, and embedding have no padding rows.  ValueError: it has no such model."""
+    layer = options["layer"]
+    if layer == "mamba3":
+        raise ValueError("transformers has no Mamba-3")
     if mlp := options["d_intermediate"]:
         raise ValueError(f"the Mamba of transformers has no MLP, but d_intermediate is {mlp}")
+    if not options.get("rmsnorm", True) or options.get("norm_before_gate", False):
+        raise ValueError("the Mamba-2 of transformers has its norm behind the gate, always")
+    kind = "falcon_mamba" if options["mixer_rms_eps"] > 0 else layer
+    architecture = {"mamba": "Mamba", "mamba2": "Mamba2", "falcon_mamba": "FalconMamba"}[kind]
+    known = OF_MODEL | OF_LAYER[layer]
     config = {
-        "architectures": ["MambaForCausalLM"], "model_type": "mamba", "hidden_act": "silu",
-        **{theirs: options[ours] for theirs, ours in TRANSFORMERS.items()},
+        "architectures": [f"{architecture}ForCausalLM"], "model_type": kind, "hidden_act": "silu",
+        **{theirs: options[ours] for theirs, ours in TRANSFORMERS.items() if ours in known},
         # of the same name in both, or ours alone, for who reads it back
         **{key: options[key] for key in ("vocab_size", "expand", "residual_in_fp32", "dropout",
-                                         "scan") if key in options},
+                                         "scan", "chunk_size", "A_init_range") if key in options},
         "torch_dtype": str(weights[TABLES[0]].dtype).removeprefix("torch."),
         # by default it is token 0 that ends a text there; generation_config.json may name another
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if kind == "falcon_mamba":
+        config["mixer_rms_eps"] = options["mixer_rms_eps"]
+    if kind == "mamba2":
+        config["num_heads"] = options["d_model"] * options["expand"] // options["headdim"]
     tables = TABLES[:1] if options["tie_embeddings"] else TABLES
     cut = {key: weights[key][:options["vocab_size"]] for key in tables}
     rest = {key: tensor for key, tensor in weights.items() if key not in TABLES}
@@ -209,7 +244,7 @@ def write_tokenizer(folder, tokenizer, model):
     """
     Writes tokenizer.json, tokenizer_config.json and generation_config.json into a folder, all or
     nothing. With them AutoTokenizer.from_pretrained(folder) of transformers encodes and decodes as
-    this tokenizer of prepare_data.py does, and generate ends at its end of a text, if it has one.
+    this tokenizer of tokens.py does, and generate ends at its end of a text, if it has one.
     ValueError: the tokenizer has more tokens than the model.  OSError: the disk is full, ...
     """
     write_files(Path(folder), tokenizer_files(tokenizer.to_dict(), model.config.vocab_size))

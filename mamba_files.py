@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -16,26 +17,50 @@ from pathlib import Path
 
 import torch
 
-# options that mamba_ssm does not know, or not in all of its versions, and what it has instead
-UNKNOWN = {"norm_eps": 1e-5, "dropout": 0.0, "scan": "auto", "d_intermediate": 0}
-# what mamba_ssm keeps under "ssm_cfg": options of MambaConfig, and others that change nothing here
-OURS = {"d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init_floor", "conv_bias",
-        "bias"}
-SSM_CFG = OURS | {"layer", "dt_init", "dt_scale", "use_fast_path"}
-OPTIONS = OURS | {"vocab_size", "d_model", "n_layer", "dropout", "norm_eps", "tie_embeddings",
-                  "pad_vocab_size_multiple", "d_intermediate", "scan", "residual_in_fp32"}
+# options that mamba_ssm does not know, or not in all of its versions or layers, and what it has
+# instead
+UNKNOWN = {"norm_eps": 1e-5, "dropout": 0.0, "scan": "auto", "d_intermediate": 0,
+           "mixer_rms_eps": 0.0, "bias": False, "dt_limit": (0.0, math.inf), "mimo_rank": 1}
+# options of the model, and those of each kind of layer, which mamba_ssm keeps under "ssm_cfg"
+OF_MODEL = {"vocab_size", "d_model", "n_layer", "dropout", "norm_eps", "tie_embeddings",
+            "pad_vocab_size_multiple", "d_intermediate", "scan", "residual_in_fp32",
+            "mixer_rms_eps"}
+OF_ALL = {"d_state", "expand", "dt_min", "dt_max", "dt_init_floor", "bias"}
+WITH_HEADS = OF_ALL | {"headdim", "ngroups", "chunk_size", "dt_limit"}
+OF_LAYER = {"mamba": OF_ALL | {"d_conv", "conv_bias", "dt_rank"},
+            "mamba2": WITH_HEADS | {"d_conv", "conv_bias", "A_init_range", "rmsnorm",
+                                    "norm_before_gate"},
+            "mamba3": WITH_HEADS | {"mimo_rank", "rope_fraction", "A_floor"}}
+# all fields of MambaConfig, and of the classes that have more
+OPTIONS = {"mamba": OF_MODEL | OF_LAYER["mamba"] | {"layer"}}
+OPTIONS["mamba2"] = OPTIONS["mamba"] | OF_LAYER["mamba2"]
+OPTIONS["mamba3"] = OPTIONS["mamba2"] | OF_LAYER["mamba3"]
+# the names of layers in mamba_ssm, and ours, which mamba.py alone writes; and what else there may
+# be under "ssm_cfg"
+LAYERS = {"Mamba1": "mamba", "Mamba2": "mamba2", "Mamba3": "mamba3",
+          **{layer: layer for layer in OF_LAYER}}
+NO_MATTER = {"layer", "dt_init", "dt_scale", "use_fast_path", "use_mem_eff_path", "is_mimo",
+             "is_outproj_norm", "d_ssm", "D_has_hdim", "conv_init"}
 # the types of those that are not numbers
-NO_NUMBERS = {"conv_bias": (bool,), "bias": (bool,), "tie_embeddings": (bool,),
-              "residual_in_fp32": (bool,), "scan": (str,), "dt_rank": (int, str)}
+NO_NUMBERS = {"conv_bias": (bool,), "bias": (bool,), "tie_embeddings": (bool,), "layer": (str,),
+              "residual_in_fp32": (bool,), "scan": (str,), "dt_rank": (int, str),
+              "rmsnorm": (bool,), "norm_before_gate": (bool,)}
+PAIRS = ("A_init_range", "dt_limit")    # of two numbers
 # the names of options in transformers, where they are not ours, and ours
 TRANSFORMERS = {
     "hidden_size": "d_model", "num_hidden_layers": "n_layer", "state_size": "d_state",
     "conv_kernel": "d_conv", "time_step_rank": "dt_rank", "time_step_min": "dt_min",
     "time_step_max": "dt_max", "time_step_floor": "dt_init_floor", "use_conv_bias": "conv_bias",
-    "use_bias": "bias", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tie_embeddings"}
-# what a config.json may ask for, and the only answer that this model has
-SUPPORTED = {"model_type": "mamba", "hidden_act": "silu", "rms_norm": True, "attn_layer_idx": [],
-             "layer": "Mamba1"}
+    "use_bias": "bias", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tie_embeddings",
+    "head_dim": "headdim", "n_groups": "ngroups", "time_step_limit": "dt_limit"}
+# its types of models, and what is meant there by options that a config.json leaves out
+MODEL_TYPES = {"mamba": {"layer": "mamba", "mixer_rms_eps": 0.0},
+               "falcon_mamba": {"layer": "mamba", "mixer_rms_eps": 1e-6},
+               "mamba2": {"layer": "mamba2", "ngroups": 8, "tie_embeddings": False}}
+# what a config.json may ask for, and the answers that this model has
+SUPPORTED = {"model_type": [*MODEL_TYPES], "hidden_act": ["silu"], "rms_norm": [True],
+             "attn_layer_idx": [[]], "layer": [*LAYERS], "is_outproj_norm": [False], "d_ssm": [],
+             "D_has_hdim": [False], "conv_init": []}
 WEIGHTS = ("pytorch_model.bin", "model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin.index.json")
 RUN = ("best.pt", "ckpt.pt", "ckpt.prev.pt")    # of train.py; the first that is there is read
@@ -43,7 +68,9 @@ TENSOR = {"dtype", "shape", "data_offsets"}     # what the header of a .safetens
 ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")     # a name on Hugging Face: owner/model
 TABLES = ("backbone.embedding.weight", "lm_head.weight")        # with a row for each token
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-NEOX, NEOX_TOKENS = "EleutherAI/gpt-neox-20b", 50277    # whose tokenizer released weights have
+# whose tokenizer released weights have, and how many rows they may have for its tokens
+NEOX, NEOX_TOKENS, NEOX_PADDED = "EleutherAI/gpt-neox-20b", 50277, 50432
+LLAMA_TOKENS = 128256       # of mamba3-*, which come without that tokenizer
 
 
 def read(name_or_folder, cache_dir=None):
@@ -66,10 +93,23 @@ def read(name_or_folder, cache_dir=None):
     if n_layer > 100:       # a model of so many takes a while to make: first a look at the weights
         for file in paths:
             with blame(file):
-                found += sum(key.endswith(".A_log") for key in open_weights(file)[1])
+                found += sum(key.endswith(".mixer.D") for key in open_weights(file)[1])
         if found != n_layer:
             raise ValueError(f"{path}: n_layer is {n_layer}, but the weights have {found} layers")
+    up = -options.get("d_intermediate", 0) % 128    # mamba_ssm makes it a multiple of 128
+    if up and width_of_mlp(paths) == options["d_intermediate"] + up:
+        options["d_intermediate"] += up
     return options, lambda *wanted: fitting(name, paths, tokenizer, *wanted)
+
+
+def width_of_mlp(paths):
+    """The width of the first layer's MLP in the files of some weights, or None."""
+    for path in paths:
+        with blame(path):
+            tensor_of, keys = open_weights(path)
+            if "backbone.layers.0.mlp.fc2.weight" in keys:
+                return tensor_of("backbone.layers.0.mlp.fc2.weight").shape[1]
+    return None
 
 
 def mapped(path):
@@ -79,7 +119,7 @@ def mapped(path):
 
 def read_tokenizer(name_or_folder, cache_dir=None):
     """
-    The tokenizer of a model, as the dict that load_tokenizer of prepare_data.py takes: of a run, of
+    The tokenizer of a model, as the dict that load_tokenizer of tokens.py takes: of a run, of
     the tokenizer.json beside weights, or GPT-NeoX's for released weights that come without one.
     ValueError: damaged.  OSError: not found, or no download; see hub_file.
     """
@@ -173,11 +213,16 @@ def write_files(folder, contents):
 def as_mamba_ssm(options, weights):
     """The config.json and weights of mamba_ssm, on the CPU. It refuses options that it does not
     know: they are left out where they are as it has them."""
-    config = {key: value for key, value in options.items() if key not in OURS}
-    for key, value in UNKNOWN.items():
-        if config[key] == value:
-            del config[key]
-    config.update(ssm_cfg={key: options[key] for key in OURS}, rms_norm=True, fused_add_norm=True)
+    layer = options["layer"]
+    needed = {key: value for key, value in options.items()
+              if key not in UNKNOWN or value != UNKNOWN[key]}
+    config = {key: value for key, value in needed.items() if key in OF_MODEL}
+    ssm_cfg = {key: value for key, value in needed.items() if key in OF_LAYER[layer]}
+    if layer != "mamba":
+        ssm_cfg["layer"] = layer.capitalize()
+    if layer == "mamba3":
+        ssm_cfg["is_mimo"] = options["mimo_rank"] > 1
+    config.update(ssm_cfg=ssm_cfg, rms_norm=True, fused_add_norm=True)
     weights = {key: tensor.cpu() for key, tensor in weights.items()}
     if options["tie_embeddings"]:       # one tensor in the file, wherever the model is
         weights["lm_head.weight"] = weights["backbone.embedding.weight"]
@@ -188,15 +233,8 @@ def check_plain(options, weights):
     """ValueError: weights are not those of a Mamba with these options, as a reader will expect."""
     if torch.int8 in {tensor.dtype for tensor in weights.values()}:
         raise ValueError("the layouts of released weights have no int8; save it before that")
-    bias, mlp = options["bias"], options["d_intermediate"] > 0
-    # the modules of a layer
-    has_bias = {"norm": False, "mixer.in_proj": bias, "mixer.conv1d": options["conv_bias"],
-                "mixer.x_proj": False, "mixer.dt_proj": True, "mixer.out_proj": bias,
-                **({"norm2": False, "mlp.fc1": bias, "mlp.fc2": bias} if mlp else {})}
-    layer = {"mixer.A_log", "mixer.D", *(f"{name}.weight" for name in has_bias),
-             *(f"{name}.bias" for name in has_bias if has_bias[name])}
-    keys = {"backbone.norm_f.weight", *TABLES,
-            *(f"backbone.layers.{i}.{key}" for i in range(options["n_layer"]) for key in layer)}
+    from mamba_export import keys_of  # only here: it imports mamba.py
+    keys = keys_of(options)
     if odd := min(keys ^ weights.keys(), default=None):
         raise ValueError(f"the model {'lacks' if odd in keys else 'has'} {odd}: to be saved it "
                          "must have the modules that mamba.py made, with adapters merged")
@@ -221,7 +259,7 @@ def fitting(name, paths, tokenizer, model, device, dtype):
                 raise ValueError(f"{path}: {key} is {tuple(tensor.shape)}, and by its config.json "
                                  f"{expected}")
             kind = dtype or tensor.dtype
-            if key.endswith((".A_log", ".D", ".dt_proj.bias")):     # as in MambaBlock._apply
+            if key.endswith((".A_log", ".D", ".dt_proj.bias", ".dt_bias")):     # as in Mixer._apply
                 kind = torch.promote_types(kind, torch.float32)
             tensor = tensor.to(device, kind, copy=True)
             tables.update({key: tensor} if key in TABLES else {})
@@ -238,34 +276,70 @@ def read_options(path):
     """The options of MambaConfig in a config.json, a dict. ValueError: not of such a model."""
     with blame(path):
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        ssm_cfg = saved.get("ssm_cfg") or {}
-        found = {**saved, **ssm_cfg}
-        for key, only in SUPPORTED.items():
-            if found.get(key) not in (only, None):
-                raise ValueError(f"{key} is {found[key]!r}; this model can only do {only!r}")
-        if unknown := ssm_cfg.keys() - SSM_CFG:
-            raise ValueError(f"this model does not know the option {unknown.pop()} in ssm_cfg")
-        if "hidden_size" in saved:
-            found = {TRANSFORMERS.get(key, key): value for key, value in saved.items()}
-            found["pad_vocab_size_multiple"] = 1    # a row for each token and no more
+        found = {**saved, **(saved.get("ssm_cfg") or {})}
+        for key, answers in SUPPORTED.items():
+            if found.get(key) not in (*answers, None):
+                able = " or ".join(map(repr, answers)) or "none"
+                raise ValueError(f"{key} is {found[key]!r}; this model can only do {able}")
+        found = of_transformers(saved) if "hidden_size" in saved else of_mamba_ssm(saved)
         if missing := {"vocab_size", "d_model", "n_layer"} - found.keys():
             raise ValueError(f"not the config of a Mamba: it has no {', '.join(sorted(missing))}")
         found.setdefault("residual_in_fp32", True)      # so they were trained
-        return checked({key: found[key] for key in OPTIONS & found.keys()})
+        known = OF_MODEL | OF_LAYER[found["layer"]] | {"layer"}
+        return checked({key: found[key] for key in known & found.keys()})
+
+
+def of_mamba_ssm(saved):
+    """What mamba_ssm keeps in a config.json, by our names, and more."""
+    ssm_cfg = saved.get("ssm_cfg") or {}
+    found = {**saved, **ssm_cfg}
+    layer = found["layer"] = LAYERS[found.get("layer") or "Mamba1"]
+    if unknown := ssm_cfg.keys() - OF_LAYER[layer] - NO_MATTER:
+        raise ValueError(f"this model does not know the option {unknown.pop()} in ssm_cfg")
+    if layer == "mamba3" and ssm_cfg:       # there SISO has a mimo_rank that is not used
+        found["mimo_rank"] = found.get("mimo_rank", 4) if found.get("is_mimo") else 1
+        if found.get("is_mimo") and found["mimo_rank"] == 1:
+            raise ValueError("is_mimo is True and mimo_rank 1, which this model cannot do")
+    return found
+
+
+def of_transformers(saved):
+    """The same of a config.json of transformers."""
+    found = {TRANSFORMERS.get(key, key): value for key, value in saved.items()}
+    found = {**MODEL_TYPES[saved.get("model_type") or "mamba"], **found}
+    found["pad_vocab_size_multiple"] = 1    # a row for each token and no more
+    if found["layer"] == "mamba2":
+        # infinity is {"__float__": "Infinity"} in newer versions
+        found["dt_limit"] = [float(n["__float__"]) if isinstance(n, dict) else n
+                             for n in found.get("dt_limit", (0.0, math.inf))]
+        # theirs suits a GPU; here it changes the speed alone
+        found["chunk_size"] = min(found.get("chunk_size", 64), 64)
+    elif "intermediate_size" in found:      # this counts, whatever its expand is
+        found["expand"], rest = divmod(found["intermediate_size"], found["d_model"])
+        if rest:
+            raise ValueError("intermediate_size is not a multiple of hidden_size")
+    return found
 
 
 def checked(options):
     """The same dict. ValueError: an option of another type than it has, or of an absurd size."""
+    layer = options.get("layer", "mamba")
     for key, value in options.items():
-        if key not in OPTIONS:
+        if key not in OPTIONS.get(layer, {"layer"}):
             raise ValueError(f"this model does not know the option {key}")
+        if key in PAIRS:
+            if type(value) not in (list, tuple) or len(value) != 2:
+                raise ValueError(f"{key} is {value!r:.40}, and not two numbers")
+            options[key] = tuple(float(number) for number in value)
+            continue
         if type(value) not in NO_NUMBERS.get(key, (int, float)):
             raise ValueError(f"{key} is {value!r:.40}, of the wrong type")
         if type(value) is not str and not abs(value) < 2 ** 63:     # nan is not below it either
             raise ValueError(f"{key} is {value!r:.40}, and no memory could hold such a model")
     width, inner = options.get("d_model", 1), options.get("d_model", 1) * options.get("expand", 2)
-    sides = [width * options.get("vocab_size", 1), width * inner,
-             *(inner * options.get(key, 1) for key in ("d_state", "d_conv"))]
+    state = options.get("d_state", 1) * options.get("mimo_rank", 1)
+    sides = [width * options.get("vocab_size", 1), width * inner, inner * state,
+             inner * options.get("d_conv", 1), width * state * options.get("ngroups", 1)]
     if max(sides) > 2 ** 50:
         raise ValueError("no memory could hold a model of these sizes")
     return options
@@ -376,11 +450,14 @@ def tokenizer_file(name, cache_dir):
     try:
         return hub_file(name, "tokenizer.json", cache_dir, local)
     except FileNotFoundError:
-        tokens = read_options(Path(name, "config.json"))["vocab_size"] if os.path.isdir(name) else 0
-        if 0 < tokens < NEOX_TOKENS:
+        tokens = read_options(hub_file(name, "config.json", cache_dir))["vocab_size"]
+        is_folder = os.path.isdir(name)
+        if tokens > NEOX_PADDED or (is_folder and tokens < NEOX_TOKENS):
+            where = "there" if is_folder else "beside them, in a folder, and give its name"
+            llama = ", Llama-3.1's," if tokens == LLAMA_TOKENS else ""
             raise FileNotFoundError(
                 f"{name} has no tokenizer.json, and its vocabulary of {tokens:,} is not GPT-NeoX's:"
-                " put that of these weights there (python sample.py --out_dir=<run> "
+                f" put that of these weights{llama} {where} (python sample.py --out_dir=<run> "
                 "--export=<folder> writes both), or train them with --new_vocabulary") from None
     except ConnectionError as error:
         print(f"whether {name} has a tokenizer of its own is not known ({error}); taking "

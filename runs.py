@@ -26,13 +26,13 @@ from mamba_files import ON_HUB, check_usable, checkpoint_of, read_tokenizer
 from tokens import load_tokenizer
 
 # what the shapes of the weights depend on
-SHAPE = ("d_model", "n_layer", "d_state", "d_conv", "expand", "d_intermediate")
+SHAPE = ("layer", "d_model", "n_layer", "d_state", "headdim", "d_conv", "expand", "d_intermediate")
 # what a run cannot change, each with a function that makes its values comparable
 FIXED = {**dict.fromkeys(SHAPE, str), "dataset": common.dataset_name, "init_from": os.path.abspath,
          "new_vocabulary": bool}
 # what belongs to the command or the machine, not to the run: never taken from a checkpoint
-ONE_OFF = ("eval_only", "cache_dir", "device", "dtype", "compile", "scan", "checkpointing",
-           "threads")
+ONE_OFF = ("eval_only", "out_dir", "cache_dir", "device", "dtype", "compile", "scan",
+           "checkpointing", "threads")
 # where in the text a step is with --carry_state: if one of these changes, the state begins anew
 PLACE = ("carry_state", "bptt", "batch_size", "block_size", "gradient_accumulation_steps")
 START_OVER = "start over with --init_from=scratch, or use another --out_dir"
@@ -64,6 +64,10 @@ def check_together(cfg):
         raise Problem("--new_vocabulary goes with weights to begin with: --init_from=<folder>")
     if cfg.bptt > 1 and not cfg.carry_state:
         raise Problem("--bptt goes with --carry_state; without it take a longer --block_size")
+    if cfg.layer not in ("mamba", "mamba2", "mamba3"):
+        raise Problem(f"--layer takes mamba, mamba2 or mamba3, not '{cfg.layer}'")
+    if cfg.headdim is not None and cfg.layer == "mamba":
+        raise Problem("--headdim goes with --layer=mamba2 or mamba3; Mamba-1 has no heads")
 
 def go_on_as(given, checkpoint, out_dir, Config):
     """The Config of a run that goes on: as in its checkpoint, but for the flags that were given, of
@@ -72,7 +76,7 @@ def go_on_as(given, checkpoint, out_dir, Config):
         raise Problem(f"{out_dir / 'ckpt.pt'} holds a model but no optimizer, so training cannot "
                       "go on from it")
     before = {k: v for k, v in checkpoint["config"].items() if k not in ONE_OFF}
-    before.setdefault("reset_at_eot", False)    # of a run from before there was this flag
+    before = {"reset_at_eot": False, "layer": "mamba", **before}    # as before there were these
     # "resume" is no wish to change how the run began
     given = {k: v for k, v in given.items() if (k, v) != ("init_from", "resume")}
     changed = [k for k in given if k in before and given[k] != before[k]]
@@ -80,9 +84,10 @@ def go_on_as(given, checkpoint, out_dir, Config):
         holds, asked = (" ".join(as_flag(k, flags[k]) for k in wrong) for flags in (before, given))
         advice = "use another --out_dir" if "init_from" in wrong else START_OVER
         raise Problem(f"{out_dir} holds a run with {holds}, not {asked}; {advice}")
-    if "max_iters" in changed and (given["max_iters"] or math.inf) < checkpoint["step"]:
+    steps = given.get("max_iters") or math.inf
+    if steps < checkpoint["step"] and not given.get("eval_only"):
         raise Problem(f"{out_dir} has done {checkpoint['step']} steps already, more than "
-                      f"--max_iters={given['max_iters']}; {START_OVER}")
+                      f"--max_iters={steps}; {START_OVER}")
     for k in changed:
         say(f"{k}: {before[k]} -> {given[k]}")
     return Config(**{**before, **given})
@@ -105,7 +110,7 @@ def load_pretrained(cfg, given, device):
     except (ValueError, Problem) as error:
         raise Problem(f"--init_from={name}: {error}") from None
     for k in SHAPE:
-        setattr(cfg, k, getattr(model.config, k))
+        setattr(cfg, k, getattr(model.config, k, None))     # Mamba-1 has no headdim
     return model.train(), tokenizer
 
 def fit_vocabulary(model, tokenizer, data, cfg):
@@ -235,16 +240,17 @@ def check_model(checkpoint):
     if checkpoint["step"] < 0:
         raise ValueError("its step is below 0")
     options, weights = checkpoint["model_config"], checkpoint["model"]
-    check_kinds(options, **dict.fromkeys(options, (int, float, str)))
+    check_kinds(options, **dict.fromkeys(options, (int, float, str, tuple)))
     check_kinds(options, n_layer=int, vocab_size=int)
     for name, tensor in weights.items():
         check_tensor(name, tensor)
-    layers = sum(name.endswith(".A_log") for name in weights)
+    layers = sum(name.endswith(".mixer.D") for name in weights)
     longest = max((side for tensor in weights.values() for side in tensor.shape), default=0)
     if options["n_layer"] != layers:
         raise ValueError(f"n_layer is {options['n_layer']}, and it has the weights of {layers}")
     for name, value in options.items():
-        if name != "n_layer" and isinstance(value, int) and value > longest:
+        of_weights = name not in ("n_layer", "chunk_size") and isinstance(value, int)
+        if of_weights and value > longest:
             raise ValueError(f"config and weights do not fit: size mismatch for {name}")
     check_kinds(checkpoint["meta"], tokenizer=dict)
     tokenizer = checkpoint["meta"]["tokenizer"]
@@ -423,14 +429,16 @@ class Stop:
 
     def agreed(self, device):
         """True on all processes at the same step once one of them was told to stop."""
+        number = self.signal if self else 0
         if not self.alone:
-            first = torch.tensor(self.signal if self else 0, device=device)
+            first = torch.tensor(number, device=device)
             dist.all_reduce(first, dist.ReduceOp.MAX)
-            self.signal = int(first)
-        if self and not self.told:
+            number = int(first)
+            self.signal = self.signal or number     # one that came meanwhile is for the next time
+        if number and not self.told:
             say(f"stopping after this step{'; once more to stop at once' * self.alone}")
             self.told = True
-        return bool(self)
+        return number != 0
 
 # ---- What it tells -------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ python sample.py --interactive --stop="\\nYou:"        # in turns; the model rem
 python sample.py --start=FILE:text.txt --show=delta   # which tokens it takes in
 python sample.py --start=FILE:text.txt --show=loss --html=loss.html     # which surprise it
 python sample.py --start=FILE:text.txt --show=delta --html=picture.svg
+python sample.py --start=FILE:text.txt --show=attention --html=page.html   # from where each does
 python sample.py --export=folder --format=onnx        # writes the model for other programs
 """
 from __future__ import annotations
@@ -27,23 +28,21 @@ if __name__ == "__main__":
 
 import functools
 import hashlib
-import html
 import itertools
 import re
 import time
-import unicodedata
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 import common
+import runs
+import show
 from common import Problem, flag
 from mamba import SCAN_METHODS, Mamba, check_sampling, fast
 from mamba_files import RUN, check_usable, read_tokenizer
-from prepare_data import load_tokenizer
+from tokens import load_tokenizer
 
 
 @dataclass
@@ -67,8 +66,13 @@ class Config:
     seed: int | None = flag(None, "the same seed, the same text; by default another every time",
                             least=0, below=2 ** 63)
     interactive: bool = flag(False, "a line from you, an answer, and so on; /help there tells more")
-    show: str = flag("", "delta or loss: colour the tokens of --start by opening or surprise")
-    layer: int | None = flag(None, "the layer whose delta it is, from 0; by default the middle one")
+    show: str = flag("", "delta, loss or attention: colour the tokens of --start by how far a "
+                     "layer opens to each, by its surprise, or by what others take in of it")
+    layer: int | None = flag(None, "the layer of delta or attention, from 0; by default the middle "
+                             "one")
+    channel: int | None = flag(None, "a channel of that layer (a head, if it has such); by default "
+                               "the mean over all, of attention without the signs: they differ "
+                               "from channel to channel, and would cancel")
     html: str = flag("", "file for what --show shows: a page, or a picture if it ends in .svg")
     export: str = flag("", "folder to write the model and its tokenizer to, for other programs")
     format: str = flag("mamba_ssm", "of --export: mamba_ssm, transformers or onnx")
@@ -79,7 +83,8 @@ class Config:
     compile: bool = flag(False, "on a CPU: compiled in 10 to 25 s, then 1.2 to 2 times as fast")
     quantize: str = flag("", "int8: a quarter of float32's memory; on a CPU several times faster")
 
-CHOICES = {"scan": SCAN_METHODS, "quantize": ("", "int8"), "show": ("", "delta", "loss"),
+CHOICES = {"scan": SCAN_METHODS, "quantize": ("", "int8"),
+           "show": ("", "delta", "loss", "attention"),
            "format": ("mamba_ssm", "transformers", "onnx")}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -101,18 +106,17 @@ def main(cfg, given):
         fast.quantize_int8(model)
     start = text_of(cfg.start)
     prompt = tokenizer.encode(start, cfg.allow_special) if start else []
-    if cfg.show and not prompt:
-        raise Problem("--show has nothing to read: the text of --start is empty")
-    if not 0 <= (cfg.layer or 0) < model.config.n_layer:
-        raise Problem(f"--layer must be from 0 to {model.config.n_layer - 1}, not {cfg.layer}")
+    if cfg.show:
+        show.check(cfg, model, prompt)
 
     generator = make_generator(cfg, device)
-    scan = common.pick_scan(cfg.scan, device, dtype, model.config.d_state)
+    config = model.config
+    scan = common.pick_scan(cfg.scan, device, dtype, config.d_state, config.layer)
     int8, seed = ", int8 weights" * bool(cfg.quantize), f", seed {cfg.seed}" * (not cfg.show)
     print(f"{source}: {model.num_params() / 1e6:.2f}M parameters; {device}, {dtype}{int8}, "
           f"scan {scan}{seed}", file=sys.stderr)
     if cfg.show:
-        return show(cfg, model, tokenizer, prompt)
+        return show.show(cfg, model, prompt, as_text(tokenizer, prompt))
     if cfg.compile and fast and device.type == "cpu":
         compile_step(model)
     if cfg.interactive:
@@ -141,8 +145,9 @@ def check(cfg):
             (cfg.out_dir and cfg.pretrained, "--out_dir and --pretrained are two models; give one"),
             (cfg.show and (cfg.interactive or not cfg.start),
              "--show reads a text: give it as --start, and without --interactive"),
-            ((cfg.html and not cfg.show) or (cfg.layer is not None and cfg.show != "delta"),
-             "--html goes with --show, and --layer with --show=delta"),
+            ((cfg.html and not cfg.show)
+             or ((cfg.layer, cfg.channel) != (None, None) and cfg.show in ("", "loss")),
+             "--html goes with --show, and --channel and --layer with --show=delta or attention"),
             (cfg.html and (not page.parent.is_dir() or (page.exists() and not page.is_file())),
              f"--html takes a file in a folder that there is, not '{cfg.html}'"),
             (cfg.format != "mamba_ssm" and not cfg.export, "--format goes with --export"),
@@ -166,8 +171,8 @@ def newest_run():
 
 def load_run(out_dir, scan):
     """(what it is, model, tokenizer) of a run, from its best checkpoint that is whole."""
-    checkpoint = common.load_checkpoint(*(out_dir / name for name in RUN))
-    model = common.load_model(checkpoint, scan=scan).eval()
+    checkpoint = runs.load_checkpoint(*(out_dir / name for name in RUN))
+    model = runs.load_model(checkpoint, scan=scan).eval()
     with common.reading(checkpoint["path"], "a checkpoint"):
         tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
         if tokenizer.vocab_size != model.config.vocab_size:
@@ -357,10 +362,11 @@ class Conversation:
     @functools.cached_property
     def fingerprint(self):
         """sha256 of the model's config and of its weights as they are in memory."""
-        config = asdict(self.model.config)
-        for name in ("scan", "dropout", "residual_in_fp32"):  # a kept state fits them all
-            config.pop(name, None)
-        digest = hashlib.sha256(repr(sorted(config.items())).encode())
+        any_value = ("scan", "dropout", "residual_in_fp32")  # a kept state fits them all
+        before = (("layer", "mamba"), ("mixer_rms_eps", 0.0))  # without these there was no other
+        config = [item for item in sorted(asdict(self.model.config).items())
+                  if item[0] not in any_value and item not in before]
+        digest = hashlib.sha256(repr(config).encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
@@ -388,7 +394,8 @@ class Conversation:
                 if type(token) is not int or not 0 <= token < self.model.config.vocab_size:
                     raise ValueError("a token that the model does not know")
             state = self.model.init_state(1)
-            if [len(layer) for layer in saved["state"]] != [2] * len(state) or not saved["unread"]:
+            counts = [[len(layer) for layer in layers] for layers in (saved["state"], state)]
+            if counts[0] != counts[1] or not saved["unread"]:
                 raise ValueError("not all of it is there")
             for own, kept in zip(itertools.chain(*state), itertools.chain(*saved["state"])):
                 common.check_tensor("its state", kept, own.shape)
@@ -414,7 +421,7 @@ def chat(talk, cfg, generator):
           "or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
-            line = input("> ")
+            line = with_newlines(input("> ").removesuffix("\r"))
             command, _, rest = line.partition(" ")
             rest = rest.strip()
             if command == "/quit":
@@ -465,184 +472,6 @@ def with_setting(cfg, words):
         return cfg
     except Problem as problem:  # which speaks of flags
         raise Problem(re.sub("^--", "/set ", str(problem))) from None
-
-# ---- Looking inside: --show ----------------------------------------------------------------------
-
-@torch.no_grad()
-def surprise(model, ids):
-    """-log p of each token after those before it, in nats; None for the first."""
-    ids = torch.tensor([ids], device=model.device)
-    parts = model.read(ids, num_last_tokens=0, part=PART)
-    next_ids = ids[0].roll(-1).split(PART)  # after the last there is none: its value is dropped
-    values = [F.cross_entropy(logits[0].float(), after, reduction="none")
-              for (logits, _), after in zip(parts, next_ids)]
-    return [None, *torch.cat(values)[:-1].tolist()]
-
-@torch.no_grad()
-def opening(model, ids, layer):
-    """delta of each token in a layer, the mean over the channels: large where the token is taken in
-    and the past fades, near 0 where it passes. A forward hook reads dt, the first part of what
-    x_proj makes; delta = softplus(dt_proj(dt))."""
-    mixer, values = model.backbone["layers"][layer].mixer, []
-
-    def read_dt(x_proj, inputs, output):  # output: (1, PART, dt_rank + 2 N)
-        # weight and bias apart, as in the block: the bias is added in float32 to 16 bits too
-        delta = F.linear(output[..., :mixer.dt_rank], mixer.dt_proj.weight) + mixer.dt_proj.bias
-        values.extend(F.softplus(delta).mean(-1).flatten().tolist())
-    with mixer.x_proj.register_forward_hook(read_dt):
-        for _ in model.read(torch.tensor([ids], device=model.device), part=PART):
-            pass
-    return values
-
-def show(cfg, model, tokenizer, ids):
-    """The text of ids coloured by the delta or loss of its tokens: on the terminal, or in a file
-    (--html). In a pipe the numbers are listed."""
-    if cfg.show == "loss":
-        what, values = "surprise in nats", surprise(model, ids)
-    else:
-        layers = model.config.n_layer
-        layer = layers // 2 if cfg.layer is None else cfg.layer
-        what = f"delta in layer {layer} of 0 to {layers - 1}, mean over channels"
-        values = opening(model, ids, layer)
-    characters = list(by_text(as_text(tokenizer, ids), values))
-    numbers = ["" if value is None else f"{value:.4f}" for _, value in characters]
-    # one outlier must not make all others pale
-    low, high = np.percentile([v for _, v in characters if v is not None] or [0], [2, 98])
-    # What is shown are spans: a text, and its share of the colour, from 0 to 1, or None.
-    spans = [(text, None if value is None else np.clip((value - low) / (high - low or 1), 0, 1))
-             for text, value in characters]
-    # spaces that do not vanish at the end of a line
-    steps = [("\u00a0", step / 20) for step in range(21)]
-    scale = [(f"{low:.3g} ", None), *steps, (f" {high:.3g}", None)]
-
-    if cfg.html:
-        is_svg = cfg.html.lower().endswith(".svg")
-        pieces = as_svg(what, scale, spans) if is_svg else as_html(what, scale, spans, numbers)
-        common.write_whole(cfg.html, lambda file: file.write("".join(pieces).encode()))
-        print(f"wrote {cfg.html}", file=sys.stderr)
-    elif sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        if os.name == "nt":
-            os.system("")  # makes an older console understand colours
-        print(f"{what}: ", *(painted(*span) for span in scale), sep="")
-        print(*(painted(*span) for span in spans), sep="")
-    else:
-        for (text, _), number in zip(spans, numbers):
-            print(f"{number or '-':>8}  {text!r}")
-
-def by_text(pieces, values):
-    """(text, value) for each token, or for those that make a character together, and their mean."""
-    *pieces, rest = pieces
-    pieces[-1] += rest
-    group = []
-    for piece, value in zip(pieces, values):
-        group += [] if value is None else [value]
-        if piece:
-            yield piece, sum(group) / len(group) if group else None
-            group = []
-
-CONTROLS = {c: 0x2400 + c for c in range(32) if c not in b"\t\n"}  # to their pictures, as in ␛
-
-def painted(text, share):
-    """Text on a ground between dark grey and orange, for a terminal with 24-bit colours."""
-    text = text.translate(CONTROLS)  # no escape sequence from a text
-    if share is None:
-        return text.replace("\n", "↵\n")
-    ends = ((48, 255), (48, 140), (56, 0))
-    ground = ";".join(str(round(dark + share * (bright - dark))) for dark, bright in ends)
-    ink = "255;255;255" if share < 0.5 else "0;0;0"
-    colour = f"\033[38;2;{ink};48;2;{ground}m"
-    return colour + text.replace("\n", f"↵\033[0m\n{colour}") + "\033[0m"
-
-def opacity(share):
-    """Of the orange on a page. Text on it stays readable, light or dark, and less is no value."""
-    return f"{0.1 + 0.5 * share:.2f}"
-
-def as_html(what, scale, spans, numbers):
-    """One HTML page, in pieces; the text in <main> is that of the spans."""
-    def span(text, share, more=""):
-        # a browser would turn the character \r itself into a newline
-        text = html.escape(text).replace("\r", "&#13;").replace("\n", "<i></i>\n")
-        colour = "" if share is None else f' style="--a:{opacity(share)}"'
-        return f"<span{colour}{more}>{text}</span>"
-
-    yield f"""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{what}</title>
-<style>
-:root {{ color-scheme: light dark }}
-body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-p, main {{ font: 1rem/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }}
-span {{ background: rgb(255 110 0 / var(--a, 0)) }}
-i::before {{ content: "↵"; opacity: 0.5 }}
-</style>
-<p>{what}: {"".join(span(*step) for step in scale)}</p>
-<main>"""
-    for (text, share), number in zip(spans, numbers):
-        yield span(text, share, f' title="{number}"')
-    yield "</main>\n</html>\n"
-
-COLUMNS = 72  # of the text in a picture, at most
-COLUMN, ROW, MARGIN = 9, 22, 12  # pixels: of a character, of a row, and around all of it
-
-def as_svg(what, scale, spans):
-    """The same as a picture in pieces, for a README: it follows the reader's light or dark mode."""
-    marked = [(text.replace("\n", "↵\n"), share) for text, share in spans]
-    rows = list(in_rows([(f"{what}\n", None), *scale, ("\n\n", None), *marked]))
-    widest = max(columns("".join(character for character, _ in row)) for row in rows)
-    width, height = 2 * MARGIN + min(widest, COLUMNS) * COLUMN, 2 * MARGIN + len(rows) * ROW
-    size = f'width="{width}" height="{height}"'
-    yield f"""<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}">
-<title>{what}</title>
-<style>
-text {{ fill: #1f2328; font: 15px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }}
-rect {{ fill: rgb(255, 110, 0) }}
-.page {{ fill: white }}
-@media (prefers-color-scheme: dark) {{ text {{ fill: #f0f6fc }} .page {{ fill: #0d1117 }} }}
-</style>
-<rect class="page" {size}/>
-"""
-    for i, row in enumerate(rows):
-        x, y = MARGIN, MARGIN + i * ROW
-        for share, cells in itertools.groupby(row, key=lambda cell: cell[1]):
-            text = "".join(character for character, _ in cells)
-            length = COLUMN * columns(text)
-            if share is not None:
-                yield (f'<rect x="{x}" y="{y}" width="{length}" height="{ROW}" '
-                       f'fill-opacity="{opacity(share)}"/>')
-            if not text.isspace():
-                # made as long as its ground, whatever the font; spaces would be lost at its ends
-                solid = html.escape(text, quote=False).replace(" ", "\u00a0")
-                yield (f'<text x="{x}" y="{y + 16}" textLength="{length}" '
-                       f'lengthAdjust="spacingAndGlyphs">{solid}</text>')
-            x += length
-        yield "\n"
-    yield "</svg>\n"
-
-def in_rows(spans):
-    """The spans as rows of (character, share), which end at newlines and, where they would be
-    longer than COLUMNS, at a space."""
-    pictures = {**CONTROLS, ord("\t"): " " * 4, 0xfffe: "\ufffd", 0xffff: "\ufffd"}  # not in XML
-    row = []
-    for cell in ((c, share) for text, share in spans for c in text.translate(pictures)):
-        row.append(cell)
-        line = "".join(character for character, _ in row)
-        if line.endswith("\n"):
-            yield row[:-1]
-            row = []
-        elif columns(line) > COLUMNS + line.endswith(" "):  # one space may stand in the margin
-            end = line.rfind(" ", 0, -1) + 1 or len(line) - 1
-            yield row[:end]
-            row = row[end:]
-    if row:
-        yield row
-
-def columns(text):
-    """The width of a text: a Chinese character takes two columns, and an accent of its own none."""
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    accents = sum(unicodedata.category(character) in ("Mn", "Me", "Cf") for character in text)
-    return len(text) + wide - accents
 
 if __name__ == "__main__":
     common.run(main, Config)

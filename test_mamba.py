@@ -64,12 +64,22 @@ import bench_compare
 import common
 import mamba
 import prepare_data
+import runs
 import sample
+import show
 import texts
 import train
 from mamba import Mamba, MambaBlock, MambaConfig, MambaState, selective_scan
 from mamba2 import Mamba2Block, Mamba2Config, ssd
 from mamba3 import Mamba3Block, Mamba3Config
+from tokens import (
+    BPETokenizer,
+    CharTokenizer,
+    cut_between_words,
+    load_tokenizer,
+    open_tokenizer,
+    pieces_to_learn_from,
+)
 
 ROOT = Path(__file__).resolve().parent
 
@@ -139,12 +149,12 @@ def layer(request, monkeypatch):
     if request.param != "mamba":
         if "scan" in request.fixturenames and request.getfixturevalue("scan") == "triton":
             pytest.skip("only Mamba-1 has a Triton kernel")
-        block, config = (Mamba2Block, Mamba2Config) if request.param == "mamba2" else (Mamba3Block, Mamba3Config)
-        defaults = {"headdim": 8, "d_state": 16, "chunk_size": 8, **({"mimo_rank": 3} if "MIMO" in request.param else {})}
-        even = lambda options: {k: v // 2 * 2 if k == "d_state" else v for k, v in options.items()}       # as Mamba-3 needs it
-        monkeypatch.setattr(mamba, "MambaBlock", block)
-        monkeypatch.setitem(globals(), "MambaBlock", block)
-        monkeypatch.setitem(globals(), "MambaConfig", lambda **options: config(**{**defaults, **even(options)}))
+        kind, mimo = request.param[:6], {"mimo_rank": 3} if "MIMO" in request.param else {}
+        defaults, config = {"layer": kind, "headdim": 8, "d_state": 16, "chunk_size": 8, **mimo}, MambaConfig
+        absent, even = type(MambaConfig(layer=kind)).absent, lambda name, n: n // 2 * 2 if name == "d_state" else n     # as Mamba-3 needs it
+        known = lambda options: {k: even(k, v) for k, v in options.items() if k not in absent}
+        monkeypatch.setitem(globals(), "MambaBlock", type(MambaConfig(layer=kind)).block)
+        monkeypatch.setitem(globals(), "MambaConfig", lambda **options: config(**{**defaults, **known(options)}))
     return request.param
 
 
@@ -387,6 +397,37 @@ def hub(server, monkeypatch, tmp_path):
 def test_bad_config(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         MambaConfig(**bad)
+
+
+KINDS = ({"layer": "mamba"}, {"layer": "mamba2", "headdim": 8, "d_state": 16, "chunk_size": 8},
+         {"layer": "mamba3", "headdim": 8, "d_state": 16, "chunk_size": 8, "mimo_rank": 3})
+
+
+@pytest.mark.parametrize("options", KINDS, ids=lambda options: options["layer"])
+def test_configs_of_each_layer(options, monkeypatch):
+    """They are copied, kept and changed as any dataclass; what a layer has not is an error, and so is a file that is not there."""
+    config, layer = MambaConfig(vocab_size=70, d_model=32, n_layer=1, **options), options["layer"]
+    assert type(config) is {"mamba": MambaConfig, "mamba2": Mamba2Config, "mamba3": Mamba3Config}[layer] and config.layer == layer
+    for again in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config),
+                  MambaConfig(**dataclasses.asdict(config)), type(config)(**dataclasses.asdict(config)),
+                  MambaConfig(**json.loads(json.dumps(dataclasses.asdict(config))))):
+        assert type(again) is type(config) and again == config
+    assert dataclasses.replace(config, d_model=64).d_inner == 128
+    assert isinstance(Mamba(config).backbone["layers"][0].mixer, type(config).block)
+    wrong = {"mamba": {"headdim": 8}, "mamba2": {"mimo_rank": 2, "dt_rank": 3, "mixer_rms_eps": 1e-6, "dt_limit": 3, "A_init_range": (1, 2, 3)},
+             "mamba3": {"d_conv": 2, "rmsnorm": False, "dt_rank": 3}}[layer]
+    for name, value in wrong.items():
+        with pytest.raises((TypeError, ValueError), match=rf"^[^\n]*\b{name}\b[^\n]*$"):
+            MambaConfig(**{**options, name: value})
+    for other in ("Mamba2", "transformer", ["mamba2"], None):
+        with pytest.raises(ValueError, match="^layer must be mamba, mamba2 or mamba3, not"):
+            MambaConfig(**{**options, "layer": other})
+    if layer != "mamba":
+        with pytest.raises(ValueError, match=f"^layer must be {layer}"):
+            type(config)(layer="mamba")
+        monkeypatch.setitem(sys.modules, layer, None)
+        with pytest.raises(ValueError, match=f"^layer '{layer}' needs {layer}.py beside mamba.py$"):
+            MambaConfig(**options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -916,15 +957,18 @@ def test_initialisation():
 # mamba.py: the model
 
 
-@pytest.mark.parametrize("changes", [{}, {"d_state": 5, "expand": 3, "d_conv": 3}, {"bias": True, "conv_bias": False}])
+@pytest.mark.parametrize("changes", [{}, {"d_state": 5, "expand": 3, "d_conv": 3}, {"bias": True, "conv_bias": False}, {"mixer_rms_eps": 1e-2},
+                                     {"mixer_rms_eps": 1e-6, "scan": "sequential", "d_state": 5}])
 def test_model_equals_transformers(changes):
+    """With mixer_rms_eps it is a Falcon-Mamba."""
     transformers = pytest.importorskip("transformers")
     model = lively(vocab_size=72, **changes)
     c = model.config
-    peer = transformers.MambaForCausalLM(transformers.MambaConfig(
+    kind, more = ("FalconMamba", {"mixer_rms_eps": c.mixer_rms_eps}) if c.mixer_rms_eps else ("Mamba", {})
+    peer = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(
         vocab_size=c.vocab_size, hidden_size=c.d_model, state_size=c.d_state, num_hidden_layers=c.n_layer, expand=c.expand,
         conv_kernel=c.d_conv, use_bias=c.bias, use_conv_bias=c.conv_bias, time_step_rank=c.dt_rank,
-        layer_norm_epsilon=c.norm_eps, use_cache=False))
+        layer_norm_epsilon=c.norm_eps, use_cache=False, eos_token_id=None, pad_token_id=None, **more))
     theirs = lambda name: name.replace("embedding.", "embeddings.")
     result = peer.load_state_dict({theirs(name): p for name, p in model.state_dict().items()}, strict=False)
     assert not result.unexpected_keys and set(result.missing_keys) <= {"lm_head.weight"}
@@ -936,6 +980,9 @@ def test_model_equals_transformers(changes):
     grads = {name: p.grad for name, p in peer.named_parameters()}
     for name, p in model.named_parameters():
         assert relative(p.grad, grads[theirs(name)]) < 1e-4, name
+    if more:    # generated, by what mamba_fast/ has for the step of a token too
+        expected = peer.generate(idx, max_new_tokens=12, do_sample=False)
+        assert torch.equal(model.generate(idx, 12, temperature=0), expected) and torch.equal(greedy(model, idx, 12), expected[:, 37:])
 
 
 @pytest.mark.parametrize("changes", [{}, {"d_intermediate": 48}, {"d_conv": 1}, {"scan": "sequential"},
@@ -1068,13 +1115,14 @@ def test_padding_of_the_vocabulary_is_never_seen():
     assert model.lm_head.weight.shape[0] == 72 and model(tokens(1, 4, vocab=65))[0].shape[-1] == 65
 
 
-def test_weight_decay_is_on_projections_only():
+def test_weight_decay_is_on_projections_only(layer):
     model = small(d_intermediate=16, bias=True, tie_embeddings=False)
     decayed, rest = model.configure_optimizers(1e-3, weight_decay=0.3).param_groups
     assert decayed["weight_decay"] == 0.3 and rest["weight_decay"] == 0
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)].split(".", 3)[-1] for p in decayed["params"]} == {
-        f"{part}.weight" for part in ("mixer.in_proj", "mixer.x_proj", "mixer.dt_proj", "mixer.out_proj", "mlp.fc1", "mlp.fc2")}
+        f"{part}.weight" for part in ("mixer.in_proj", *(["mixer.x_proj", "mixer.dt_proj"] if layer == "mamba" else []), "mixer.out_proj",
+                                      "mlp.fc1", "mlp.fc2")}
     both = [names[id(p)] for p in decayed["params"] + rest["params"]]
     assert sorted(both) == sorted(names.values()) and len(set(both)) == len(both)
 
@@ -1570,9 +1618,11 @@ def test_memory_of_a_long_text():
 @pytest.mark.parametrize("targets", [["in_proj"], ["x_proj"], ["out_proj"], ["dt_proj"], ["in_proj", "x_proj", "out_proj", "lm_head"],
                                      "all-linear"])
 @pytest.mark.usefixtures("anywhere")
-def test_lora(targets):
+def test_lora(targets, layer):
     """An adapter acts in a forward call, in training, in generation, and as much after it is merged."""
     peft = pytest.importorskip("peft")
+    if layer != "mamba" and targets in (["x_proj"], ["dt_proj"]):
+        pytest.skip("only Mamba-1 has such a projection")
     model, prompts = lively(tie_embeddings=False), tokens(2, 9)
     before = model(prompts)[0]
     lora = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=64, target_modules=targets, init_lora_weights=False)).eval()
@@ -1805,8 +1855,18 @@ def test_every_option_and_type_survives_a_round_trip(tmp_path):
                "dt_min": 0.01, "dt_max": 0.2, "dt_init_floor": 0.02, "conv_bias": False, "bias": True, "dropout": 0.25,
                "norm_eps": 1e-4, "tie_embeddings": False, "pad_vocab_size_multiple": 10, "d_intermediate": 40,
                "scan": "sequential", "residual_in_fp32": True}
-    assert all(getattr(MambaConfig(), name) != changes[name] for name in MambaConfig.__dataclass_fields__)
-    for model in (small(), small(**changes), lively(**changes).bfloat16(), small(d_model=24).half(), small().double()):
+    changes["mixer_rms_eps"] = 1e-3
+    assert all(getattr(MambaConfig(), name) != changes[name] for name in MambaConfig.__dataclass_fields__ if name != "layer")
+    both = {k: v for k, v in changes.items() if k not in ("dt_rank", "mixer_rms_eps", "d_state")}
+    heads = {**both, "d_state": 6, "headdim": 12, "ngroups": 3, "chunk_size": 32, "dt_limit": (0.1, 7.0)}
+    of_two = {**heads, "layer": "mamba2", "A_init_range": (2, 3.5), "rmsnorm": False, "norm_before_gate": True}
+    of_three = {**heads, "layer": "mamba3", "mimo_rank": 2, "rope_fraction": 0.75, "A_floor": 1e-3}
+    of_three = {k: v for k, v in of_three.items() if k not in Mamba3Config.absent}
+    for options in (of_two, of_three):
+        assert [f.name for f in dataclasses.fields(MambaConfig(**options)) if getattr(MambaConfig(**options), f.name) == f.default
+                and f.name not in (*type(MambaConfig(**options)).absent, "layer")] == []
+    for model in (small(), small(**changes), lively(**changes).bfloat16(), small(d_model=24).half(), small().double(), small(**of_two),
+                  lively(**of_two).half(), lively(**of_three).bfloat16(), small(**of_three), small(**KINDS[1]), small(**KINDS[2])):
         model.save_pretrained(tmp_path)
         again = Mamba.from_pretrained(tmp_path)
         assert again.config == model.config and not again.training
@@ -1818,6 +1878,18 @@ def test_every_option_and_type_survives_a_round_trip(tmp_path):
     assert Mamba.from_pretrained(tmp_path, dropout=0.5, scan="chunked").config.dropout == 0.5
     with pytest.raises((TypeError, ValueError), match="dropuot"):
         Mamba.from_pretrained(tmp_path, dropuot=0.5)
+
+
+@pytest.mark.parametrize("options", KINDS, ids=lambda options: options["layer"])
+def test_saved_without_mamba_files(tmp_path, monkeypatch, options):
+    """Each layer, read back by mamba.py alone and beside it."""
+    model, files = lively(**options), mamba.files
+    for here in (None, files):
+        monkeypatch.setattr(mamba, "files", here)
+        if here is None:
+            model.save_pretrained(tmp_path)
+        again = Mamba.from_pretrained(tmp_path)
+        assert again.config == model.config and torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE")
@@ -1916,13 +1988,18 @@ def test_files_that_cannot_be_found(tmp_path, hub, monkeypatch):
 
 
 @pytest.mark.parametrize("layout, changes, words", [
-    ("mamba_ssm", {"ssm_cfg": {"layer": "Mamba2"}}, "layer is 'Mamba2'; this model can only do 'Mamba1'"),
+    ("mamba_ssm", {"ssm_cfg": {"layer": "Mamba4"}}, "layer is 'Mamba4'; this model can only do 'Mamba1' or 'Mamba2' or 'Mamba3'"),
+    ("mamba_ssm", {"ssm_cfg": {"layer": "Mamba2"}}, r"pytorch_model.bin: .*mixer\..* is .*, and by its config.json"),
+    ("mamba_ssm", {"ssm_cfg": {"layer": "Mamba2", "dt_rank": 8}}, "option dt_rank in ssm_cfg"),
+    ("mamba_ssm", {"ssm_cfg": {"layer": "Mamba2", "headdim": 7}}, "headdim must be a divisor of 64"),
+    ("mamba_ssm", {"ssm_cfg": {"layer": "Mamba3", "is_outproj_norm": True}}, "is_outproj_norm is True"),
+    ("mamba_ssm", {"ssm_cfg": {"layer": "Mamba3", "is_mimo": True, "mimo_rank": 1}}, "is_mimo is True and mimo_rank 1"),
     ("mamba_ssm", {"attn_layer_idx": [1]}, "attn_layer_idx is .1."), ("mamba_ssm", {"rms_norm": False}, "rms_norm is False"),
     ("mamba_ssm", {"ssm_cfg": {"headdim": 64}}, "option headdim in ssm_cfg"), ("mamba_ssm", {"d_model": 0}, "d_model must be"),
     ("mamba_ssm", {"d_model": 10 ** 12}, "no memory could hold"), ("mamba_ssm", {"d_model": 10 ** 30}, "no memory could hold"),
     ("mamba_ssm", {"ssm_cfg": {"d_state": 10 ** 12}}, r"A_log is \(64, 16\), and by its config.json \(64, 1000000000000\)"),
     ("mamba_ssm", {"d_model": None}, "config.json"), ("mamba_ssm", {"norm_eps": "x"}, "config.json"),
-    ("hf", {"model_type": "falcon_mamba"}, "model_type is 'falcon_mamba'"),
+    ("hf", {"model_type": "jamba"}, "model_type is 'jamba'"), ("hf", {"model_type": "mamba2"}, "by its config.json|headdim must|ngroups must"),
     ("hf", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ("mamba_ssm", {"n_layer": 2}, "pytorch_model.bin: backbone.layers.2.norm.weight is .*does not have it"),
     ("hf", {"num_hidden_layers": 4}, "lacks 10 of this model's tensors: .*, .*, .*, ...$"),
@@ -2160,8 +2237,6 @@ def mamba2_model(**changes):
     """A model of Mamba-2 whose every weight matters."""
     torch.manual_seed(0)
     model = Mamba(second(**changes)).eval()
-    for layer in model.backbone["layers"]:
-        layer.mixer = Mamba2Block(model.config)
     for name, p in model.named_parameters():
         nn.init.normal_(p, std=0.2) if p.dim() > 1 else nn.init.uniform_(p, -2, 0.5)
     return model
@@ -2206,14 +2281,6 @@ def test_mamba2_generates_as_transformers(changes):
     expected = peer.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)
     assert torch.equal(model.generate(prompt, 20, temperature=0), expected)
     assert torch.equal(model.generate(list(prompt), 20, temperature=0)[1], expected[1])
-
-
-def test_mamba2_has_the_names_and_shapes_of_the_released_weights():
-    with torch.device("meta"):
-        block = Mamba2Block(Mamba2Config(d_model=768))
-    assert {name: tuple(p.shape) for name, p in block.named_parameters()} == {
-        "in_proj.weight": (3352, 768), "conv1d.weight": (1792, 1, 4), "conv1d.bias": (1792,), "dt_bias": (24,), "A_log": (24,),
-        "D": (24,), "norm.weight": (1536,), "out_proj.weight": (768, 1536)}
 
 
 def test_mamba2_initialisation():
@@ -2380,16 +2447,6 @@ def test_angles_of_a_long_text_stay_exact():
     assert turn.abs().max() < 1e-3      # delta itself has an error of 1e-7 at each step
 
 
-@pytest.mark.parametrize("rank, shapes", [
-    (1, {"in_proj.weight": (3432, 768), "B_bias": (24, 1, 128), "C_bias": (24, 1, 128)}),
-    (4, {"in_proj.weight": (4200, 768), "B_bias": (24, 4, 128), "C_bias": (24, 4, 128), **dict.fromkeys(("mimo_x", "mimo_z", "mimo_o"), (24, 4, 64))})])
-def test_mamba3_has_the_names_and_shapes_of_the_released_weights(rank, shapes):
-    with torch.device("meta"):
-        block = Mamba3Block(Mamba3Config(d_model=768, mimo_rank=rank))
-    assert {name: tuple(p.shape) for name, p in block.named_parameters()} == {
-        "dt_bias": (24,), "D": (24,), "B_norm.weight": (128,), "C_norm.weight": (128,), "out_proj.weight": (768, 1536), **shapes}
-
-
 def test_mamba3_in_16_bits():
     """delta's bias, D and the state stay float32."""
     for rank in (1, 3):
@@ -2407,9 +2464,11 @@ def test_mamba3_in_16_bits():
 
 @pytest.mark.parametrize("changes", [
     {}, {"tie_embeddings": False}, {"bias": True, "conv_bias": False, "pad_vocab_size_multiple": 16},
-    {"d_state": 3, "d_conv": 2, "expand": 3, "dt_rank": 5, "norm_eps": 1e-3, "dropout": 0.2, "scan": "sequential"}])
+    {"d_state": 3, "d_conv": 2, "expand": 3, "dt_rank": 5, "norm_eps": 1e-3, "dropout": 0.2, "scan": "sequential"},
+    {"mixer_rms_eps": 1e-2, "d_state": 5}, KINDS[1],
+    {**KINDS[1], "ngroups": 2, "expand": 3, "headdim": 12, "bias": True, "tie_embeddings": False, "A_init_range": (2, 3), "norm_eps": 1e-3}])
 def test_transformers_loads_what_is_saved_for_it(tmp_path, changes):
-    """By the folder alone: its config.json says all that the model is, and token 0 does not end its texts."""
+    """By the folder alone: its config.json says all that the model is, and token 0 does not end its texts. And back."""
     transformers = pytest.importorskip("transformers")
     model = lively(n_layer=2, **changes)
     model.save_pretrained(tmp_path / "a" / "b", layout="transformers")
@@ -2424,10 +2483,102 @@ def test_transformers_loads_what_is_saved_for_it(tmp_path, changes):
     again = Mamba.from_pretrained(tmp_path / "a" / "b")
     assert again.config == dataclasses.replace(model.config, pad_vocab_size_multiple=1)
     assert torch.equal(again(idx)[0], ours)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
+    assert torch.equal(Mamba.from_pretrained(tmp_path / "theirs")(idx)[0], ours)
     with safetensors_file(tmp_path / "a" / "b" / "model.safetensors") as file:
         assert file.metadata() == {"format": "pt"}
         keys = list(file.keys())
     assert ("lm_head.weight" in keys) == (not model.config.tie_embeddings)
+
+
+# config.json of state-spaces/mamba2-130m, mamba3-siso-187m and mamba3-mimo-187m
+OF_ALL = {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 16, "tie_embeddings": True,
+          "attn_layer_idx": [], "attn_cfg": {}}
+OF_THREE = {"layer": "Mamba3", "d_state": 128, "expand": 2, "headdim": 64, "ngroups": 1, "rope_fraction": 0.5, "dt_min": 0.001, "dt_max": 0.1,
+            "dt_init_floor": 1e-4, "A_floor": 1e-4, "chunk_size": 64, "is_mimo": False, "is_outproj_norm": False}
+SUCCESSORS = {
+    "mamba2-130m": {"d_model": 768, "d_intermediate": 0, "n_layer": 24, "vocab_size": 50277, "ssm_cfg": {"layer": "Mamba2"}, **OF_ALL},
+    "mamba3-siso-187m": {"d_model": 768, "d_intermediate": 1536, "n_layer": 12, "vocab_size": 128256, "ssm_cfg": OF_THREE, **OF_ALL},
+    "mamba3-mimo-187m": {"d_model": 768, "d_intermediate": 1264, "n_layer": 12, "vocab_size": 128256, **OF_ALL,
+                         "ssm_cfg": {**OF_THREE, "is_mimo": True, "mimo_rank": 4, "chunk_size": 16}}}
+# shapes of a layer at these sizes, and the number of all parameters
+IN_ALL = {"norm.weight": (768,), "mixer.out_proj.weight": (768, 1536), "mixer.dt_bias": (24,), "mixer.D": (24,)}
+IN_THREE = {**IN_ALL, "norm2.weight": (768,), "mixer.B_norm.weight": (128,), "mixer.C_norm.weight": (128,)}
+AT_FULL_SIZE = {
+    "mamba2-130m": (128_989_632, {**IN_ALL, "mixer.in_proj.weight": (3352, 768), "mixer.conv1d.weight": (1792, 1, 4), "mixer.conv1d.bias": (1792,),
+                                  "mixer.A_log": (24,), "mixer.norm.weight": (1536,)}),
+    "mamba3-siso-187m": (186_849_600, {**IN_THREE, "mixer.in_proj.weight": (3432, 768), **dict.fromkeys(("mixer.B_bias", "mixer.C_bias"), (24, 1, 128)),
+                                       "mlp.fc1.weight": (3072, 768), "mlp.fc2.weight": (768, 1536)}),
+    "mamba3-mimo-187m": (187_291_968, {**IN_THREE, "mixer.in_proj.weight": (4200, 768), **dict.fromkeys(("mixer.B_bias", "mixer.C_bias"), (24, 4, 128)),
+                                       **dict.fromkeys(("mixer.mimo_x", "mixer.mimo_z", "mixer.mimo_o"), (24, 4, 64)),
+                                       "mlp.fc1.weight": (2560, 768), "mlp.fc2.weight": (768, 1280)})}
+
+
+@pytest.mark.parametrize("name", SUCCESSORS)
+def test_released_successors(tmp_path, name):
+    """Keys and shapes at full size; and small weights in exactly such files, in 16 bits, where what is exact is float32 or is not."""
+    (tmp_path / "config.json").write_text(json.dumps(SUCCESSORS[name]))
+    options = mamba.files.read_options(tmp_path / "config.json")
+    width = options.pop("d_intermediate")
+    with torch.device("meta"):
+        model = Mamba(MambaConfig(**options, d_intermediate=width + -width % 128))
+    number, shapes = AT_FULL_SIZE[name]
+    rows, d_model, n_layer = model.config.padded_vocab_size, 768, SUCCESSORS[name]["n_layer"]
+    assert {k: tuple(t.shape) for k, t in model.state_dict().items()} == {
+        "backbone.embedding.weight": (rows, d_model), "lm_head.weight": (rows, d_model), "backbone.norm_f.weight": (d_model,),
+        **{f"backbone.layers.{i}.{k}": shape for i in range(n_layer) for k, shape in shapes.items()}}
+    assert model.num_params() == number and rows == {50277: 50288, 128256: 128256}[options["vocab_size"]]
+
+    config = {**SUCCESSORS[name], "d_model": 64, "n_layer": 2, "vocab_size": 70, "d_intermediate": width and 40}
+    given = {**options, "d_model": 64, "n_layer": 2, "vocab_size": 70, "d_intermediate": width and 128}
+    for p in (model := Mamba(MambaConfig(**given)).eval()).parameters():
+        nn.init.normal_(p, std=0.2) if p.dim() > 1 else nn.init.uniform_(p, -2, 0.5)
+    weights = model.bfloat16().state_dict()
+    exact = {k: t.float() if k.endswith(("A_log", "dt_bias", ".D")) else t for k, t in weights.items()}
+    for saved in (exact, {k: t.bfloat16() for k, t in weights.items()}):
+        torch.save(saved, data := io.BytesIO())
+        loaded = Mamba.from_pretrained(write(tmp_path / "small", {"config.json": json.dumps(config).encode(), "pytorch_model.bin": data.getvalue()}))
+        assert loaded.config == model.config and loaded.config.residual_in_fp32
+        for key, t in loaded.state_dict().items():
+            assert t.dtype == exact[key].dtype and torch.equal(t, saved[key].to(t.dtype)), key
+    assert relative(loaded(tokens(2, 20))[0].float(), model(tokens(2, 20))[0].float()) < 0.03
+    if name.startswith("mamba3"):
+        (tmp_path / "small" / "config.json").write_text(json.dumps({**config, "vocab_size": 128256}))
+        with pytest.raises(FileNotFoundError, match="no tokenizer.json, and its vocabulary of 128,256 is not GPT-NeoX's: .*Llama-3.1's"):
+            mamba.files.read_tokenizer(tmp_path / "small")
+
+
+def test_falcon_mamba_as_released(tmp_path):
+    """In several files, and with an expand that is not the one of its weights; what is left out is as in transformers."""
+    model = lively(vocab_size=72, mixer_rms_eps=1e-6, tie_embeddings=False, residual_in_fp32=True)
+    files = released(model, "hf, shards")
+    config = {**json.loads(files["config.json"]), "model_type": "falcon_mamba", "architectures": ["FalconMambaForCausalLM"], "expand": 16}
+    config = {k: v for k, v in config.items() if k not in ("d_model", "n_layer", "d_inner", "ssm_cfg", "pad_vocab_size_multiple")}
+    with pytest.raises(ValueError, match="lacks 1 of this model's tensors: lm_head.weight"):      # released() leaves it out
+        Mamba.from_pretrained(write(tmp_path, {**files, "config.json": json.dumps({**config, "tie_word_embeddings": False}).encode()}))
+    model.lm_head.weight = model.backbone["embedding"].weight
+    loaded = Mamba.from_pretrained(write(tmp_path, {**files, "config.json": json.dumps(config).encode()}))
+    assert loaded.config.mixer_rms_eps == 1e-6 and loaded.config.expand == 2 and torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValueError, match="intermediate_size is not a multiple"):
+        Mamba.from_pretrained(write(tmp_path, {**files, "config.json": json.dumps({**config, "intermediate_size": 65}).encode()}))
+
+
+def test_mamba2_of_transformers_as_others_write_it(tmp_path):
+    """With a bare Infinity; and what its config.json leaves out is as there, but nothing of that is in the layout of mamba_ssm."""
+    model = lively(**KINDS[1], n_layer=1)
+    model.save_pretrained(tmp_path, layout="transformers")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["time_step_limit"] == [0.0, math.inf] and '"num_heads": 8' in (tmp_path / "config.json").read_text()
+    for change, right in (({}, True), ({"chunk_size": 256, "rms_norm": True}, True), ({"time_step_limit": None}, True), ({"n_groups": None}, False),
+                          ({"tie_word_embeddings": None}, False)):
+        changed = {k: v for k, v in {**config, **change}.items() if v is not None}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        if right:
+            assert relative(Mamba.from_pretrained(tmp_path)(tokens(2, 20))[0], model(tokens(2, 20))[0]) < 1e-5
+        else:
+            with pytest.raises(ValueError, match="ngroups must be a divisor of 8|by its config.json|lacks 1 of"):
+                Mamba.from_pretrained(tmp_path)
 
 
 def safetensors_file(path):
@@ -2469,6 +2620,9 @@ def test_only_what_readers_know_is_saved(tmp_path, change, words, layout):
 def test_layouts_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="^the Mamba of transformers has no MLP, but d_intermediate is 40$"):
         lively(d_intermediate=40).save_pretrained(tmp_path / "new", layout="transformers")
+    for changes, words in (({"norm_before_gate": True}, "its norm behind"), ({"rmsnorm": False}, "its norm behind"), (KINDS[2], "no Mamba-3")):
+        with pytest.raises(ValueError, match=f"^[^\n]*transformers has {words}|^[^\n]*of transformers has {words}"):
+            lively(**{**KINDS[1], **changes}).save_pretrained(tmp_path / "new", layout="transformers")
     with pytest.raises(ValueError, match="^layout must be 'mamba_ssm' or 'transformers', not 'gguf'$"):
         lively().save_pretrained(tmp_path / "new", layout="gguf")
     assert not (tmp_path / "new").exists()
@@ -2513,7 +2667,7 @@ def test_a_run_is_loaded_as_a_model(finished, tmp_path):
     later = load(run / "ckpt.pt")
     later["model"]["backbone.norm_f.weight"] += 1
     torch.save(later, run / "ckpt.pt")
-    best, last = (common.load_model(load(run / name)).eval() for name in ("best.pt", "ckpt.pt"))
+    best, last = (runs.load_model(load(run / name)).eval() for name in ("best.pt", "ckpt.pt"))
     idx = tokens(2, 20, vocab=best.config.vocab_size)
     for name, expected in ((run, best), (str(run), best), (run / "best.pt", best), (run / "ckpt.pt", last)):
         loaded = Mamba.from_pretrained(name)
@@ -2625,7 +2779,11 @@ ABSURD = [{"n_layer": 10 ** 6}, {"vocab_size": 10 ** 400}, {"n_layer": 10 ** 400
           {"norm_eps": float("nan")}, {"norm_eps": float("inf")}, {"norm_eps": True}, {"norm_eps": 10 ** 400},
           {"d_model": 32.0}, {"n_layer": True}, {"n_layer": "3"}, {"n_layer": [3]}, {"tie_embeddings": "yes"},
           {"tie_embeddings": 1}, {"ssm_cfg": {"conv_bias": "no"}}, {"ssm_cfg": {"dt_rank": "many"}}, {"ssm_cfg": {"dt_max": None}},
-          {"ssm_cfg": {"dt_init_floor": 1e300}}, {"pad_vocab_size_multiple": 10 ** 15}, {"scan": 7}, {"dropout": "0"}]
+          {"ssm_cfg": {"dt_init_floor": 1e300}}, {"pad_vocab_size_multiple": 10 ** 15}, {"scan": 7}, {"dropout": "0"},
+          *({"ssm_cfg": {"layer": "Mamba2", **wrong}} for wrong in (
+              {"headdim": 10 ** 400}, {"d_state": 10 ** 17}, {"dt_limit": "x"}, {"dt_limit": [0, float("nan")]}, {"A_init_range": [1, 10 ** 400]},
+              {"A_init_range": [1, float("inf")]}, {"A_init_range": 3}, {"chunk_size": 10 ** 6}, {"rmsnorm": "no"}, {"layer": ["Mamba2"]})),
+          {"ssm_cfg": {"layer": "Mamba3", "is_mimo": True, "mimo_rank": 10 ** 17}}]
 
 
 @pytest.mark.parametrize("changes", ABSURD, ids=lambda changes: json.dumps(changes)[:40])
@@ -2651,8 +2809,8 @@ ODD_TEXT = "Hello  world ,\n\n\tit 's\r\n n't é e\u0301 日本 🎉 \u200b\u202
 
 def tokenizers_of_both_kinds():
     pytest.importorskip("tokenizers")
-    return (prepare_data.CharTokenizer("".join(sorted(set(ODD_TEXT + "<|endoftext|>")))),
-            prepare_data.BPETokenizer.train([ODD_TEXT * 20 + "and a few words more"], 300))
+    return (CharTokenizer("".join(sorted(set(ODD_TEXT + "<|endoftext|>")))),
+            BPETokenizer.train([ODD_TEXT * 20 + "and a few words more"], 300))
 
 
 @pytest.fixture(scope="module")
@@ -2716,10 +2874,31 @@ def test_generate_needs_no_torch(in_onnx, kind, tmp_path):
     assert result.stdout.decode().rstrip("\r\n") == tokenizer.decode(expected).rstrip("\r\n")
 
 
+@pytest.mark.parametrize("options", [KINDS[1], pytest.param(KINDS[2], marks=pytest.mark.long)], ids=lambda options: options["layer"])
+def test_onnx_of_other_layers(tmp_path, options):
+    """The step of a token, for any number of rows, by which the prompt is read too."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    import mamba_export
+    model, alphabet = lively(n_layer=1, vocab_size=8, **options), CharTokenizer("abcdefgh")
+    mamba_export.write_onnx(model, tmp_path, alphabet)
+    assert sorted(os.listdir(tmp_path)) == ["alphabet.json", "generate.py", "step.onnx"]
+    step, state = runtime.InferenceSession(tmp_path / "step.onnx"), some_state(model, 3)
+    for token in tokens(3, 3, vocab=8).split(1, 1):
+        given = [token[:, 0].numpy(), *(t.numpy() for t in tree_leaves(state))]
+        got = step.run(None, dict(zip((i.name for i in step.get_inputs()), given)))
+        logits, _, state = model(token, state=state)
+        state = tree_map(torch.Tensor.detach, state)
+        assert same([torch.tensor(t) for t in got], [logits[:, 0].detach(), *tree_leaves(state)], 1e-4)
+    result = subprocess.run([sys.executable, tmp_path / "generate.py", "abc", "12", "0"], capture_output=True, text=True, check=True)
+    expected = model.generate(torch.tensor([[0, 1, 2]]), 12, temperature=0)[0].tolist()
+    assert result.stdout == alphabet.decode(expected) + "\n"
+
+
 def test_what_cannot_be_written_as_onnx(tmp_path, monkeypatch, capfd):
     pytest.importorskip("onnxscript")
     import mamba_export
-    tokenizer, model = prepare_data.CharTokenizer("abc"), lively(n_layer=1, vocab_size=3)
+    tokenizer, model = CharTokenizer("abc"), lively(n_layer=1, vocab_size=3)
     model.lm_head.register_forward_hook(lambda module, args, out: out if out.sum().item() > 0 else -out)
     with pytest.raises(ValueError, match="^this model cannot be written as ONNX: [^\n]*data-dependent[^\n]*$"):
         mamba_export.write_onnx(model, tmp_path / "new", tokenizer)
@@ -2790,7 +2969,7 @@ def test_a_tokenizer_is_read_back(tmp_path, kind, layout):
     for before, after in (("best.pt", "one"), ("one", "two")):      # what was written is read, and written again
         again = Mamba.from_pretrained(tmp_path / before)
         files.write(tmp_path / after, dataclasses.asdict(again.config), again.state_dict(), layout, again.tokenizer)
-        found = prepare_data.load_tokenizer(files.read_tokenizer(tmp_path / after))
+        found = load_tokenizer(files.read_tokenizer(tmp_path / after))
         assert type(found) is type(tokenizer) and found.vocab_size == tokenizer.vocab_size
         assert found.encode(ODD_TEXT) == tokenizer.encode(ODD_TEXT)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
@@ -2823,7 +3002,7 @@ def test_special_tokens_are_not_added(tmp_path):
     inner = tokenizer.tokenizer
     inner.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
-    tokenizer = prepare_data.BPETokenizer(inner.to_str())
+    tokenizer = BPETokenizer(inner.to_str())
     mamba_export.write_tokenizer(tmp_path, tokenizer, small(vocab_size=tokenizer.vocab_size))
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)("it 's")["input_ids"] == tokenizer.encode("it 's")
     before = tree(tmp_path)
@@ -3845,7 +4024,7 @@ FLAGS = {
                 "grad_clip=1.0 seed=1337 reset_at_eot=None carry_state=False bptt=1 eval_interval=250 eval_iters=50 patience=0 log_interval=10 sample_tokens=200 cache_dir= "
                 "device=auto dtype=auto compile=None scan=auto threads=None checkpointing=False",
     "sample.py": "out_dir= pretrained= start= num_samples=1 max_new_tokens=500 temperature=0.8 top_k=None top_p=None "
-                 "min_p=None repetition_penalty=None stop= ignore_eos=False seed=None interactive=False show= layer=None "
+                 "min_p=None repetition_penalty=None stop= ignore_eos=False seed=None interactive=False show= layer=None channel=None "
                  "html= export= format=mamba_ssm cache_dir= device=auto dtype=auto scan=auto compile=False quantize=",
     "bench.py": "suite=all seconds=3.0 out=results.json device=auto dtype=auto compile=False shapes=4x1024x512x16 lengths= "
                 "plot= longest=65536 memory_gb=8.0 d_model=256 n_layer=4 vocab_size=65 batch_size=8 block_size=256 size=both "
@@ -4027,7 +4206,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# prepare_data.py: tokenizers and the split
+# tokens.py, texts.py and prepare_data.py: a text becomes tokens in files
 
 
 AWKWARD = ("Hello  world!\r\n\r\n  It's  the \t tab,\n\n\n\nthree   spaces   \n \n x\n日本語の文\nです。\n"
@@ -4047,7 +4226,7 @@ def opened(folder):
     del meta["here"]    # what does not belong to the text
     train, val = (np.fromfile(folder / f"{split}.bin", meta["dtype"]) for split in ("train", "val"))
     assert (len(train), len(val)) == (meta["train_tokens"], meta["val_tokens"])
-    return meta, train.tolist(), val.tolist(), prepare_data.load_tokenizer(meta["tokenizer"])
+    return meta, train.tolist(), val.tolist(), load_tokenizer(meta["tokenizer"])
 
 
 def stored(folder, tokens):
@@ -4059,7 +4238,7 @@ def stored(folder, tokens):
 
 def one_token_a_byte():
     pytest.importorskip("tokenizers")
-    return prepare_data.BPETokenizer.train(["abc"], 257)
+    return BPETokenizer.train(["abc"], 257)
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
@@ -4074,12 +4253,12 @@ def test_round_trip(tmp_path, tokenizer):
     assert meta["vocab_size"] == t.vocab_size == (300 if tokenizer == "bpe" else len(set(text)))
     assert meta["dtype"] == "uint16" and meta["name"] == "x" and max(train + val) < t.vocab_size
     assert t.encode(text[:cut]) == train
-    assert prepare_data.load_tokenizer(t.to_dict()).encode("the") == t.encode("the")
+    assert load_tokenizer(t.to_dict()).encode("the") == t.encode("the")
     assert t.encode("") == [] and all(type(i) is int for i in t.encode("the"))
 
 
 def test_char_outside_the_vocabulary():
-    t = prepare_data.CharTokenizer("\nabc")
+    t = CharTokenizer("\nabc")
     assert t.encode("cab\n") == [3, 1, 2, 0]
     with pytest.raises(common.Problem, match="character 'é' is not in this model's vocabulary .4 characters"):
         t.encode("abcé!")
@@ -4114,7 +4293,7 @@ def gpt4_like():
         vocab_size=500, show_progress=False, initial_alphabet=level.alphabet()))
     t.add_tokens([" " * k for k in range(2, 6)])
     t.enable_truncation(20)     # which prepare_data has to switch off
-    return prepare_data.BPETokenizer(t.to_str())
+    return BPETokenizer(t.to_str())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt4"])
@@ -4124,11 +4303,11 @@ def test_streaming_gives_the_tokens_of_the_whole_text(tmp_path, monkeypatch, kin
             "日本", "12", "\u00a0", "\u3000", "\x1c", "\x85", "<|endoftext|>"]
     given = AWKWARD + "".join(rng.choices(bits, k=6000))
     text = given.replace("\r\n", "\n")
-    tokenizer = gpt4_like() if kind == "gpt4" else prepare_data.BPETokenizer.train([AWKWARD * 50], 400)
+    tokenizer = gpt4_like() if kind == "gpt4" else BPETokenizer.train([AWKWARD * 50], 400)
     (tmp_path / "t.json").write_text(tokenizer.to_dict()["json"], encoding="utf-8")
     monkeypatch.setattr(texts, "BLOCK", 37)
-    monkeypatch.setattr(prepare_data, "PIECE", 11)
-    pieces = list(prepare_data.cut_between_words(texts.read([given.encode()])))
+    monkeypatch.setattr("tokens.PIECE", 11)
+    pieces = list(cut_between_words(texts.read([given.encode()])))
     assert "".join(pieces) == text and len(pieces) > 300
     for special in (False, True):
         _, train, val, _ = prepared(tmp_path, given, tokenizer=str(tmp_path / "t.json"), allow_special=special)
@@ -4138,10 +4317,10 @@ def test_streaming_gives_the_tokens_of_the_whole_text(tmp_path, monkeypatch, kin
 
 def test_no_place_to_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "BLOCK", 100)
-    monkeypatch.setattr(prepare_data, "PIECE", 20)
-    monkeypatch.setattr(prepare_data, "LONGEST", 300)
+    monkeypatch.setattr("tokens.PIECE", 20)
+    monkeypatch.setattr("tokens.LONGEST", 300)
     text = "日本" * 2000 + " " * 3000
-    assert max(map(len, prepare_data.cut_between_words(texts.read([text.encode()])))) <= 300
+    assert max(map(len, cut_between_words(texts.read([text.encode()])))) <= 300
     _, train, val, t = prepared(tmp_path, text, tokenizer="bpe", vocab_size=300)
     assert t.decode(train) + t.decode(val) == text
 
@@ -4171,7 +4350,7 @@ def test_neox_tokens_equal_those_of_transformers(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     (tmp_path / "t.json").write_text(neox_like(), encoding="utf-8")
     reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "t.json"))
-    tokenizer = prepare_data.BPETokenizer((tmp_path / "t.json").read_text(encoding="utf-8"))
+    tokenizer = BPETokenizer((tmp_path / "t.json").read_text(encoding="utf-8"))
     rng, code = random.Random(0), (ROOT / "sample.py").read_text(encoding="utf-8")
     several = [AWKWARD * 3, "word " * 9000 + "\n", code.replace("\n", "\r\n"),
              *("".join(rng.choices(AWKWARD_BITS, k=400)) for _ in range(20)),
@@ -4183,7 +4362,7 @@ def test_neox_tokens_equal_those_of_transformers(tmp_path, monkeypatch):
         assert tokenizer.decode(tokenizer.encode(with_nul)) == unicodedata.normalize("NFC", with_nul)
         for block, piece in ((1 << 20, 1 << 15), (37, 11), (1000, 200)):
             monkeypatch.setattr(texts, "BLOCK", block)
-            monkeypatch.setattr(prepare_data, "PIECE", piece)
+            monkeypatch.setattr("tokens.PIECE", piece)
             streamed = tokenizer.encode_stream(texts.read([text.encode()]), True)
             expected = tokenizer.encode(text.removeprefix("\ufeff").replace("\r\n", "\n"), True)
             assert [i for ids in streamed for i in ids.tolist()] == expected, (block, text[:40])
@@ -4191,7 +4370,7 @@ def test_neox_tokens_equal_those_of_transformers(tmp_path, monkeypatch):
 
 def test_bpe_of_a_large_text_is_trained_on_a_sample(tmp_path, monkeypatch, capsys):
     pytest.importorskip("tokenizers")
-    monkeypatch.setattr(prepare_data, "PIECE", 100)
+    monkeypatch.setattr("tokens.PIECE", 100)
     (tmp_path / "folder").mkdir()
     story = "".join(f"once word{i // 10} upon\n<|endoftext|>\n" for i in range(3000))
     for name in "ab":
@@ -4199,12 +4378,12 @@ def test_bpe_of_a_large_text_is_trained_on_a_sample(tmp_path, monkeypatch, capsy
     cfg = prepare_data.Config(str(tmp_path / "folder"), "bpe", 400, str(tmp_path / "data"), allow_special=True)
     prepare_data.prepare(cfg)
     assert "one in" not in capsys.readouterr().out
-    read, train_bpe = [], prepare_data.BPETokenizer.train
+    read, train_bpe = [], BPETokenizer.train
 
     def train(texts, *more, **settings):
         return train_bpe((read.append(text) or text for text in texts), *more, **settings)
-    monkeypatch.setattr(prepare_data.BPETokenizer, "train", train)
-    monkeypatch.setattr(prepare_data, "TRAIN_BPE_ON", 20_000)
+    monkeypatch.setattr(BPETokenizer, "train", train)
+    monkeypatch.setattr("tokens.TRAIN_BPE_ON", 20_000)
     meta, train, val, tokenizer = opened(prepare_data.prepare(cfg))
     every = int(re.search(r"bpe: trained on one in (\d+) stretches", capsys.readouterr().out)[1])
     assert every == math.ceil(2 * len(story) * 0.9 / 20_000) and 15_000 < sum(map(len, read)) < 22_000
@@ -4218,7 +4397,7 @@ def test_bpe_of_a_large_text_is_trained_on_a_sample(tmp_path, monkeypatch, capsy
     assert tokenizer.decode(train) + tokenizer.decode(val) == story + "<|endoftext|>" + story and train.count(0) > 5000
     # the tokenizer travels whole in meta.json, and in the checkpoint, which takes it from there
     torch.save({"meta": meta}, tmp_path / "ckpt.pt")
-    again = prepare_data.load_tokenizer(load(tmp_path / "ckpt.pt")["meta"]["tokenizer"])
+    again = load_tokenizer(load(tmp_path / "ckpt.pt")["meta"]["tokenizer"])
     assert again.encode(story, True) == tokenizer.encode(story, True) and again.decode(again.encode(story)) == story
 
 
@@ -4231,25 +4410,25 @@ def test_ordinary_text_trains_the_same_bpe_as_without_precautions():
     plain.pre_tokenizer = level(add_prefix_space=False)
     plain.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
         vocab_size=1000, special_tokens=["<|endoftext|>"], show_progress=False, initial_alphabet=level.alphabet()))
-    pieces, n = prepare_data.pieces_to_learn_from([text], 1)
+    pieces, n = pieces_to_learn_from([text], 1)
     assert n == 1 and len(pieces) > 5 and "".join(pieces) == text
-    model = json.loads(prepare_data.BPETokenizer.train(pieces, 1000).to_dict()["json"])["model"]
+    model = json.loads(BPETokenizer.train(pieces, 1000).to_dict()["json"])["model"]
     assert model == json.loads(plain.to_str())["model"] and len(model["merges"]) > 700
 
 
 def test_bpe_learns_from_few_enough_different_words(monkeypatch):
     """Which bounds its memory: training keeps each of them, in a hundred times its size."""
-    monkeypatch.setattr(prepare_data, "DIFFERENT", 3000)
-    monkeypatch.setattr(prepare_data, "PIECE", 200)
-    monkeypatch.setattr(prepare_data, "LONGEST", 400)
+    monkeypatch.setattr("tokens.DIFFERENT", 3000)
+    monkeypatch.setattr("tokens.PIECE", 200)
+    monkeypatch.setattr("tokens.LONGEST", 400)
     rng = random.Random(0)
     chinese = "".join(map(chr, range(0x4e00, 0x4e00 + 500)))
     for text, thinned in (("the same words again and again " * 20_000, False),
                           ("".join(rng.choices("abcdefgh", k=600_000)), True),
                           ("".join(rng.choices(chinese, k=100_000)), True),
                           (" ".join(str(rng.random()) for _ in range(30_000)), True)):
-        pieces, n = prepare_data.pieces_to_learn_from([text], 3)
-        assert pieces == list(prepare_data.cut_between_words([text]))[::n] and (n > 3) == thinned
+        pieces, n = pieces_to_learn_from([text], 3)
+        assert pieces == list(cut_between_words([text]))[::n] and (n > 3) == thinned
         words = set(re.findall(r"[^\W\d]+|\d+|\.", " ".join(pieces)))
         size = sum(len(word.encode()) for word in words)
         assert size <= 3000 and (not thinned or size > 1000), n
@@ -4277,7 +4456,7 @@ def test_bpe_cuts_what_has_no_spaces(monkeypatch):
         from_str = real.from_str
     monkeypatch.setattr(tokenizers, "Tokenizer", Spy)
     text = "日本" * 5000 + "<|endoftext|>" + "word " * 100 + "x" * 1001
-    prepare_data.BPETokenizer.train([text], 300)
+    BPETokenizer.train([text], 300)
     assert "".join(given) == text.replace("<|endoftext|>", "")
     assert max(len(word) for stretch in given for word in stretch.split()) <= 100
 
@@ -4380,7 +4559,7 @@ def test_a_folder_prepared_by_an_earlier_version_stays_valid(tmp_path, monkeypat
     sha256 = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     text = "first text " * 9 + "third"
     chars = "".join(sorted(set(text)))
-    ids = np.array(prepare_data.CharTokenizer(chars).encode(text), np.uint16)
+    ids = np.array(CharTokenizer(chars).encode(text), np.uint16)
     (tmp_path / "data" / "notes").mkdir(parents=True)
     ids[:90].tofile("data/notes/train.bin")
     ids[90:].tofile("data/notes/val.bin")
@@ -4427,6 +4606,9 @@ def test_lines_of_json(tmp_path, monkeypatch, capsys):
         assert "warning" not in capsys.readouterr().out
     with pytest.raises(common.Problem, match="in its first line, but not in line 12"):
         prepared(tmp_path, lines + '{"txt": "x"}')
+    # how the lines end is not of the texts
+    prepared(tmp_path, '{"text": "one text"}\r\n' * 9)
+    assert "became a newline" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, is_markup", [
@@ -4474,7 +4656,7 @@ def test_a_tokenizer_that_cannot_spell_the_text(tmp_path, call, kind, share):
 
 def test_special_tokens_that_stand_in_a_text_are_text(tmp_path):
     text = "one story<|endoftext|>another<|padding|>"
-    for t in (one_token_a_byte(), prepare_data.BPETokenizer(neox_like())):
+    for t in (one_token_a_byte(), BPETokenizer(neox_like())):
         saved = t.to_dict()
         assert t.end_of_text not in t.encode(text) and t.decode(t.encode(text)) == text
         assert t.encode(text, allow_special=True).count(t.end_of_text) == 1
@@ -4489,7 +4671,7 @@ def test_special_tokens_that_stand_in_a_text_are_text(tmp_path):
     ("é right and ".encode() + b"caf\xe9", ["not UTF-8 in 1 line, the first is line 1 ", "garble"]),
     (b"caf\xe9 au lait\n" * 9, ["iconv -f latin1 -t utf-8 'my text.txt' >"]),
     ("a café “quoted”\n".encode("cp1252") * 9, ["iconv -f cp1252 -t utf-8 'my text.txt' >"]),
-    ("ordinary text".encode("utf-16"), ["iconv -f utf-16 -t utf-8 'my text.txt' >"]),
+    ("ordinary text".encode("utf-16"), ["iconv -f utf-16", " -t utf-8 'my text.txt' >"]),
     ("中文字句子".encode("utf-16") * 9, ["iconv -f utf-16 -t utf-8 'my text.txt' >"]),
     ("中文字句子很长的一句\n".encode("gbk") * 9, ["iconv -f ITS_ENCODING -t utf-8 'my text.txt' >"])])
 def test_advice_on_other_encodings_does_not_make_it_worse(tmp_path, call, monkeypatch, content, words):
@@ -4501,6 +4683,19 @@ def test_advice_on_other_encodings_does_not_make_it_worse(tmp_path, call, monkey
     (tmp_path / "x.txt.gz").write_bytes(gzip.compress(content))
     line = one_line_error(call("prepare_data.py", "--dataset=x.txt.gz", cwd=tmp_path))
     assert "garble" in line or "gunzip -c x.txt.gz | iconv" in line
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_the_encoding_of_a_text_with_nul_bytes(tmp_path, encoding):
+    """With a byte order mark or without: what the command reads in it is the text."""
+    text = "Ein Wort, ein \u0100\u0101 und \u4e00\u4e01.\n" * 9
+    for name, content in (("x.txt", text.encode(encoding)), ("x.gz", gzip.compress(text.encode(encoding)))):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(common.Problem, match="has a NUL byte at offset .*, or UTF-16 text") as problem:
+            list(texts.read([path]))
+        advised = re.search(r"iconv -f (\S+) -t utf-8", str(problem.value))[1]
+        assert text.encode(encoding).decode(advised).removeprefix("\ufeff") == text
 
 
 def test_a_damaged_gz(tmp_path, call):
@@ -4578,6 +4773,10 @@ def test_damaged_tokens(tmp_path, monkeypatch):
         with pytest.raises(common.Problem, match=re.escape(words)) as problem:
             prepare_data.open_data("x", "my data")
         assert str(problem.value).startswith(("my data/x/val.bin", "cannot read my data/x/val.bin")) and str(problem.value).endswith(advice)
+    # where it has been moved or copied to, not where it was made
+    shutil.copytree("my data", "copy")
+    with pytest.raises(common.Problem, match=re.escape(advice.replace("'my data'", "copy"))):
+        prepare_data.open_data("x", "copy")
     path.write_bytes(whole)
     checked, check = [], prepare_data.Tokens.check
     monkeypatch.setattr(prepare_data.Tokens, "check", lambda tokens, *more: checked.append(tokens.path.name) or check(tokens, *more))
@@ -4690,7 +4889,7 @@ def test_prepared_with_a_given_tokenizer(tmp_path, monkeypatch, capsys):
     (["--dataset=good.txt", "--tokenizer=words.json"], ["the tokenizer.json has no tokens for the text", "UNK"]),
     (["--dataset=good.txt", "--tokenizer=ab.json"], ["--tokenizer=ab.json cannot spell good.txt: 107 of its 108 characters (99.07%)"]),
     (["--tokenizer=bpe", "--vocab_size=256"], ["--vocab_size=256 must be at least 257"]),
-    (["--tokenizer=bpe", "--vocab_size=2000000000"], ["--vocab_size=2000000000 must be", "at most 16777216"]),
+    (["--tokenizer=bpe", "--vocab_size=2000000000"], ["--vocab_size=2000000000 must be", "at most 16,777,216"]),
     (["--dataset=good.txt", "--vocab_size=300"], ["--vocab_size goes with --tokenizer=bpe"]),
     (["--dataset=good.txt", "--name=../x"], ["--name takes the name of a folder"]),
     (["--dataset=good.txt", "--name=.."], ["--name"]),
@@ -4770,11 +4969,11 @@ def test_ctrl_c_while_a_text_is_prepared(tmp_path):
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch, tokenizer, kind):
     """What Python and numpy ask for, which tracemalloc counts to the byte: of four times the text no more than of one."""
     monkeypatch.chdir(tmp_path)
-    for module, name, value in ((texts, "BLOCK", 1 << 14), (prepare_data, "PIECE", 1 << 10), (prepare_data, "TRAIN_BPE_ON", 1 << 16)):
-        monkeypatch.setattr(module, name, value)
+    for name, value in (("texts.BLOCK", 1 << 14), ("tokens.PIECE", 1 << 10), ("tokens.TRAIN_BPE_ON", 1 << 16)):
+        monkeypatch.setattr(name, value)
     words = " ".join(random.Random(0).choices([f"wörd{i}" for i in range(500)], k=2000)) + "\n"
     if tokenizer != "char":
-        (tmp_path / "tokenizer.json").write_text(prepare_data.BPETokenizer.train([words], 600).to_dict()["json"])
+        (tmp_path / "tokenizer.json").write_text(BPETokenizer.train([words], 600).to_dict()["json"])
     peaks, sizes = [], []
     for name, lines in (("warm", 1), ("short", 10), ("long", 40)):
         text = words if kind != "jsonl" else json.dumps({"text": words}) + "\n"
@@ -4920,7 +5119,7 @@ def test_gpt_neox(tmp_path, hub, call, monkeypatch):
     hub.offer({"tokenizer.json": b"{}"}, "EleutherAI/gpt-neox-20b")
     one_line_error(call("prepare_data.py", *flags, "--cache_dir=bad", cwd=tmp_path), "tokenizer.json is not a tokenizer.json")
     assert not (tmp_path / "data").exists()
-    data = prepare_data.BPETokenizer.train([AWKWARD], 300).to_dict()["json"].encode()
+    data = BPETokenizer.train([AWKWARD], 300).to_dict()["json"].encode()
     hub.offer({"tokenizer.json": data}, "EleutherAI/gpt-neox-20b")
     succeeded(call("prepare_data.py", *flags, "--cache_dir=here", cwd=tmp_path))
     assert opened(tmp_path / "data" / "t-gpt-neox")[0]["vocab_size"] == 300
@@ -4980,36 +5179,36 @@ def test_what_a_checkpoint_is_checked_for(finished, monkeypatch, capsys, what, w
     torch.save(spoiled(load(newest), what), newest)
     began = time.perf_counter()
     with pytest.raises(common.Problem) as problem:
-        common.load_checkpoint(newest, Config=train.Config)
+        runs.load_checkpoint(newest, Config=train.Config)
     assert f"{newest} is damaged or not a checkpoint (" in str(problem.value) and words in str(problem.value)
     assert len(str(problem.value)) < 400 and time.perf_counter() - began < 60     # on however busy a machine
-    assert common.load_checkpoint(newest, previous, Config=train.Config)["step"] == 120
+    assert runs.load_checkpoint(newest, previous, Config=train.Config)["step"] == 120
     assert capsys.readouterr().err.count("\n") == 1
     if what[0].split(".")[0] in ("step", "meta", "model", "model_config") and "sha256" not in what[0]:
-        assert common.load_checkpoint(newest, previous)["step"] == 120
+        assert runs.load_checkpoint(newest, previous)["step"] == 120
 
 
 def test_a_checkpoint_that_unpacks_to_more_than_it_is(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10 ** 7))
     with pytest.raises(common.Problem, match="it holds more than its size"):
-        common.load_checkpoint(tmp_path / "bomb.pt")
+        runs.load_checkpoint(tmp_path / "bomb.pt")
 
 
 def test_a_folder_is_held_by_one_run(tmp_path):
     """It is gone afterwards if nothing was put into it, and what killed runs left is removed."""
     for _ in range(2):
-        with common.RunFolder(tmp_path / "out" / "a"):
+        with runs.RunFolder(tmp_path / "out" / "a"):
             assert os.listdir(tmp_path / "out" / "a") == ["lock"]
         assert not os.listdir(tmp_path)
-    with common.RunFolder(tmp_path / "b") as folder:
+    with runs.RunFolder(tmp_path / "b") as folder:
         (folder.path / "best.tmp").mkdir()
         for name in ("ckpt.tmp", "log.csv.tmp", "mine.tmp"):
             (folder.path / name).write_text("half")
-    with common.RunFolder(tmp_path / "b"):
+    with runs.RunFolder(tmp_path / "b"):
         assert {*os.listdir(tmp_path / "b")} == {"lock", "mine.tmp"}
     (tmp_path / "file").write_text("")
-    with pytest.raises(common.Problem, match="cannot write into .*file"), common.RunFolder(tmp_path / "file" / "x"):
+    with pytest.raises(common.Problem, match="cannot write into .*file"), runs.RunFolder(tmp_path / "file" / "x"):
         pass
 
 
@@ -5175,8 +5374,20 @@ def test_training_in_a_thread(work, monkeypatch):
     thread.start()
     thread.join(PATIENCE)
     assert statuses == [0] and load(work / "run" / "ckpt.pt")["step"] == 3 and torch.get_num_threads() == threads
-    with common.RunFolder(Path("run")):     # it was given back
+    with runs.RunFolder(Path("run")):     # it was given back
         pass
+
+
+def test_a_signal_that_comes_while_processes_agree(monkeypatch, capsys):
+    """It is not lost: they agree on it the next time."""
+    stop, come = runs.Stop(2), [signal.SIGTERM]
+
+    def all_reduce(tensor, op):     # that of the other process is 0
+        if come:
+            stop.receive(come.pop(), None)
+    monkeypatch.setattr(runs.dist, "all_reduce", all_reduce)
+    assert [stop.agreed("cpu"), stop.agreed("cpu"), stop.signal] == [False, True, signal.SIGTERM]
+    assert capsys.readouterr().out == "stopping after this step\n"
 
 
 @ON_POSIX
@@ -5184,7 +5395,7 @@ def test_a_terminal_that_is_closed(work):
     """SIGHUP comes, and every write fails: it is saved all the same, without a word."""
     import pty
     ours, theirs = pty.openpty()
-    process = start(ROOT / "train.py", *TINY, "--max_iters=100000", cwd=work, stdout=theirs, stderr=theirs)
+    process = start(ROOT / "train.py", *TINY, "--max_iters=100000", "--compile=False", cwd=work, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b""
     while b"step 40: val" not in shown:
@@ -5218,6 +5429,46 @@ def test_going_on_with_other_flags(finished, call):
     assert saved["step"] == 3 and saved["model_config"]["d_model"] == 8 and steps_done(finished) == 3
 
 
+@pytest.mark.parametrize("layer", ["mamba2", "mamba3"])
+def test_runs_of_other_layers(work, call, monkeypatch, layer):
+    """Interrupted and resumed to the bit, with a state that is carried on; loaded, shown, quantized and exported; as weights to begin with."""
+    flags = [*TINY, f"--layer={layer}", "--max_iters=12", "--eval_interval=6", "--carry_state"]
+    succeeded(call("train.py", *flags, "--out_dir=whole", cwd=work))
+    with monkeypatch.context() as patch:
+        interrupt(patch, 8)
+        assert call("train.py", *flags, cwd=work).returncode == 130
+    succeeded(call("train.py", *flags, cwd=work))
+    saved, whole = load(work / "run" / "ckpt.pt"), load(work / "whole" / "ckpt.pt")
+    assert saved["step"] == 12 and saved["model_config"] == whole["model_config"] and saved["model_config"]["layer"] == layer
+    assert all(torch.equal(*pair) for pair in zip(tree_leaves((saved["model"], saved["carried"])), tree_leaves((whole["model"], whole["carried"]))))
+    assert saved["config"]["headdim"] == 32 and saved["config"]["d_state"] == 64
+    before = tree(work)
+    one_line_error(call("train.py", *TINY, "--layer=mamba", cwd=work), f"holds a run with --layer={layer}, not --layer=mamba")
+    one_line_error(call("train.py", *TINY, "--headdim=8", cwd=work), "holds a run with --headdim=32, not --headdim=8")
+    assert tree(work) == before
+
+    model, device = Mamba.from_pretrained(work / "run"), "--device=cpu"
+    assert model.config.layer == layer and torch.equal(model.lm_head.weight, load(work / "run" / "best.pt")["model"]["lm_head.weight"])
+    asked = ["--start=abc ", "--temperature=0", "--max_new_tokens=20", device]
+    expected = succeeded(call("sample.py", "--out_dir=run", *asked, cwd=work)).stdout
+    for more in (["--quantize=int8"], ["--show=loss"], ["--show=delta"]):
+        succeeded(call("sample.py", "--out_dir=run", *asked, *more, cwd=work))
+    chat = b"abc\n/save kept.pt\ndef\n/load kept.pt\ndef\n"
+    said = succeeded(call("sample.py", "--out_dir=run", "--interactive", *asked[1:], cwd=work, stdin=chat)).stdout.split("> ")
+    assert len(said) == 7 and said[3] == said[5] != ""
+    for layout in ("mamba_ssm", "transformers"):
+        result = call("sample.py", "--out_dir=run", f"--export={layout}", f"--format={layout}", device, cwd=work)
+        if (layout, layer) == ("transformers", "mamba3"):
+            one_line_error(result, "transformers has no Mamba-3")
+            assert not (work / layout).exists() or not os.listdir(work / layout)
+        else:
+            assert succeeded(result) and succeeded(call("sample.py", f"--pretrained={layout}", *asked, cwd=work)).stdout == expected
+    small_steps = [device, "--dataset=words.txt", "--max_iters=2", "--batch_size=2", "--block_size=16", "--eval_iters=1", "--sample_tokens=0"]
+    tuned = succeeded(call("train.py", "--init_from=run", "--out_dir=tuned", *small_steps, cwd=work))
+    assert "2 steps, into tuned" in tuned.stdout and load(work / "tuned" / "ckpt.pt")["config"]["layer"] == layer
+    one_line_error(call("train.py", "--init_from=run", "--out_dir=other", "--layer=mamba", *small_steps, cwd=work), "--layer cannot be chosen")
+
+
 def interrupt(monkeypatch, step, number=signal.SIGINT):
     """From now on the signal comes in the so-manieth step of training."""
     clip, calls = torch.nn.utils.clip_grad_norm_, []
@@ -5237,6 +5488,8 @@ def test_fewer_steps_than_are_done(finished, call, monkeypatch):
     assert result.returncode == 130 and "stopped after step 155 of 190" in result.stdout
     before = of_run(finished)
     one_line_error(call("train.py", *TINY, "--max_iters=152", cwd=finished), "has done 155 steps already, more than --max_iters=152")
+    assert "step 155: val loss" in succeeded(call("train.py", *TINY, "--max_iters=152", "--eval_only", cwd=finished)).stdout
+    one_line_error(call("train.py", *TINY, "--lr_decay_iters=-5", cwd=finished), "--lr_decay_iters takes a whole number from 1 on")
     assert of_run(finished) == before
     weights = load(finished / "run" / "ckpt.pt")["model"]
     assert "max_iters: 190 -> None" in succeeded(call("train.py", *TINY, "--max_iters=none", "--eval_only", cwd=finished)).stdout
@@ -5430,16 +5683,16 @@ def test_two_runs_in_one_folder(finished, call, monkeypatch, capsys):
 
 def test_a_run_that_comes_late(work, call, monkeypatch):
     """Between its first look and its lock another run has trained in there."""
-    hold_it = common.RunFolder.hold
+    hold_it = runs.RunFolder.hold
 
     def late(folder, path):
-        monkeypatch.setattr(common.RunFolder, "hold", hold_it)
+        monkeypatch.setattr(runs.RunFolder, "hold", hold_it)
         with contextlib.redirect_stdout(io.StringIO()):
             assert train.main(*common.parse_flags(train.Config, [*TINY, "--max_iters=2"])) == 0
         hold_it(folder, path)
     for more in ((), ("--init_from=scratch",)):
         shutil.rmtree(work / "run", ignore_errors=True)
-        monkeypatch.setattr(common.RunFolder, "hold", late)
+        monkeypatch.setattr(runs.RunFolder, "hold", late)
         one_line_error(call("train.py", *TINY, *more, cwd=work), "another run has just saved in run")
         assert load(work / "run" / "ckpt.pt")["step"] == 2
 
@@ -5486,13 +5739,14 @@ ROWS = ["0,0,,4.0,0.001,0", "1,256,3.5,,4e-05,900", "2,512,3.1,,0.001,900", "2,5
     (b"2,512,nan,,0.1,1\r\n", 1, 4), (b"2,512,3.1,,0.1,1\r\n", 0, 5), (b"\n\n", 0, 4)])
 def test_a_damaged_log(tmp_path, capsys, damage, left_out, kept):
     """Rows that are none are left out, and that is said; the file itself waits for the first new row."""
-    header, path = ",".join(train.COLUMNS), tmp_path / "log.csv"
+    header, path = ",".join(runs.COLUMNS), tmp_path / "log.csv"
     path.write_bytes("\n".join([header, *ROWS, ""]).encode() + damage)
-    before, run = path.read_bytes(), train.Run(step=2, evaluated=2)
-    with common.RunFolder(tmp_path) as folder:
-        log = train.Log(folder, run)
+    before, run = path.read_bytes(), runs.Run(step=2, evaluated=2)
+    with runs.RunFolder(tmp_path) as folder:
+        log = runs.Log(folder, run, 256)
         assert path.read_bytes() == before
-        log.add(3, 768, None, 2.25, 1e-3, 7)
+        log.speed, run.step = 7, 3
+        log.add(run, 1e-3, 2.25)
     assert path.read_text().splitlines()[:5] == [header, *ROWS[:4]]
     assert len(path.read_text().splitlines()) == 1 + kept + 1 and path.read_text().endswith("\n3,768,,2.25,0.001,7\n")
     assert (f"{left_out} damaged row" in capsys.readouterr().out) == (left_out > 0)
@@ -5520,21 +5774,23 @@ def test_what_others_left_in_the_environment(work, call, monkeypatch, env):
     assert os.listdir(work) == ["words.txt"]
     for name in env:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "3")
+    assert "wrote" in succeeded(call("prepare_data.py", "--dataset=words.txt", cwd=work)).stdout
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "0")
     assert "done" in succeeded(call("train.py", *TINY, "--max_iters=1", cwd=work)).stdout
 
 
-@pytest.mark.parametrize("cores, said", [(64, "threads: 3, not 1, as before"), (2, "threads: 3 before: from here on")])
+@pytest.mark.parametrize("cores, said", [(64, "threads: 3, not 1, as before"), (2, "threads: 1, not 3, the cores are free")])
 def test_threads_are_those_of_before(finished, call, monkeypatch, cores, said):
     path, used = finished / "run" / "ckpt.pt", []
     torch.save({**load(path), "threads": 3}, path)
-    monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(common.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1] if used else 1)
     monkeypatch.setattr(torch, "set_num_threads", used.append)
     flags = [flag for flag in TINY if "threads" not in flag]
     output = succeeded(call("train.py", *flags, "--max_iters=151", cwd=finished)).stdout
-    assert said in output and load(path)["threads"] == (3 if cores == 64 else 1)
+    assert said in output and "The last bits of all sums" in output
     assert used[0] == (3 if cores == 64 else 1) and used[-1] == 1       # and in the end as it was
 
 
@@ -5554,9 +5810,23 @@ def test_fewer_threads_where_other_programs_use_the_cores(work, call, monkeypatc
     monkeypatch.setattr(torch, "set_num_threads", used.append)
     flags = [*(flag for flag in TINY if "threads" not in flag), "--max_iters=1"]
     output = succeeded(call("train.py", *flags, cwd=work)).stdout
-    assert used == [expected, 4] and ("threads: " in output) == (expected != 4)
+    assert {*used[:-1]} == {expected} and used[-1] == 4 and ("threads: " in output) == (expected != 4)
+    used.clear()
     succeeded(call("train.py", *flags, "--threads=3", "--init_from=scratch", cwd=work))
-    assert used[2:] == [3, 4]
+    assert {*used[:-1]} == {3} and used[-1] == 4
+
+
+def test_other_programs_come_and_go_while_it_trains(work, call, monkeypatch):
+    """The number of threads is chosen anew at each evaluation, said where it changes, and saved."""
+    fastest, now = iter([4, 4, 1, 1, 4, 4]), [4]
+    monkeypatch.setattr(common, "pick_threads", lambda most: next(fastest))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[-1])
+    monkeypatch.setattr(torch, "set_num_threads", now.append)
+    flags = [flag for flag in TINY if "threads" not in flag and "max_iters" not in flag and "eval_interval" not in flag]
+    output = succeeded(call("train.py", *flags, "--eval_interval=2", "--max_iters=6", cwd=work)).stdout
+    said = [line for line in output.splitlines() if line.startswith("threads: ")]
+    assert ["threads: 1, not 4, other programs" in said[0], "threads: 4, not 1, the cores are free" in said[1], len(said)] == [True, True, 2]
+    assert load(work / "run" / "ckpt.pt")["threads"] == 4 and load(work / "run" / "ckpt.prev.pt")["threads"] == 1
 
 
 def test_additions_are_counted_on_so_many_threads():
@@ -5566,7 +5836,7 @@ def test_additions_are_counted_on_so_many_threads():
 
 def test_what_is_told_on_the_way(work, call, monkeypatch):
     """Where no terminal shows a bar a line every few seconds; that it compiles; samples, another one each time."""
-    monkeypatch.setattr(train, "TELL", 0)
+    monkeypatch.setattr(runs, "TELL", 0)
     monkeypatch.setattr(torch, "compile", lambda model: model)
     flags = [*TINY, "--max_iters=4", "--log_interval=2", "--eval_interval=2", "--sample_tokens=40", "--compile"]
     output = succeeded(call("train.py", *flags, cwd=work)).stdout
@@ -5578,6 +5848,17 @@ def test_what_is_told_on_the_way(work, call, monkeypatch):
     again = succeeded(call("train.py", *flags, "--out_dir=again", cwd=work)).stdout
     assert re.findall(r"(?s)---\n(.*?)\n---\n", again) == samples
     assert "---" not in succeeded(call("train.py", *flags, "--out_dir=none", "--sample_tokens=0", cwd=work)).stdout
+
+
+def test_a_seed_of_several_numbers(corpus):
+    """Each of them counts, and the samples of a run are of its --seed."""
+    draws = [torch.rand((), generator=torch.Generator().manual_seed(common.seed_of(*numbers))).item()
+             for numbers in itertools.product(range(3), range(3), (0, 2 ** 32))]
+    assert len({*draws}) == 18
+    best = load(corpus / "finished" / "run" / "best.pt")
+    told = [train.a_sample(runs.load_model(best), load_tokenizer(best["meta"]["tokenizer"]), [0],
+                           train.Config(seed=seed, sample_tokens=40), "float32", step=0) for seed in (1, 2, 1)]
+    assert told[0] == told[2] != told[1]
 
 
 def test_the_scan_and_the_compiler_are_for_the_shape_of_the_weights(work, call, monkeypatch):
@@ -5619,6 +5900,12 @@ BAD_TEXTS = {"empty.txt": b"", "binary.txt": bytes(range(256)) * 20, "latin.txt"
     (["--device=meta"], ["not 'meta'"]),
     (["--dtype=float8"], ["--dtype takes float32, bfloat16"]),
     (["--scan=fast"], ["--scan=fast: method must be one of auto,"]),
+    (["--layer=mamba4"], ["--layer takes mamba, mamba2 or mamba3, not 'mamba4'"]),
+    (["--headdim=8"], ["--headdim goes with --layer=mamba2 or mamba3"]),
+    (["--layer=mamba2", "--d_model=16", "--headdim=7"], ["--layer=mamba2: headdim must be a divisor of 32, not 7"]),
+    (["--layer=mamba3", "--d_conv=3"], ["d_conv means nothing for the layer 'mamba3'"]),
+    (["--layer=mamba3", "--d_state=5"], ["d_state must be even, not 5"]),
+    (["--layer=mamba2", "--scan=triton"], ["--scan=triton: only for layers of Mamba-1"]),
     (["--init_from=nothing"], ["--init_from takes"]),
     (["--init_from=/no/such/folder"], ["--init_from takes"]),
     (["--eval_only"], ["--eval_only needs a checkpoint"]),
@@ -5708,14 +5995,14 @@ def test_training_begins_with_weights_and_goes_on_from_its_checkpoint(work, call
     shutil.rmtree(work / "weights")
     again = succeeded(call("train.py", *flags, "--init_from=./weights/", "--max_iters=8", cwd=work)).stdout
     assert "going on from step 4 of 8" in again and "weights of" not in again
-    text = common.load_model(load(work / "run" / "best.pt")).generate([[0]], 50)[0]
+    text = runs.load_model(load(work / "run" / "best.pt")).generate([[0]], 50)[0]
     assert text.max() < 10
 
 
 def of_letters(model, chars):
     """The files of released weights with a tokenizer of these characters."""
     import mamba_export
-    files = mamba_export.tokenizer_files(prepare_data.CharTokenizer(chars).to_dict(), model.config.vocab_size)
+    files = mamba_export.tokenizer_files(CharTokenizer(chars).to_dict(), model.config.vocab_size)
     return {**released(model), **{name: text.encode() for name, text in files.items()}}
 
 
@@ -5744,7 +6031,7 @@ def test_fine_tuning_a_run(finished, call):
         assert kept["meta"]["tokenizer"] == best["meta"]["tokenizer"]
         seen.add(val_loss(finished, out))
         assert "going on from step 2 of 3" in succeeded(call("train.py", *flags, "--max_iters=3", cwd=finished)).stdout
-    model = common.load_model(best, dropout=0.1)
+    model = runs.load_model(best, dropout=0.1)
     val = prepare_data.load_data(*(finished / "data").glob("new*")).val
     expected = train.evaluate(model, val, SimpleNamespace(block_size=64, batch_size=4, eval_iters=3), "float32", None, stop=False)
     assert len(seen) == 1 and float(seen.pop()) == pytest.approx(expected, rel=1e-5)
@@ -5778,20 +6065,20 @@ def test_weights_of_other_tokens(finished, call):
 
 def test_the_tokens_of_weights_and_data_are_compared(monkeypatch):
     """By their ids, whatever kinds of tokenizer they come from: what the data has must be the same in the weights."""
-    abc, more = prepare_data.CharTokenizer("abc"), prepare_data.CharTokenizer("abcd")
-    words = prepare_data.BPETokenizer(json.dumps(mamba.files.of_characters("abc")))
-    bpe = prepare_data.BPETokenizer.train(["abc"], 257)
+    abc, more = CharTokenizer("abc"), CharTokenizer("abcd")
+    words = BPETokenizer(json.dumps(mamba.files.of_characters("abc")))
+    bpe = BPETokenizer.train(["abc"], 257)
     for theirs, ours, fits in ((abc, abc, True), (more, abc, True), (words, abc, True), (abc, words, True), (bpe, bpe, True),
-                               (abc, more, False), (abc, prepare_data.CharTokenizer("acb"), False), (abc, bpe, False),
-                               (bpe, abc, False), (bpe, prepare_data.BPETokenizer.train(["aabaab"], 258), False)):
+                               (abc, more, False), (abc, CharTokenizer("acb"), False), (abc, bpe, False),
+                               (bpe, abc, False), (bpe, BPETokenizer.train(["aabaab"], 258), False)):
         model = small(vocab_size=300)
         data = SimpleNamespace(folder="data/x", tokenizer=ours, meta={"tokenizer": ours.to_dict()})
         if fits:
-            train.fit_vocabulary(model, theirs, data, SimpleNamespace(init_from="w"))
+            runs.fit_vocabulary(model, theirs, data, SimpleNamespace(init_from="w"))
             assert model(tokens(1, 3, vocab=3))[0].shape == (1, 3, ours.vocab_size)
         else:
             with pytest.raises(common.Problem, match="data/x has other tokens than w .* for one.*--new_vocabulary"):
-                train.fit_vocabulary(model, theirs, data, SimpleNamespace(init_from="w"))
+                runs.fit_vocabulary(model, theirs, data, SimpleNamespace(init_from="w"))
 
 
 def test_training_begins_with_weights_by_name(work, call, hub):
@@ -5828,6 +6115,7 @@ def test_bad_weights_to_train_from(tmp_path, call, hub, flags, words):
 # what a sequence begins with, and what is kept of it: --reset_at_eot, --carry_state, --checkpointing; --eval_only
 
 @pytest.mark.parametrize("length", [30, 10, 7])
+@OF_EACH_LAYER
 def test_the_state_is_reset_at_the_end_of_a_text(length):
     """The losses are those of the texts one by one; in parts with a state too, of which one ends where its text does."""
     model, idx, eot = lively(), tokens(3, 31, vocab=69), 69
@@ -5860,7 +6148,7 @@ def test_reset_at_eot(work, call):
     one_line_error(call("train.py", *flags, "--reset_at_eot", cwd=work), "--reset_at_eot needs a token that ends a text")
     assert not (work / "run").exists()
     old = {"optimizer": {}, "config": {"max_iters": 3}}
-    assert train.go_on_as({}, old, Path("run")).reset_at_eot is False
+    assert runs.go_on_as({}, old, Path("run"), train.Config).reset_at_eot is False
 
 
 @pytest.mark.parametrize("length", [1, 99])
@@ -5889,7 +6177,7 @@ def test_the_state_is_carried_on(work, call):
     """With weights that stay as they are, the loss of each step is that of its piece of a text which is read in one go."""
     flags = [*TINY, *CARRY, "--dropout=0", "--learning_rate=0", "--max_iters=6", "--eval_interval=4"]
     succeeded(call("train.py", *flags, cwd=work))
-    model, text = common.load_model(load(work / "run" / "ckpt.pt")), np.fromfile(work / "data/words/train.bin", np.uint16)
+    model, text = runs.load_model(load(work / "run" / "ckpt.pt")), np.fromfile(work / "data/words/train.bin", np.uint16)
     places = np.arange(4)[:, None] * len(text) // 4 + np.arange(6 * 64 + 1)
     idx = torch.from_numpy(text[places].astype(np.int64))
     with torch.no_grad():
@@ -5949,7 +6237,7 @@ def test_checkpointing_takes_less_memory_for_the_same_bits(work, call):
 
 def test_eval_only_reads_the_whole_validation_text(finished, call):
     lines = succeeded(call("train.py", *TINY, "--eval_only", cwd=finished)).stdout.splitlines()
-    model, meta = common.load_model(load(finished / "run" / "ckpt.pt")).eval(), opened(finished / "data" / "words")[0]
+    model, meta = runs.load_model(load(finished / "run" / "ckpt.pt")).eval(), opened(finished / "data" / "words")[0]
     text = np.fromfile(finished / "data" / "words" / "val.bin", np.uint16)
     ids = torch.from_numpy(text.astype(np.int64))
     with torch.no_grad():
@@ -5967,7 +6255,7 @@ def test_eval_only_reads_the_whole_validation_text(finished, call):
 
 def test_a_loss_in_bits_is_for_a_byte():
     meta = {"val_tokens": 30, "val_bytes": 90}
-    assert train.in_words(3 * math.log(2), meta) == "2.0794 nats per token, 1.000 bits per byte"
+    assert runs.in_words(3 * math.log(2), meta) == "2.0794 nats per token, 1.000 bits per byte"
 
 
 # sooner: the compiler, CUDA graphs, several processes
@@ -6106,7 +6394,7 @@ def test_two_processes_carry_a_state_as_one(work, call):
 def best_of(folder):
     """(model, tokenizer) of the best checkpoint of a run."""
     best = load(folder / "best.pt")
-    return common.load_model(best).eval(), prepare_data.load_tokenizer(best["meta"]["tokenizer"])
+    return runs.load_model(best).eval(), load_tokenizer(best["meta"]["tokenizer"])
 
 
 def test_sample(finished, call):
@@ -6148,10 +6436,16 @@ def test_sample(finished, call):
     (["--seed=-1"], ["--seed takes a whole number from 0 on"]),
     (["--device=cuda"], ["--device=cpu"]),
     (["--stat=x"], ["did you mean --start?"]),
-    (["--show=gamma", "--start=abc"], ["--show takes delta or loss, not 'gamma'"]),
+    (["--show=gamma", "--start=abc"], ["--show takes delta or loss or attention, not 'gamma'"]),
     (["--show=loss"], ["give it as --start"]),
     (["--show=loss", "--start=abc", "--interactive"], ["without --interactive"]),
     (["--show=loss", "--start=abc", "--layer=1"], ["--layer with --show=delta"]),
+    (["--show=loss", "--start=abc", "--channel=1"], ["--channel and --layer with --show=delta or attention"]),
+    (["--show=attention", "--start=abc", "--channel=9999"], ["--channel must be from 0 to", "not 9999"]),
+    (["--show=attention", "--start=abc", "--layer=-1"], ["--layer must be from 0 to 1, not -1"]),
+    (["--show=attention", "--start=FILE:empty.txt"], ["empty"]),
+    (["--show=attention", f"--start={'abc' * 1366}"], ["takes 4,096 tokens", "has 4,098"]),
+    (["--show=attention", f"--start={'abc' * 25}", "--html=x.svg"], ["a picture of it 72", "has 75"]),
     (["--html=x.html", "--start=abc"], ["--html goes with --show"]),
     (["--show=delta", "--start=abc", "--layer=2"], ["--layer must be from 0 to 1, not 2"]),
     (["--show=delta", "--start=FILE:empty.txt"], ["empty"]),
@@ -6197,7 +6491,7 @@ def test_sample_with_int8(finished, call):
 
 def test_sample_from_released_weights(tmp_path, hub, monkeypatch, call):
     """With the tokenizer.json beside them, else with GPT-NeoX's; the text alone goes to stdout."""
-    tokenizers = [prepare_data.BPETokenizer.train([AWKWARD * i], 300) for i in (1, 2)]
+    tokenizers = [BPETokenizer.train([AWKWARD * i], 300) for i in (1, 2)]
     neox, own = ({"tokenizer.json": tokenizer.to_dict()["json"].encode()} for tokenizer in tokenizers)
     model = lively(vocab_size=300)
     hub.offer(released(model))
@@ -6400,7 +6694,7 @@ def test_characters_spelled_in_bytes_by_another_kind_of_tokenizer():
                                                    unk_token="<unk>"))
     t.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(),
                                               tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)])
-    tokenizer, text = prepare_data.BPETokenizer(t.to_str()), "a🙂🙂é日b\u2581é🙂a\u2581b"
+    tokenizer, text = BPETokenizer(t.to_str()), "a🙂🙂é日b\u2581é🙂a\u2581b"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text.replace("\u2581", " ") and len(ids) == 25
     for begin in range(len(ids)):
@@ -6499,9 +6793,9 @@ LETTERS = "\n abcdefghijklmnopqrstuvwxyz<&>\"'é"
 
 def conversation(prompt="", seed=0, **changes):
     torch.manual_seed(seed)
-    tokenizer = prepare_data.CharTokenizer(LETTERS)
+    tokenizer = CharTokenizer(LETTERS)
     # an untrained model with one table for both would repeat what it has just read
-    model = Mamba(MambaConfig(len(LETTERS), 32, 3, tie_embeddings=False, **changes)).eval()
+    model = Mamba(MambaConfig(vocab_size=len(LETTERS), d_model=32, n_layer=3, tie_embeddings=False, **changes)).eval()
     return sample.Conversation(model, tokenizer, tokenizer.encode(prompt))
 
 
@@ -6525,6 +6819,7 @@ def turns(talk, monkeypatch, capsys, *lines, cfg=GREEDY):
     return out.split("> ")[1:], err.splitlines()[1:]
 
 
+@OF_EACH_LAYER
 def test_a_kept_conversation_goes_on_with_the_same_tokens(tmp_path, monkeypatch, capsys):
     file = tmp_path / "our talk.pt"
     settings = dataclasses.replace(GREEDY, repetition_penalty=1.2)
@@ -6615,6 +6910,8 @@ def test_a_conversation_that_cannot_be_kept(tmp_path, monkeypatch, capsys):
 
 
 def test_commands_of_a_chat(monkeypatch, capsys):
+    assert turns(conversation(), monkeypatch, capsys, "hello\r", "/reset\r", "/quit\r", "no") \
+        == turns(conversation(), monkeypatch, capsys, "hello", "/reset", "/quit")
     free, _ = turns(conversation(), monkeypatch, capsys, "hello", "why")
     stop = free[0].strip("\n")[4:6]
     answers, said = turns(conversation(), monkeypatch, capsys, "/set max_new_tokens 3", "hello", "/sett x", "/set",
@@ -6687,7 +6984,7 @@ def test_ctrl_c_while_a_long_text_is_read(monkeypatch, capsys):
 
 def test_an_alphabet_without_a_newline(monkeypatch, capsys):
     model = Mamba(MambaConfig(3, 16, 1)).eval()
-    talk = sample.Conversation(model, prepare_data.CharTokenizer("abc"), [])
+    talk = sample.Conversation(model, CharTokenizer("abc"), [])
     answers, said = turns(talk, monkeypatch, capsys, "abcab", "abd", "")
     assert len(answers[0]) == len(answers[2]) == 21 and len(said) == 1 and "character 'd'" in said[0]
 
@@ -6720,7 +7017,13 @@ def test_an_answer_ends_with_its_text(monkeypatch):
     assert "".join(talk.answer(sample.Config(), None)) == "a"
 
 
-# looking inside: --show
+# ---------------------------------------------------------------------------------------------------------------------
+# show.py: looking inside
+
+def show_text(cfg, model, tokenizer, text):
+    ids = tokenizer.encode(text)
+    show.show(cfg, model, ids, sample.as_text(tokenizer, ids))
+
 
 def by_hand(model, ids, layer):
     """delta and surprise, from one forward pass in other words."""
@@ -6741,14 +7044,103 @@ def by_hand(model, ids, layer):
 @pytest.mark.parametrize("part", [1, 7, 512])
 def test_what_show_measures(monkeypatch, part):
     model, ids = small(n_layer=3).eval(), tokens(40)
-    monkeypatch.setattr(sample, "PART", part)
+    monkeypatch.setattr(show, "PART", part)
     for layer in range(3):
         delta, surprise = by_hand(model, ids, layer)
-        assert torch.allclose(torch.tensor(sample.opening(model, ids.tolist(), layer)), delta, atol=1e-6)
-    first, *rest = sample.surprise(model, ids.tolist())
-    assert first is None and torch.allclose(torch.tensor(rest), surprise, atol=1e-5)
-    assert len(sample.opening(model, [5], 1)) == 1 and sample.surprise(model, [5]) == [None]
+        assert torch.allclose(show.opening(model, ids.tolist(), layer), delta, atol=1e-6)
+    first, *rest = show.surprise(model, ids.tolist())
+    assert first.isnan() and torch.allclose(torch.tensor(rest), surprise, atol=1e-5)
+    assert len(show.opening(model, [5], 1)) == 1 and show.surprise(model, [5]).isnan().tolist() == [True]
     assert not model.backbone["layers"][1].mixer.x_proj._forward_hooks
+
+
+def test_delta_of_one_channel():
+    model, ids = small(n_layer=1, d_model=8).eval(), tokens(40)
+    channels = torch.stack([show.opening(model, ids.tolist(), 0, channel) for channel in range(model.config.d_inner)])
+    assert torch.allclose(channels.mean(0), by_hand(model, ids, 0)[0], atol=1e-6) and channels.std(0).min() > 0
+
+
+class Doubled(nn.Module):
+    """An adapter, as LoRA is one: it has a weight and a bias, and what it gives is something else."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+
+    def forward(self, x):
+        return 2 * self.linear(x)
+
+
+@pytest.mark.parametrize("change", ["none", "adapter", "hook", "extreme", "norms"])
+def test_attention_is_the_scan_as_a_matrix(monkeypatch, change):
+    """Times u, and with D u, it gives what the scan of the layer gives, in the model as it is."""
+    ids, length = tokens(131), 131      # two blocks of rows, and some more
+    model = small(n_layer=3, d_model=8, mixer_rms_eps=1e-5 * (change == "norms")).double().eval()
+    mixer, seen, scan = model.backbone["layers"][1].mixer, [], mamba.selective_scan
+    if change == "adapter":
+        mixer.dt_proj = Doubled(mixer.dt_proj)
+    if change == "hook":
+        mixer.x_proj.register_forward_hook(lambda module, inputs, output: output + 0.3)
+    if change == "extreme":     # tokens that pass, and such that nothing is left of those before
+        with torch.no_grad():
+            mixer.dt_proj.bias += torch.linspace(-30, 60, len(mixer.D))
+            mixer.x_proj.weight *= 20
+
+    def watched(u, delta, A, B, C, D, z, *rest):
+        seen.append((u[0], scan(u, delta, A, B, C, D, None, *rest)[0][0]))
+        return scan(u, delta, A, B, C, D, z, *rest)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(mamba, "selective_scan", watched)
+        model(ids[None])
+    u, y = seen[1]
+    monkeypatch.setattr(show, "PART", 50)
+    total = 0
+    for channel in range(len(mixer.D)):
+        M = show.attention(model, ids.tolist(), 1, channel)
+        assert M.shape == (length, length) and torch.equal(M, M.tril())
+        assert torch.allclose(M @ u[:, channel] + mixer.D[channel] * u[:, channel], y[:, channel], atol=1e-10), channel
+        total = total + M.abs()
+    mean = show.attention(model, ids.tolist(), 1)
+    assert torch.allclose(mean, total / len(mixer.D), atol=1e-12)
+    assert torch.allclose(show.attention(model, ids.tolist(), 1, first=length - 1), mean[-1:], atol=1e-12)
+    single = show.attention(model.float(), ids.tolist(), 1)
+    assert torch.allclose(single.double(), mean, rtol=1e-3, atol=1e-4 * mean.max())
+    assert show.attention(model.bfloat16(), ids.tolist(), 1).isfinite().all()
+    assert len(mixer.x_proj._forward_hooks) == (change == "hook")
+
+
+@pytest.mark.parametrize("layer", ["mamba2", "mamba3"])
+def test_delta_of_heads(monkeypatch, layer):
+    """The delta with which the scan of a layer runs, as small as its limit says; and no attention."""
+    config = MambaConfig(layer=layer, vocab_size=257, d_model=32, n_layer=2, headdim=16, d_state=16, dt_limit=(0.01, 0.05))
+    torch.manual_seed(0)
+    model, ids, seen, module = Mamba(config).eval(), tokens(70), [], importlib.import_module(layer)
+    model.backbone["layers"][1].mixer.in_proj.register_forward_hook(lambda module, inputs, output: 3 * output)
+    with monkeypatch.context() as patch, torch.no_grad():
+        if layer == "mamba2":
+            def scan(u, delta, A, B, C, D, bias, *rest, whole=module.ssd):
+                seen.append(F.softplus(delta[0] + bias).clamp(0.01, 0.05))
+                return whole(u, delta, A, B, C, D, bias, *rest)
+            patch.setattr(module, "ssd", scan)
+        else:
+            def scan(x, k, q, gamma, late, *rest, whole=module.chunked):    # lambda delta, (1 - lambda) delta
+                seen.append((gamma + late)[0])
+                return whole(x, k, q, gamma, late, *rest)
+            patch.setattr(module, "chunked", scan)
+        model(ids[None])
+    assert 0.01 == pytest.approx(seen[1].min().item()) and seen[1].std() > 1e-3
+    monkeypatch.setattr(show, "PART", 30)
+    assert torch.allclose(show.opening(model, ids.tolist(), 1), seen[1].mean(1), atol=1e-6)
+    for head in range(4):
+        assert torch.allclose(show.opening(model, ids.tolist(), 1, head), seen[1][:, head], atol=1e-6)
+    what, values = show.measured(sample.Config(show="delta", channel=2), model, ids.tolist())
+    assert what == "delta in layer 1 of 0 to 1, head 2" and values.shape == (1, 70)
+    model.backbone["layers"][0].mixer = nn.Identity()
+    for flags, message in (({"show": "delta", "channel": 4}, "--channel must be from 0 to 3, not 4"),
+                           ({"show": "delta", "layer": 0}, "--show=delta cannot look into layer 0 .Identity"),
+                           ({"show": "attention"}, f"--show=attention cannot look into layer 1 .{layer.capitalize()}Block")):
+        with pytest.raises(common.Problem, match=message):
+            show.check(sample.Config(**flags), model, [1])
 
 
 class Page(html.parser.HTMLParser):
@@ -6777,11 +7169,12 @@ def test_show_as_html_gives_the_text_back(tmp_path, what):
     tokenizer, model = one_token_a_byte(), small(vocab_size=257).eval()
     text = "\n a <b> & \"q\" 'r' &amp; </main>\t日本🙂\r\n\r  two  spaces\n\n"
     cfg = sample.Config(show=what, html=str(tmp_path / "out.html"), start="x")
-    sample.show(cfg, model, tokenizer, tokenizer.encode(text))
+    show_text(cfg, model, tokenizer, text)
     page = Page((tmp_path / "out.html").read_bytes().decode())
     data = (tmp_path / "out.html").read_bytes().decode()
     assert "\r" not in data and data.count("<i></i>\n") == text.count("\n")      # each newline is seen
     assert page.text == text and not page.stack and not page.outside and os.listdir(tmp_path) == ["out.html"]
+    assert "script" not in data
     # no colour without a value, and some for the least; a bar of spaces that no line end swallows
     colours = re.findall(r'<span(?: style="--a:([0-9.]+)")? title', data)
     assert (colours[0] == "") == (what == "loss") and all(colours[1:]) and float(min(colours[1:])) >= 0.1
@@ -6801,7 +7194,7 @@ def test_show_as_svg_gives_the_text_back(tmp_path, what):
     tokenizer, model = one_token_a_byte(), small(vocab_size=257).eval()
     text = " a <b> & \"q\" 'r' &amp; </svg>\t日本🙂\n\n  two  spaces\r\n"
     text += "many words make several rows of it, " * 9 + "\x1b\0\ufffe"
-    sample.show(sample.Config(show=what, html=str(tmp_path / "out.svg"), start="x"), model, tokenizer, tokenizer.encode(text))
+    show_text(sample.Config(show=what, html=str(tmp_path / "out.svg"), start="x"), model, tokenizer, text)
     data = (tmp_path / "out.svg").read_bytes().decode()
     picture, svg = xml.etree.ElementTree.fromstring(data), "{http://www.w3.org/2000/svg}"
     width, height = float(picture.get("width")), float(picture.get("height"))
@@ -6824,29 +7217,96 @@ def test_show_as_svg_gives_the_text_back(tmp_path, what):
         assert x >= 0 and y >= 0 and x + right <= width and y + down <= height
 
 
+def test_attention_as_html(tmp_path):
+    """Each token has a row: a digit of colour for itself and each before it, and those from which most comes."""
+    tokenizer, model = one_token_a_byte(), small(vocab_size=257, n_layer=3).eval()
+    text = "\n a <b> & \"q\" 'r' &amp; </main>\t日本🙂\r\n\r </script> two  spaces\n\n"
+    show_text(sample.Config(show="attention", html=str(tmp_path / "out.html"), start="x", layer=0), model, tokenizer, text)
+    data = (tmp_path / "out.html").read_bytes().decode()
+    page = Page(data)
+    assert page.text == text and not page.stack and page.outside == ["script"] and data.count("<script>") == 1
+    assert not page.values and "http" not in data and "url(" not in data and "import" not in data
+    rows = json.loads(re.search(r"const rows = (\[.*\]), digits = ", data)[1])
+    assert [len(colours) for colours, _ in rows] == [*range(1, len(text) + 1)]
+    expected = show.attention(model, tokenizer.encode(text), 0)
+    end = text.index("日")      # up to there a character is a token
+    for t, (colours, most) in enumerate(rows[:end]):
+        values = expected[t, :t + 1]
+        percent = 100 * values / values.sum()
+        assert [s for s, _ in most] == percent.argsort(descending=True)[:5].tolist()
+        assert [float(value) for _, value in most] == pytest.approx([percent[s].item() for s, _ in most], rel=1e-2)
+        levels = [show.DIGITS.index(colour) for colour in colours]
+        assert all(levels[a] <= levels[b] for a in range(t + 1) for b in range(t + 1) if values[a] < values[b])
+    # the last row is that of the last token, which colours the page before anyone points at another
+    shown = [float(a) for a in re.findall(r'<span style="--a:([0-9.]+)">', data.partition("<main>")[2])]
+    assert shown == pytest.approx([0.1 + 0.5 * show.DIGITS.index(c) / 61 for c in rows[-1][0]], abs=0.01)
+
+
+def test_attention_as_svg(tmp_path):
+    """A triangle of cells, in which more of it is a darker one, and each token at the end of its row."""
+    tokenizer, model, text = one_token_a_byte(), small(vocab_size=257).eval(), "a <b> &\n\té🙂\x1b\0\ufffe yes, so it is"
+    show_text(sample.Config(show="attention", html=str(tmp_path / "out.svg"), start="x"), model, tokenizer, text)
+    picture, svg = xml.etree.ElementTree.parse(tmp_path / "out.svg").getroot(), "{http://www.w3.org/2000/svg}"
+    width, height, n = float(picture.get("width")), float(picture.get("height")), len(text)
+    labels = [label for label in picture.findall(svg + "text") if not label.get("textLength")]
+    assert "".join(label.text for label in labels) == text.translate(str.maketrans(" \n\t\x1b\0\ufffe", "␣↵⇥␛␀\ufffd"))
+    rects = [tuple(float(rect.get(name, 0)) for name in ("x", "y", "width", "height", "fill-opacity"))
+             for rect in picture.findall(svg + "rect")]
+    assert len(rects) == 1 + 21 + n * (n + 1) // 2      # the page, the legend, and the cells
+    assert all(x >= 0 and y >= 0 and x + w <= width and y + h <= height for x, y, w, h, _ in rects)
+    cells = collections.defaultdict(list)
+    for x, y, w, _, opacity in rects[22:]:
+        cells[y].append(opacity)
+        assert x == rects[22][0] + w * (len(cells[y]) - 1)      # side by side
+    assert [len(cells[y]) for y in sorted(cells)] == [*range(1, n + 1)]
+    values = show.attention(model, tokenizer.encode(text), 1)[:8, :8]
+    for row, opacities in zip(values, cells.values()):
+        assert [opacities[s] for s in row[:len(opacities)].argsort()] == sorted(opacities)
+    for label, y in zip(labels, sorted(cells)):
+        assert y < float(label.get("y")) < y + rects[22][3] and float(label.get("x")) > rects[22][0]
+
+
+def test_attention_in_a_pipe_and_in_a_terminal(monkeypatch, capsys):
+    """That of the last token: its percents, or its colours."""
+    tokenizer, model, text = one_token_a_byte(), small(vocab_size=257).eval(), "ab\n<c> é"
+    for channel in (None, 3):
+        show_text(sample.Config(show="attention", start=text, channel=channel), model, tokenizer, text)
+        listed = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
+        assert [shown for _, shown in listed] == [repr(c) for c in text]
+        values = show.attention(model, tokenizer.encode(text), 1, channel)[-1].abs()
+        values = torch.cat([values[:7], values[7:].mean(0, keepdim=True)])      # é has two bytes
+        assert [float(value) for value, _ in listed] == pytest.approx((100 * values / values.sum()).tolist(), abs=1e-3)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    show_text(sample.Config(show="attention", start=text), model, tokenizer, text)
+    legend, shown = capsys.readouterr().out.split("\n", 1)
+    assert legend.startswith("attention in layer 1 of 0 to 2, mean over channels, percent of what the last token takes in: ")
+    assert re.sub("\x1b\\[[0-9;]*m", "", shown) == text.replace("\n", "↵\n") + "\n"
+
+
 def test_show_in_a_terminal_and_in_a_pipe(monkeypatch, capsys):
     talk, text = conversation(), "ab\n<c> é"
     ids, cfg = talk.tokenizer.encode(text), sample.Config(show="loss", start=text)
-    sample.show(cfg, talk.model, talk.tokenizer, ids)
+    show_text(cfg, talk.model, talk.tokenizer, text)
     listed = capsys.readouterr().out.splitlines()
     assert [line.split(None, 1)[1] for line in listed] == [repr(c) for c in text] and listed[0].split()[0] == "-"
-    assert abs(float(listed[4].split()[0]) - sample.surprise(talk.model, ids)[4]) < 1e-4
+    assert abs(float(listed[4].split()[0]) - show.surprise(talk.model, ids)[4]) < 1e-4
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")
-    sample.show(cfg, talk.model, talk.tokenizer, ids)
+    show_text(cfg, talk.model, talk.tokenizer, text)
     assert capsys.readouterr().out.splitlines() == listed
     monkeypatch.delenv("NO_COLOR")
-    sample.show(cfg, talk.model, talk.tokenizer, ids)
+    show_text(cfg, talk.model, talk.tokenizer, text)
     legend, shown = capsys.readouterr().out.split("\n", 1)
     grounds = [int(g) for g in re.findall(r"48;2;(\d+);", shown)]
     assert legend.startswith("surprise in nats: ")
     assert re.sub("\x1b\\[[0-9;]*m", "", shown) == text.replace("\n", "↵\n") + "\n"
     assert shown.startswith("a\x1b")     # the first token has no value, and no colour
     del grounds[2]      # a newline is painted on both lines
-    values = sample.surprise(talk.model, ids)[1:]
+    values = show.surprise(talk.model, ids)[1:]
     assert len(grounds) == len(values) == 7 and min(grounds) == 48
     assert all(grounds[i] <= grounds[j] for i in range(7) for j in range(7) if values[i] < values[j])
-    assert "\x1b" not in sample.painted("\x1b[2J", 0.3).removeprefix("\x1b[38").removesuffix("\x1b[0m")
+    assert "\x1b" not in show.painted("\x1b[2J", 0.3).removeprefix("\x1b[38").removesuffix("\x1b[0m")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7132,7 +7592,8 @@ def test_a_task_is_learned_and_then_counted_right():
 # What a newcomer meets: files to read, flags, Ctrl-C at any time, pipes, and all of it without mamba_fast/
 
 SCRIPTS = ("train.py", "sample.py", "prepare_data.py", "bench.py")
-BESIDE = ("mamba.py", "mamba2.py", "mamba3.py", "mamba_files.py", "mamba_export.py", "common.py", "texts.py", "bench_compare.py", *SCRIPTS)
+BESIDE = ("mamba.py", "mamba2.py", "mamba3.py", "mamba_files.py", "mamba_export.py", "common.py", "runs.py", "processes.py", "texts.py", "tokens.py",
+          "bench_compare.py", "show.py", *SCRIPTS)
 FILES = [*(ROOT / name for name in BESIDE), *sorted((ROOT / "mamba_fast").glob("*.py"))]
 
 
@@ -7159,7 +7620,6 @@ def imports(path):
 
 
 OURS = {"mamba_fast", *(Path(name).stem for name in BESIDE)}
-OF_PREPARE_DATA = {"CharTokenizer", "BPETokenizer", "load_tokenizer", "open_tokenizer", "open_data"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -7181,12 +7641,17 @@ def test_who_imports_whom(path):
             assert top not in OURS - {"common"}, what
         elif path.name == "common.py":
             assert top not in OURS - {"mamba"} and (in_function or top not in {"mamba", "torch"}), what
-        elif path.name == "prepare_data.py":    # which starts without torch
-            assert top not in OURS - {"mamba", "mamba_files", "common", "texts"}, what
-            assert in_function or top not in {"mamba", "mamba_files", "torch"}, what
+        elif path.name == "processes.py":
+            assert top not in OURS - {"common"}, what
+        elif path.name == "runs.py":
+            assert top not in OURS - {"common", "mamba", "mamba_files", "tokens"}, what
+        elif path.name == "tokens.py":    # which starts without torch, as prepare_data.py does
+            assert top not in OURS - {"mamba_files", "common", "texts"} and (in_function or top not in {"mamba_files", "torch"}), what
+        elif path.name == "prepare_data.py":
+            assert top not in OURS - {"common", "texts", "tokens"} and top != "torch", what
         else:
             assert top not in {"train", "sample", "bench"}, what
-            assert top != "prepare_data" or (names and OF_PREPARE_DATA.issuperset(names)), what
+            assert top != "prepare_data" or names == ("open_data",), what
         if top == "mamba_fast" and path.parent.name != "mamba_fast":    # which may be deleted
             assert in_try or in_function, what
 
@@ -7203,7 +7668,7 @@ import prepare_data, common
 assert "torch" not in sys.modules and environ == dict(os.environ)
 assert handlers == [signal.getsignal(n) for n in sorted(signal.valid_signals())]
 before = look()
-for name in ("mamba", "mamba_files", "mamba_export", "train", "sample", "bench", "bench_compare", "mamba_fast"):
+for name in ("mamba", "mamba_files", "mamba_export", "train", "runs", "processes", "sample", "show", "bench", "bench_compare", "mamba_fast"):
     try:
         __import__(name)
     except ImportError:
@@ -7217,11 +7682,11 @@ for name in ("mamba", "mamba_files", "mamba_export", "train", "sample", "bench",
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.11 has -P")
-@pytest.mark.parametrize("name", ["train.py", "sample.py", "prepare_data.py"])
+@pytest.mark.parametrize("name", ["train.py", "sample.py", "prepare_data.py", "bench.py"])
 def test_a_script_without_its_folder_on_the_path(tmp_path, name):
     result = succeeded(subprocess.run([sys.executable, "-P", ROOT / name, "--help"], cwd=tmp_path, capture_output=True, text=True,
                                       check=False, env=environment()))
-    assert "--cache_dir" in result.stdout
+    assert "--device" in result.stdout or "--dataset" in result.stdout
 
 
 @ON_POSIX
@@ -7283,7 +7748,7 @@ def test_python_of_the_readme(tmp_path, monkeypatch, capsys):
     assert torch.allclose(torch.stack(names["ys"], 1), mamba.selective_scan(u, delta, -A, B, C, method="sequential"))
 
     monkeypatch.chdir(tmp_path)
-    tokenizer = prepare_data.CharTokenizer("".join(sorted(set("JULIET:\nROMEO, ROMEO! "))))
+    tokenizer = CharTokenizer("".join(sorted(set("JULIET:\nROMEO, ROMEO! "))))
     model = Mamba(MambaConfig(tokenizer.vocab_size, d_model=16, n_layer=2))
     model.tokenizer = tokenizer.to_dict()
     model.save_pretrained("out/shakespeare")
@@ -7488,7 +7953,7 @@ def damage_cases(folder, finished):
     (folder / "a.txt.gz").write_bytes(gzip.compress(b"a compressed text\n" * 300))
     (folder / "w.txt").write_text("words to prepare, once and again\n" * 300)
     data = prepare_data.open_data(str(folder / "w.txt"), str(folder / "data")).folder
-    talk = sample.Conversation(model, prepare_data.CharTokenizer("abcdefghij\n"), [1, 2, 3])
+    talk = sample.Conversation(model, CharTokenizer("abcdefghij\n"), [1, 2, 3])
     talk.save(folder / "talk.pt")
 
     def text(path):
@@ -7501,14 +7966,14 @@ def damage_cases(folder, finished):
         talk.load(path)
         return [*tree_leaves(talk.state), talk.unread, sorted(talk.seen)]
     model_of = lambda path: Mamba.from_pretrained(path.parent).state_dict()
-    checkpoint = lambda path: {k: v for k, v in common.load_checkpoint(path, Config=train.Config).items() if k != "path"}
-    log = lambda path: train.Log(SimpleNamespace(path=path.parent), train.Run(step=10 ** 9, evaluated=10 ** 9)).rows
+    checkpoint = lambda path: {k: v for k, v in runs.load_checkpoint(path, Config=train.Config).items() if k != "path"}
+    log = lambda path: runs.Log(SimpleNamespace(path=path.parent), runs.Run(step=10 ** 9, evaluated=10 ** 9), 1).rows
     return {
         "ckpt.pt": (run / "ckpt.pt", checkpoint), "best.pt": (run / "best.pt", checkpoint), "log.csv": (run / "log.csv", log),
         "pytorch_model.bin": (folder / "bin" / "pytorch_model.bin", model_of), "config.json": (folder / "bin" / "config.json", model_of),
         "model.safetensors": (folder / "safetensors" / "model.safetensors", model_of), "talk.pt": (folder / "talk.pt", read_talk),
         "train.bin": (data / "train.bin", read_data), "val.bin": (data / "val.bin", read_data), "meta.json": (data / "meta.json", read_data),
-        "tokenizer.json": (folder / "t.json", lambda path: prepare_data.open_tokenizer(str(path)).vocab_size),
+        "tokenizer.json": (folder / "t.json", lambda path: open_tokenizer(str(path)).vocab_size),
         "a.jsonl": (folder / "a.jsonl", text), "a.txt.gz": (folder / "a.txt.gz", text)}
 
 

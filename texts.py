@@ -204,7 +204,8 @@ NAME_OF_JSON = re.compile(r"\.jsonl?(\.gz)?$", re.IGNORECASE)
 def documents(source, bar, noticed):
     """The documents of a source, each in blocks: one, or if its lines are JSON with a "text", those
     texts. Problem: only some lines are."""
-    blocks, name = characters(source, bar, noticed), name_of(source)
+    of_lines = {}   # of no interest where the lines are JSON
+    blocks, name = characters(source, bar, of_lines), name_of(source)
     first = next(blocks, "")
     markup, texts = MARKUP.match(first) or NAME_OF_JSON.search(name), None
     if markup:
@@ -215,6 +216,7 @@ def documents(source, bar, noticed):
     blocks = itertools.chain([first], blocks)
     if texts is None:
         yield blocks
+        noticed.update(of_lines)
         return
     decoder = io.IncrementalNewlineDecoder(None, translate=True)
     for number, line in enumerate(lines(blocks), 1):
@@ -251,19 +253,19 @@ def characters(source, bar, noticed):
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     with open_source(source) as packed:
-        file, data, end, told = unpacked(packed), True, 0, 0
+        file, data, told = unpacked(packed), True, 0
         while data:
             with reading(name, "a text"):
                 data = file.read(BLOCK)
             if b"\0" in data:
-                raise Problem(f"{name} has a NUL byte at offset {end + data.index(0)}: binary, or "
-                              f"UTF-16 text, which becomes UTF-8 by: {iconv(name, 'utf-16')}")
-            end += len(data)
+                offset = file.tell() - len(data) + data.index(0)
+                raise Problem(f"{name} has a NUL byte at offset {offset}: binary, or UTF-16 text, "
+                              f"which becomes UTF-8 by: {iconv(name, wide_encoding(source))}")
             try:
                 block = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 # error.object begins with what was left of the last block
-                offset = end - len(error.object) + error.start
+                offset = file.tell() - len(error.object) + error.start
                 raise not_utf8(name, offset, error.object[error.start]) from None
             if bar is not None:
                 bar.update(packed.tell() - told)
@@ -280,6 +282,16 @@ def unpacked(file):
 def notice_newlines(decoder, name, noticed):
     if decoder.newlines not in (None, "\n"):
         noticed["newlines"] = f"{name}: each \\r\\n and \\r became a newline"
+
+def wide_encoding(source):
+    """In which encoding a text with NUL bytes has most spaces and newlines."""
+    with open_source(source) as file:
+        data = unpacked(file).read(1 << 16)
+
+    def spaces(encoding):
+        text = data.decode(encoding, "ignore")
+        return text.count(" ") + text.count("\n") - text.count("\0")
+    return max(("utf-16le", "utf-16be", "utf-32le", "utf-32be"), key=spaces)
 
 ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, as "surrogateescape" has them
 
@@ -305,11 +317,13 @@ def not_utf8(path, offset, byte):
         return Problem(f"{path} is not UTF-8 in {count:,} line{'s' * (count > 1)}, the first is "
                        f"line {first:,} ({where}): mend nothing but these; to convert the whole "
                        "file would garble the rest")
-    encoding = "cp1252" if min(wrong) < "\udca0" else "latin1"
     if offset == 0 and byte in (0xfe, 0xff):
         encoding = "utf-16"
     elif other_script:
         encoding = "ITS_ENCODING"
+    else:
+        encoding = "cp1252" if min(wrong) < "\udca0" else "latin1"
+        where += ", as in Western European texts"
     return Problem(f"{path} is not UTF-8: {where}; convert it with: {iconv(path, encoding)}")
 
 def iconv(path, encoding):

@@ -61,6 +61,7 @@ PRESETS = {     # what trains in minutes on such a device
     "cuda": {"d_model": 320, "n_layer": 12, "d_state": 16, "dropout": 0.35, "batch_size": 64,
              "block_size": 256, "max_iters": 800, "learning_rate": 3e-3},
 }
+HEADS = {"d_state": 64}     # for layers with heads, mamba2 and mamba3: their states can be larger
 FINE_TUNING = {"dropout": 0.0, "learning_rate": 1e-4}   # for weights that are already good
 @dataclass
 class Config:
@@ -78,9 +79,12 @@ class Config:
                            "the whole validation text, read once with the state carried on")
     # the model; None, here and below: by device
     presets = PRESETS   # for --help
+    layer: str = flag("mamba", "kind of the layers: mamba, mamba2 or mamba3")
     d_model: int | None = flag(None, "width of the model", 1)
     n_layer: int | None = flag(None, "layers", 1)
-    d_state: int | None = flag(None, "numbers that each channel remembers", 1)
+    d_state: int | None = flag(None, "numbers that each channel remembers; 64 with heads", 1)
+    headdim: int | None = flag(None, "channels of a head of mamba2 and mamba3; by default as many "
+                               "up to 64 as divide the channels", 1)
     d_conv: int = flag(4, "width of the convolution", 1)
     expand: int = flag(2, "channels of the scan, in units of d_model", 1)
     d_intermediate: int = flag(0, "width of a gated MLP after each mixer; 0 is none", 0)
@@ -93,7 +97,7 @@ class Config:
     learning_rate: float | None = flag(None, "its highest value", 0)
     min_lr: float | None = flag(None, "its last value; learning_rate / 10 by default", 0)
     warmup_iters: int = flag(100, "steps until the learning rate has risen", 0)
-    lr_decay_iters: int | None = flag(None, "steps until it has fallen; max_iters by default")
+    lr_decay_iters: int | None = flag(None, "steps until it has fallen; max_iters by default", 1)
     weight_decay: float = flag(0.1, "on matrices only", 0)
     beta1: float = flag(0.9, "of AdamW", 0, 1)
     beta2: float = flag(0.99, "of AdamW", 0, 1)
@@ -130,14 +134,30 @@ class Config:
 def fill_in(cfg, device, pretrained):
     """Replaces each None whose default depends on the device; the shape of pretrained weights, and
     what depends on that, only once it is known."""
-    for k, v in {**PRESETS[device.type], **(FINE_TUNING if pretrained else {})}.items():
+    has_heads = cfg.layer != "mamba"
+    for k, v in {**PRESETS[device.type], **(HEADS if has_heads else {}),
+                 **(FINE_TUNING if pretrained else {})}.items():
         if getattr(cfg, k) is None and not (pretrained and k in runs.SHAPE):
             setattr(cfg, k, v)
+    if has_heads and cfg.headdim is None and not pretrained:
+        channels = cfg.expand * cfg.d_model
+        cfg.headdim = max(n for n in range(1, 65) if channels % n == 0)
     if cfg.compile is None and cfg.d_state is not None:
         # it takes up to a minute, which only many steps bring back
-        compiles = fast and fast.compiles_well(device, cfg.d_state) and cfg.scan != "sequential"
+        compiles = (fast and fast.compiles_well(device, cfg.d_state) and cfg.scan != "sequential"
+                    and not has_heads)
         pays_from = 5000 if device.type == "cuda" else 1000 if compiles else math.inf
         cfg.compile = cfg.max_iters >= pays_from and not cfg.eval_only
+
+def config_of(cfg, vocab_size):
+    """The MambaConfig of a new model. Problem: the flags fit no such model."""
+    options = {f.name: getattr(cfg, f.name) for f in fields(MambaConfig) if hasattr(cfg, f.name)}
+    if cfg.headdim is not None:
+        options["headdim"] = cfg.headdim
+    try:
+        return MambaConfig(vocab_size=vocab_size, **options)
+    except ValueError as error:
+        raise Problem(f"--layer={cfg.layer}: {error}") from None
 
 def end_of_text(cfg, data):
     """The token at which --reset_at_eot resets, or None where there is nothing to reset.
@@ -190,8 +210,9 @@ def loss_of(forward, x, y, dtype, eot, state=None):
         _, loss, *after = forward(x, y, state=state, seq_idx=documents)
     after = after[0] if after else None
     if after and eot is not None:       # nothing is left of a text that ends with x
-        goes_on = (x[:, -1] != eot)[:, None, None]
-        after = [tuple(t * goes_on for t in layer) for layer in after]
+        goes_on = x[:, -1] != eot                                           # (B,)
+        after = [tuple(t * goes_on.view(-1, *[1] * (t.dim() - 1)) for t in layer)
+                 for layer in after]
     return loss, after
 
 def gradients_by(forward, optimizer, scaler, cfg, dtype, eot, carried):
@@ -250,7 +271,7 @@ def evaluate_all(model, data, dtype, eot, part=2048):
 
 def a_sample(model, tokenizer, prompt, cfg, dtype, step):
     """A text of the model, another one at each step."""
-    generator = torch.Generator().manual_seed((cfg.seed << 32) + step)
+    generator = torch.Generator().manual_seed(common.seed_of(cfg.seed, step))
     with common.autocast(model.device, dtype):
         ids = model.generate([prompt], cfg.sample_tokens, temperature=0.8, generator=generator)
     return f"---\n{tokenizer.decode(ids[0].tolist())}\n---"
@@ -300,6 +321,9 @@ def train(cfg, given, at_end):
     of_weights = cfg.init_from not in ("resume", "scratch")     # the run begins, or once began
     pretrained = of_weights and not checkpoint
     fill_in(cfg, device, pretrained)
+    if not of_weights:      # a problem with the model comes before a text is prepared
+        common.pick_scan(cfg.scan, device, dtype, cfg.d_state, cfg.layer)
+        config_of(cfg, 1)
     if cfg.batch_size % world:
         raise Problem(f"--batch_size={cfg.batch_size} cannot be shared evenly by {world} processes")
 
@@ -312,7 +336,7 @@ def train(cfg, given, at_end):
         elif of_weights and not cfg.new_vocabulary:
             with common.reading(checkpoint["path"], "a checkpoint"):
                 tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
-        scan = common.pick_scan(cfg.scan, device, dtype, cfg.d_state)
+        scan = common.pick_scan(cfg.scan, device, dtype, cfg.d_state, cfg.layer)
         data = open_data(cfg.dataset, cfg.data_dir, cfg.block_size, first_here, tokenizer)
     meta, eot = data.meta, end_of_text(cfg, data)
     for key, what in (("tokenizer", "another vocabulary"), ("sha256", "another text")):
@@ -329,8 +353,7 @@ def train(cfg, given, at_end):
         runs.fit_vocabulary(model, tokenizer, data, cfg)
     else:
         torch.manual_seed(cfg.seed)
-        both = {f.name: getattr(cfg, f.name) for f in fields(MambaConfig) if hasattr(cfg, f.name)}
-        model = Mamba(MambaConfig(vocab_size=meta["vocab_size"], **both)).to(device)
+        model = Mamba(config_of(cfg, meta["vocab_size"])).to(device)
     say(f"{device.type}, {dtype}, scan {scan}{', compiled' if cfg.compile else ''}; "
         f"{model.num_params() / 1e6:.2f}M parameters ({cfg.n_layer} layers of {cfg.d_model})")
     say(f"{data.folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to "
@@ -436,7 +459,7 @@ def train(cfg, given, at_end):
                 break
 
             # Dropout too is a function of seed, step and rank: no random state has to be kept.
-            torch.manual_seed((cfg.seed << 32) + run.step * world + rank)
+            torch.manual_seed(common.seed_of(cfg.seed, run.step, rank))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(run.step, cfg)
             total = torch.zeros((), device=device)

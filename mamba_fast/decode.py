@@ -47,7 +47,7 @@ def decoder(model, prompts, state, compile, plain):
     but the last token of each of the B prompts, and step.state. None if anything in the model is
     not just as mamba.py made it.
     state: a list of MambaState, before the prompts; it is not changed.
-    plain: the classes of mamba.py, each with its forward.
+    plain: the classes of mamba.py, each with its forward and its mix.
     compile: on a CPU, by torch.compile; if it does not work here, one line says so.
     """
     if not is_plain(model, plain):
@@ -64,8 +64,9 @@ def is_plain(model, plain):
         return False
     for name, module in model.named_modules():
         kind, known = type(module), PLACES.get(name.rpartition(".")[2])
-        belongs = kind in known if known else plain.get(kind) is kind.forward
-        if not belongs or "forward" in vars(module):
+        does = getattr(kind, "forward", None), getattr(kind, "mix", None)
+        belongs = kind in known if known else plain.get(kind) == does
+        if not belongs or vars(module).keys() & {"forward", "mix"}:
             return False
         if module._forward_hooks or module._forward_pre_hooks:
             return False
@@ -187,7 +188,7 @@ def mixer_step(block, conv_state, h, ready):
     # exp(delta A) = 2^(delta A / ln 2), in a sixth of the time
     A_log2 = -torch.exp(block.A_log) / math.log(2)
     dt_weight, dt_bias, D = block.dt_proj.weight, block.dt_proj.bias, block.D
-    sizes = block.dt_rank, block.d_state, block.d_state
+    sizes, eps = (block.dt_rank, block.d_state, block.d_state), block.config.mixer_rms_eps
 
     def step(x):
         x, z = in_proj(x).chunk(2, dim=-1)                                      # (B, D) each
@@ -195,7 +196,10 @@ def mixer_step(block, conv_state, h, ready):
         conv_state.copy_(window[:, 1:])
         x = (window * taps).sum(1)
         x = F.silu(x if bias is None else x + bias)
-        dt, B, C = x_proj(x).split(sizes, dim=-1)
+        parts = x_proj(x).split(sizes, dim=-1)
+        if eps > 0:
+            parts = [F.rms_norm(part, part.shape[-1:], eps=eps) for part in parts]
+        dt, B, C = parts
         if torch.compiler.is_compiling():       # so small a product can be part of a loop
             delta = (dt[:, None] * dt_weight).sum(-1)
         else:
@@ -392,6 +396,7 @@ def fuses(model):
     return (config.scan in ("auto", "triton")
             and scan_triton is not None and scan_triton.runs_on(weight.device)
             and weight.dtype != torch.float64 and config.d_state <= 256
+            and config.mixer_rms_eps == 0
             and scan_triton.decodes(config)
             and all(p.is_contiguous() for p in model.parameters()))
 
