@@ -2,7 +2,8 @@
 Two suites of bench.py: Mamba beside Transformers on the same text, and the paper's own tasks.
 
 --suite=compare trains, on the text of --dataset:
-    mamba   the model of mamba.py, of --d_model and --n_layer
+    mamba   the model of mamba.py, of --d_model and --n_layer; mamba2 and mamba3 are the same with
+            layers of these kinds, whose heads have states of 64 numbers
     gpt     nanoGPT's Transformer of the same width. One of its layers has about as many parameters
             as two of Mamba's: it has half as many layers, and MLPs (some 4 d_model wide) of the
             width that makes the two models equal in parameters
@@ -256,9 +257,10 @@ def publish(bench, title, rows, columns, remarks=()):
 
 # ---- Models on the same text ---------------------------------------------------------------------
 
-def build_mamba(cfg, vocab_size):
+def build_mamba(cfg, vocab_size, layer="mamba"):
+    of_heads = {} if layer == "mamba" else {"d_state": 64, "headdim": math.gcd(64, 2 * cfg.d_model)}
     return Mamba(MambaConfig(vocab_size=vocab_size, d_model=cfg.d_model, n_layer=cfg.n_layer,
-                             dropout=cfg.dropout))
+                             dropout=cfg.dropout, layer=layer, **of_heads))
 
 def build_gpt(cfg, vocab_size, sparse=False):
     """One with as many active parameters as build_mamba's."""
@@ -270,8 +272,10 @@ def build_gpt(cfg, vocab_size, sparse=False):
     return GPT(vocab_size, width, n_layer, hidden // 2 if sparse else hidden, cfg.dropout, sparse)
 
 build_moe = functools.partial(build_gpt, sparse=True)
+HEADS = ("mamba2", "mamba3")    # layers of the kinds that have heads
 MODELS = {      # {name: (how it is built, its usual learning rate)}
-    "mamba": (build_mamba, 3e-3), "gpt": (build_gpt, 1e-3), "moe": (build_moe, 1e-3)}
+    "mamba": (build_mamba, 3e-3), "gpt": (build_gpt, 1e-3), "moe": (build_moe, 1e-3),
+    **{layer: (functools.partial(build_mamba, layer=layer), 3e-3) for layer in HEADS}}
 EVALUATIONS, WINDOWS = 16, 64   # of each model; of the validation text in each of them
 
 def count_parameters(model):
@@ -447,6 +451,9 @@ class TimeInvariantBlock(MambaBlock):
 
 def build_small(kind):
     """A Mamba with 2 layers of 64 for 16 tokens, with blocks of this kind."""
+    if kind in HEADS:
+        return Mamba(MambaConfig(vocab_size=16, d_model=64, n_layer=2, layer=kind, d_state=64,
+                                 headdim=32))
     model = Mamba(MambaConfig(vocab_size=16, d_model=64, n_layer=2))
     if kind != "mamba":
         for layer in model.backbone["layers"]:
@@ -506,8 +513,8 @@ TASKS = {
         induction_heads, 1 / 15, 256, (256, 4096, 65536, 2 ** 20), 8, 600,
         {"mamba": 100.0, "time-invariant": None},
         "8 questions in an exercise; in the paper (table 2) one, and 204,800 steps"),
-    "parity": Task(parity, 1 / 2, 40, (40, 64), 32, 400, {"mamba": None},
-                   "of the number of 1s; not in the paper"),
+    "parity": Task(parity, 1 / 2, 40, (40, 64), 32, 400, dict.fromkeys(("mamba", *HEADS)),
+                   "of the number of 1s; not in the paper, but Mamba-3's has such tasks"),
 }
 
 JUDGED = 2 ** 19    # tokens of a test, in rows of its length: from 16 to 512 of them

@@ -504,9 +504,9 @@ class Mamba(nn.Module):
     def configure_optimizers(self, learning_rate: float, weight_decay=0.1, betas=(0.9, 0.95)):
         """AdamW with decay on the projection matrices alone: it would pull A to -1 for every state,
         D, delta's bias and the norms to 0, and an embedding row that is rarely used would fade."""
-        decay = [m.weight for m in self.backbone.modules() if isinstance(m, nn.Linear)]
-        rest = [p for p in self.parameters() if all(p is not d for d in decay)]
-        groups = [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
+        linear = [m for m in self.modules() if isinstance(m, nn.Linear) and m is not self.lm_head]
+        rest = [p for p in self.parameters() if all(p is not m.weight for m in linear)]
+        groups = [{"params": [m.weight for m in linear]}, {"params": rest, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, learning_rate, betas, 1e-8, weight_decay, fused=True)
 
     @torch.no_grad()

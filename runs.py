@@ -84,8 +84,8 @@ def go_on_as(given, checkpoint, out_dir, Config):
         holds, asked = (" ".join(as_flag(k, flags[k]) for k in wrong) for flags in (before, given))
         advice = "use another --out_dir" if "init_from" in wrong else START_OVER
         raise Problem(f"{out_dir} holds a run with {holds}, not {asked}; {advice}")
-    steps = given.get("max_iters") or math.inf
-    if steps < checkpoint["step"] and not given.get("eval_only"):
+    steps = given.get("max_iters")
+    if steps and steps < checkpoint["step"] and not given.get("eval_only"):
         raise Problem(f"{out_dir} has done {checkpoint['step']} steps already, more than "
                       f"--max_iters={steps}; {START_OVER}")
     for k in changed:

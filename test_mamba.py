@@ -4082,6 +4082,7 @@ def test_one_process_of_a_machine_tells(tmp_path, call, monkeypatch, capsys):
             assert result.returncode in (2, 130) and result.stderr.count("\n") == told, error
         monkeypatch.undo()
         monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     common.say("only the first process says this")
     assert capsys.readouterr().out == ""
 
@@ -5864,7 +5865,7 @@ def test_a_seed_of_several_numbers(corpus):
 def test_the_scan_and_the_compiler_are_for_the_shape_of_the_weights(work, call, monkeypatch):
     small(d_state=4, d_model=16).save_pretrained(work / "weights")
     seen = []
-    monkeypatch.setattr(common, "pick_scan", lambda *args: seen.append(args[-1]) or "chunked")
+    monkeypatch.setattr(common, "pick_scan", lambda *args: seen.append(args[3]) or "chunked")
     monkeypatch.setattr(train, "fast", SimpleNamespace(compiles_well=lambda device, d_state: seen.append(d_state)))
     flags = [flag for flag in TINY if not re.search("d_model|n_layer", flag)]
     succeeded(call("train.py", *flags, "--init_from=weights", "--new_vocabulary", "--max_iters=1", cwd=work))
@@ -7415,7 +7416,7 @@ def test_balance_loss_is_least_where_the_experts_are_equally_busy():
 def test_models_to_compare_have_equally_many_active_parameters(shape):
     cfg = SimpleNamespace(**dict(zip(("d_model", "n_layer"), shape)), dropout=0.1)
     with torch.device("meta"):
-        mamba, gpt, moe = (build(cfg, shape[2]) for build, _ in bench_compare.MODELS.values())
+        mamba, gpt, moe, *heads = (build(cfg, shape[2]) for build, _ in bench_compare.MODELS.values())
     (active, total), (active_moe, total_moe) = map(bench_compare.count_parameters, (gpt, moe))
     assert active == total == sum(p.numel() for p in gpt.parameters())
     assert active == pytest.approx(mamba.num_params(), rel=0.02) and active_moe == pytest.approx(active, rel=0.01)
@@ -7423,6 +7424,8 @@ def test_models_to_compare_have_equally_many_active_parameters(shape):
     assert total_moe == sum(p.numel() for p in moe.parameters()) > 2 * active_moe - 2 * shape[2] * shape[0]
     wide, half = (next(m for m in of.modules() if isinstance(m, bench_compare.MLP)).up.out_features for of in (gpt, moe))
     assert wide == 2 * half
+    for model, block in zip(heads, (Mamba2Block, Mamba3Block)):     # which nothing is fitted for
+        assert isinstance(model.backbone["layers"][0].mixer, block) and model.num_params() == pytest.approx(mamba.num_params(), rel=0.2)
 
 
 @pytest.mark.parametrize("sparse", (False, True))
@@ -7513,17 +7516,17 @@ def test_compare(tmp_path, call, monkeypatch):
         return x, y
     monkeypatch.setattr(bench_compare, "random_windows", watched)
     done = succeeded(compare_tiny(call, tmp_path, "--max_iters=4", "--longest=4096"))
-    assert all(torch.equal(x, of[0]) for of in batches.values() for x in of) and {len(batches[i]) for i in (1, 2, 3)} == {3}
+    assert all(torch.equal(x, of[0]) for of in batches.values() for x in of) and {len(batches[i]) for i in (1, 2, 3)} == {5}
     assert len({tuple(of[0].flatten().tolist()) for of in batches.values()}) == 4
     rows, speeds = of_results(tmp_path)
-    assert [row["model"] for row in rows] == ["mamba", "gpt", "moe"]
+    assert [row["model"] for row in rows] == ["mamba", "gpt", "moe", "mamba2", "mamba3"]
     for row in rows:
         assert [point["step"] for point in row["curve"]] == [2, 4] and [point["tokens"] for point in row["curve"]] == [64, 128]
         assert row["loss"] == row["curve"][-1]["loss"] != row["curve"][0]["loss"] and row["tokens_per_s"] > 0
         assert f"{row['loss']:.4f}" in done.stdout and f"{row['parameters']:,}" in done.stdout
     memory = {(row["model"], row["after"]): row["state_mb"] for row in speeds}
     assert memory["mamba", 256] == memory["mamba", 4096] < memory["gpt", 256] == memory["gpt", 4096] / 16
-    assert all(row["tokens_per_s"] > 0 for row in speeds) and len(speeds) == 6
+    assert all(row["tokens_per_s"] > 0 for row in speeds) and len(speeds) == 10
     has_matplotlib = importlib.util.find_spec("matplotlib")
     assert (tmp_path / "results.png").exists() if has_matplotlib else "matplotlib is not installed" in done.stdout
 
@@ -7541,14 +7544,14 @@ def test_ctrl_c_keeps_what_compare_has_done(tmp_path, call, monkeypatch):
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == 7:
             raise KeyboardInterrupt
         return evaluate(*args)
     monkeypatch.setattr(bench_compare, "evaluate", interrupted)
     result = compare_tiny(call, tmp_path, "--max_iters=32", "--plot=curves.png")
     assert result.returncode == 130 and "interrupted" in result.stderr
     rows, speeds = of_results(tmp_path)
-    assert [len(row["curve"]) for row in rows] == [2, 1, 1] and speeds == []
+    assert [len(row["curve"]) for row in rows] == [2, 1, 1, 1, 1] and speeds == []
     assert all(f"{row['loss']:.4f}" in result.stdout.split("peak MB")[1] for row in rows)
     assert (tmp_path / "curves.png").exists() == bool(importlib.util.find_spec("matplotlib"))
 
@@ -7560,7 +7563,8 @@ def test_tasks(tmp_path, call, monkeypatch):
     done = succeeded(call("bench.py", "--suite=tasks", "--device=cpu", "--task_steps=1", "--longest=64", cwd=tmp_path))
     rows, = of_results(tmp_path)
     kinds = ["mamba", "time-invariant", "time-invariant, no gate"]
-    expected = [*(("selective copying", kind) for kind in kinds), *(("induction heads", kind) for kind in kinds[:2]), ("parity", "mamba")]
+    expected = [*(("selective copying", kind) for kind in kinds), *(("induction heads", kind) for kind in kinds[:2]),
+                *(("parity", kind) for kind in ("mamba", "mamba2", "mamba3"))]
     assert [(row["task"], row["model"], row["tested"]) for row in rows] == [(*of, n) for of in expected for n in (16, 64)]
     assert all(0 <= row["accuracy"] <= 100 and row["steps"] == 1 for row in rows)
     assert "99.8" in done.stdout and "56.4" in done.stdout and done.stdout.count("in the paper (table") == 2
