@@ -6,8 +6,7 @@ torch alone. What is notable here:
 - activations are (batch, length, channels) throughout: none is transposed in memory
 - a state is a value: a call with a state returns the next one and leaves the given one as it is
 - parameters have the names of the released state-spaces/mamba-* weights
-Optional beside it: mamba_fast/ computes the same numbers sooner, mamba_files.py reads more layouts,
-mamba2.py and mamba3.py have the layers of its successors.
+Optional: mamba_fast/ (the same sooner), mamba_files.py (more layouts), mamba2.py and mamba3.py.
 
 Glossary, with the paper's names. In shapes alone: B batch, L length, D d_inner = expand * d_model,
 the channels of the scan, N d_state, the numbers that each of them remembers. Elsewhere:
@@ -332,7 +331,9 @@ class Mixer(nn.Module):
         def keep_exact(t):
             new = fn(t)
             return t.to(new.device) if id(t) in exact and new.element_size() == 2 else new
-        return super()._apply(keep_exact, recurse)
+        super()._apply(keep_exact, recurse)
+        self.exact_parameters()     # they may be other objects now
+        return self
 
 class MambaBlock(Mixer):
     """The mixer (paper, figure 3): project up, convolution, selective scan, gate, project down."""
@@ -409,9 +410,8 @@ class Layer(nn.Module):
 
     def __init__(self, config: MambaConfig):
         super().__init__()
-        norm = functools.partial(nn.RMSNorm, config.d_model, eps=config.norm_eps)
-        self.norm, self.mixer = norm(), config.block(config)
-        self.dropout = nn.Dropout(config.dropout)
+        c, norm = config, functools.partial(nn.RMSNorm, config.d_model, eps=config.norm_eps)
+        self.norm, self.mixer, self.dropout = norm(), c.block(c), nn.Dropout(c.dropout)
         has_mlp = config.d_intermediate > 0
         self.norm2, self.mlp = (norm(), GatedMLP(config)) if has_mlp else (None, None)
 

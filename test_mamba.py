@@ -953,6 +953,18 @@ def test_initialisation():
         assert 0.95 * bound < mixer.out_proj.weight.abs().max() <= bound * 1.001
 
 
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "mamba3"])
+def test_flags_for_other_code_bases_stay(kind):
+    """On the parameters that a block makes, and on those that take their place."""
+    config = MambaConfig(layer=kind, d_model=32, **({} if kind == "mamba" else {"headdim": 16}))
+    with torch.device("meta"):
+        first = config.block(config)
+    for block in (first, first.to_empty(device="cpu"), copy.deepcopy(first).bfloat16()):
+        for name in block.exact:
+            parameter = block.get_parameter(name)
+            assert parameter._no_reinit and parameter._no_weight_decay and parameter.dtype == torch.float32
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # mamba.py: the model
 
@@ -4019,8 +4031,8 @@ def test_bad_flags(argv, words):
 FLAGS = {
     "prepare_data.py": "dataset=pydoc tokenizer=char vocab_size=4096 data_dir=data cache_dir= name=",
     "train.py": "dataset=pydoc data_dir=data out_dir= init_from=resume eval_only=False d_model n_layer d_state d_conv=4 "
-                "expand=2 d_intermediate=0 dropout batch_size block_size gradient_accumulation_steps=1 max_iters "
-                "learning_rate min_lr=None warmup_iters=100 lr_decay_iters=None weight_decay=0.1 beta1=0.9 beta2=0.99 "
+                "expand=2 d_intermediate=0 dropout=None batch_size block_size gradient_accumulation_steps=1 max_iters "
+                "learning_rate min_lr=0.0 warmup_iters=100 lr_decay_iters=None weight_decay=0.1 beta1=0.9 beta2=0.99 "
                 "grad_clip=1.0 seed=1337 reset_at_eot=None carry_state=False bptt=1 eval_interval=250 eval_iters=50 patience=0 log_interval=10 sample_tokens=200 cache_dir= "
                 "device=auto dtype=auto compile=None scan=auto threads=None checkpointing=False",
     "sample.py": "out_dir= pretrained= start= num_samples=1 max_new_tokens=500 temperature=0.8 top_k=None top_p=None "
@@ -5466,7 +5478,7 @@ def test_runs_of_other_layers(work, call, monkeypatch, layer):
             assert succeeded(result) and succeeded(call("sample.py", f"--pretrained={layout}", *asked, cwd=work)).stdout == expected
     small_steps = [device, "--dataset=words.txt", "--max_iters=2", "--batch_size=2", "--block_size=16", "--eval_iters=1", "--sample_tokens=0"]
     tuned = succeeded(call("train.py", "--init_from=run", "--out_dir=tuned", *small_steps, cwd=work))
-    assert "2 steps, into tuned" in tuned.stdout and load(work / "tuned" / "ckpt.pt")["config"]["layer"] == layer
+    assert "; into tuned\n" in tuned.stdout and load(work / "tuned" / "ckpt.pt")["config"]["layer"] == layer
     one_line_error(call("train.py", "--init_from=run", "--out_dir=other", "--layer=mamba", *small_steps, cwd=work), "--layer cannot be chosen")
 
 
@@ -5984,8 +5996,7 @@ def test_training_begins_with_weights_and_goes_on_from_its_checkpoint(work, call
     assert "weights of weights, whose vocabulary is 70; the data has a char tokenizer of 10" in result.stdout
     model.config.vocab_size = 10    # the others are never predicted
     val = prepare_data.load_data(*(work / "data").glob("words*")).val
-    settings = SimpleNamespace(block_size=64, batch_size=4, eval_iters=3)
-    expected = train.evaluate(model, val, settings, "float32", None, stop=False)
+    expected = train.evaluate(model, val, 4, 64, "float32", None, most=3)
     assert float(losses(work)[1][3]) == pytest.approx(expected, rel=1e-5)
     config = load(work / "run" / "ckpt.pt")["model_config"]
     assert (config["d_model"], config["n_layer"], config["vocab_size"], config["dropout"]) == (16, 3, 10, 0.1)
@@ -6034,7 +6045,7 @@ def test_fine_tuning_a_run(finished, call):
         assert "going on from step 2 of 3" in succeeded(call("train.py", *flags, "--max_iters=3", cwd=finished)).stdout
     model = runs.load_model(best, dropout=0.1)
     val = prepare_data.load_data(*(finished / "data").glob("new*")).val
-    expected = train.evaluate(model, val, SimpleNamespace(block_size=64, batch_size=4, eval_iters=3), "float32", None, stop=False)
+    expected = train.evaluate(model, val, 4, 64, "float32", None, most=3)
     assert len(seen) == 1 and float(seen.pop()) == pytest.approx(expected, rel=1e-5)
 
 
@@ -6248,10 +6259,38 @@ def test_eval_only_reads_the_whole_validation_text(finished, call):
     most = []
     for length in (300, 1200):
         with Recorder() as recorded:
-            train.evaluate_all(model, stored(finished, text[:length]), "float32", None, part=100)
+            train.evaluate(model, stored(finished, text[:length]), 1, 100, "float32", None)
         most.append(recorded.most_bytes)
     assert most[0] == most[1]
-    assert train.evaluate_all(model, stored(finished, text), "float32", None, part=333) == pytest.approx(expected, rel=1e-5)
+    assert train.evaluate(model, stored(finished, text), 1, 333, "float32", None) == pytest.approx(expected, rel=1e-5)
+
+
+def test_dropout_is_for_how_often_a_text_is_seen(work, call):
+    cfg = train.Config(batch_size=10, block_size=20, bptt=2, gradient_accumulation_steps=5, max_iters=100)
+    usual = {tokens: train.usual_dropout(cfg, tokens) for tokens in (10 ** 9, 10 ** 5, 50_000, 30_000, 1000)}
+    assert usual == {10 ** 9: (0, 0.0002), 10 ** 5: (0, 2), 50_000: (0.1, 4), 30_000: (0.23, 200 / 30), 1000: (0.35, 200)}
+    flags = [flag for flag in TINY if "dropout" not in flag]
+    for more, dropout in (([], 0.35), (["--dropout=0.2"], 0.2)):
+        output = succeeded(call("train.py", *flags, "--batch_size=64", *more, f"--out_dir={dropout}", "--max_iters=2", "--eval_iters=1", "--block_size=512", cwd=work)).stdout
+        assert re.search(rf"2 steps, which see the text \d+\.\d times; dropout {dropout}; into {dropout}\n", output)
+        assert load(work / str(dropout) / "ckpt.pt")["model_config"]["dropout"] == load(work / str(dropout) / "ckpt.pt")["config"]["dropout"] == dropout
+
+
+@pytest.mark.parametrize("rows, part, most", [(3, 50, math.inf), (3, 50, 2), (1000, 64, math.inf), (2, 10 ** 6, 1)])
+def test_evaluation_reads_rows_with_their_state(finished, rows, part, most):
+    """As many as were asked for if each has a part, and of each as many parts as were asked for."""
+    model = runs.load_model(load(finished / "run" / "ckpt.pt"))
+    text = np.fromfile(finished / "data" / "words" / "val.bin", np.uint16)[:700]
+    rows_read = max(1, min(rows, 699 // part))
+    length = 699 // rows_read
+    read = min(length, most * part)
+    ids = torch.from_numpy(text.astype(np.int64))
+    x = torch.stack([ids[i * length:i * length + read] for i in range(rows_read)])
+    y = torch.stack([ids[i * length + 1:i * length + read + 1] for i in range(rows_read)])
+    with torch.no_grad():
+        expected = model.eval()(x, y)[1].item()
+    assert train.evaluate(model.train(), stored(finished, text), rows, part, "float32", None, most) == pytest.approx(expected, rel=1e-5)
+    assert model.training and train.evaluate(model, stored(finished, text), rows, part, "float32", None, stop=True) is None
 
 
 def test_a_loss_in_bits_is_for_a_byte():

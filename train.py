@@ -54,12 +54,12 @@ except ImportError:     # everything works without it, slower
     fast = None
 
 PRESETS = {     # what trains in minutes on such a device
-    "cpu": {"d_model": 160, "n_layer": 3, "d_state": 8, "dropout": 0.15, "batch_size": 12,
-            "block_size": 128, "max_iters": 2000, "learning_rate": 4e-3},
-    "mps": {"d_model": 256, "n_layer": 6, "d_state": 16, "dropout": 0.1, "batch_size": 32,
-            "block_size": 256, "max_iters": 2000, "learning_rate": 2e-3},
-    "cuda": {"d_model": 320, "n_layer": 12, "d_state": 16, "dropout": 0.35, "batch_size": 64,
-             "block_size": 256, "max_iters": 800, "learning_rate": 3e-3},
+    "cpu": {"d_model": 160, "n_layer": 3, "d_state": 8, "batch_size": 12, "block_size": 128,
+            "max_iters": 1100, "learning_rate": 4e-3},
+    "mps": {"d_model": 256, "n_layer": 6, "d_state": 16, "batch_size": 32, "block_size": 256,
+            "max_iters": 2000, "learning_rate": 2e-3},
+    "cuda": {"d_model": 320, "n_layer": 12, "d_state": 16, "batch_size": 64, "block_size": 256,
+             "max_iters": 800, "learning_rate": 3e-3},
 }
 HEADS = {"d_state": 64}     # for layers with heads, mamba2 and mamba3: their states can be larger
 FINE_TUNING = {"dropout": 0.0, "learning_rate": 1e-4}   # for weights that are already good
@@ -88,14 +88,15 @@ class Config:
     d_conv: int = flag(4, "width of the convolution", 1)
     expand: int = flag(2, "channels of the scan, in units of d_model", 1)
     d_intermediate: int = flag(0, "width of a gated MLP after each mixer; 0 is none", 0)
-    dropout: float | None = flag(None, "for data so small that the model sees it many times", 0, 1)
+    dropout: float | None = flag(None, "by default none for a text that is seen twice or less; for "
+                                 "each time more 0.05, but at most 0.35", 0, 1)
     # the schedule
     batch_size: int | None = flag(None, "sequences in a batch, over all processes", 1)
     block_size: int | None = flag(None, "tokens in a sequence", 1)
     gradient_accumulation_steps: int = flag(1, "batches whose gradients make one step", 1)
     max_iters: int | None = flag(None, "steps in all", 1)
     learning_rate: float | None = flag(None, "its highest value", 0)
-    min_lr: float | None = flag(None, "its last value; learning_rate / 10 by default", 0)
+    min_lr: float | None = flag(0.0, "its last value; None is learning_rate / 10", 0)
     warmup_iters: int = flag(100, "steps until the learning rate has risen", 0)
     lr_decay_iters: int | None = flag(None, "steps until it has fallen; max_iters by default", 1)
     weight_decay: float = flag(0.1, "on matrices only", 0)
@@ -112,7 +113,8 @@ class Config:
                      "over all of it", 1)
     # what is told and kept on the way
     eval_interval: int = flag(250, "steps between evaluations; each saves a checkpoint", 1)
-    eval_iters: int = flag(50, "batches in an evaluation, at most the whole validation data", 1)
+    eval_iters: int = flag(50, "batches in an evaluation, at most the whole validation text: "
+                          "a row of each reads on where that of the last one ended", 1)
     patience: int = flag(0, "evaluations without an improvement that end the run; 0: none do", 0)
     log_interval: int = flag(10, "steps between rows of log.csv", 1)
     sample_tokens: int = flag(200, "tokens of the sample shown at an evaluation", 0)
@@ -148,6 +150,13 @@ def fill_in(cfg, device, pretrained):
                     and not has_heads)
         pays_from = 5000 if device.type == "cuda" else 1000 if compiles else math.inf
         cfg.compile = cfg.max_iters >= pays_from and not cfg.eval_only
+
+def usual_dropout(cfg, tokens):
+    """(the dropout for a training text of so many tokens, how many times the run sees them all):
+    what is seen often is learned by heart, and for what is seen rarely dropout is a loss."""
+    batch = cfg.batch_size * cfg.block_size * cfg.bptt * cfg.gradient_accumulation_steps
+    times = cfg.max_iters * batch / tokens
+    return round(min(0.35, max(0.0, 0.05 * (times - 2))), 2), times
 
 def config_of(cfg, vocab_size):
     """The MambaConfig of a new model. Problem: the flags fit no such model."""
@@ -240,34 +249,22 @@ def put(state, other):
             t.copy_(new)
 
 @torch.no_grad()
-def evaluate(model, data, cfg, dtype, eot, stop):
-    """Mean loss over windows spread evenly over the data, always the same; None if told to stop."""
-    count = (len(data) - 1) // cfg.block_size
-    batch = min(cfg.batch_size, count)
-    count = min(cfg.eval_iters, count // batch) * batch
-    starts = np.linspace(0, len(data) - 1 - cfg.block_size, count).astype(int)
+def evaluate(model, data, rows, part, dtype, eot, most=math.inf, stop=False):
+    """Mean loss over the data, read in so many rows, part by part with the state carried on, as the
+    model writes: memory does not grow with the length. Of each row it takes at most so many parts,
+    and it has at least one. Returns None if told to stop."""
+    rows = max(1, min(rows, (len(data) - 1) // part))
+    length = (len(data) - 1) // rows
+    starts = np.arange(rows) * length
     model.eval()
-    losses = []
-    for part in starts.reshape(-1, batch):
-        if stop:
-            break
-        x, y = windows(data, part, cfg.block_size, model.device)
-        losses.append(loss_of(model, x, y, dtype, eot)[0])
-    model.train()
-    return None if stop else torch.stack(losses).mean().item()
-
-@torch.no_grad()
-def evaluate_all(model, data, dtype, eot, part=2048):
-    """Mean loss over all of the data, read once from its beginning, part by part with the state
-    carried on: memory does not grow with its length."""
-    model.eval()
-    total, state = 0.0, model.init_state(1)
-    for start in range(0, len(data) - 1, part):
-        length = min(part, len(data) - 1 - start)
-        x, y = windows(data, [start], length, model.device)
+    total, read, state = 0.0, 0, model.init_state(rows)
+    while read < min(length, most * part) and not stop:
+        n = min(part, length - read)
+        x, y = windows(data, starts + read, n, model.device)
         loss, state = loss_of(model, x, y, dtype, eot, state)
-        total += loss.item() * length
-    return total / (len(data) - 1)
+        total, read = total + loss * n, read + n
+    model.train()
+    return None if stop else (total / read).item()
 
 def a_sample(model, tokenizer, prompt, cfg, dtype, step):
     """A text of the model, another one at each step."""
@@ -339,6 +336,8 @@ def train(cfg, given, at_end):
         scan = common.pick_scan(cfg.scan, device, dtype, cfg.d_state, cfg.layer)
         data = open_data(cfg.dataset, cfg.data_dir, cfg.block_size, first_here, tokenizer)
     meta, eot = data.meta, end_of_text(cfg, data)
+    dropout, times = usual_dropout(cfg, meta["train_tokens"])
+    cfg.dropout = dropout if cfg.dropout is None else cfg.dropout
     for key, what in (("tokenizer", "another vocabulary"), ("sha256", "another text")):
         if meta[key] != processes.of_first(functools.partial(meta.get, key), rank, world, device):
             raise Problem(f"{data.folder} of this machine has {what} than that of the first one")
@@ -370,10 +369,11 @@ def train(cfg, given, at_end):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         if scaler.is_enabled() and checkpoint["scaler"]:    # empty after steps in another dtype
             scaler.load_state_dict(checkpoint["scaler"])
+    rows_and_part = cfg.batch_size, cfg.block_size      # of an evaluation
     if cfg.eval_only:
-        val_loss = evaluate(model, data.val, cfg, dtype, eot, stop=False)
+        val_loss = evaluate(model, data.val, *rows_and_part, dtype, eot, cfg.eval_iters)
         say(f"step {run.step}: val loss {runs.in_words(val_loss, meta)}")
-        all_loss = evaluate_all(model, data.val, dtype, eot)
+        all_loss = evaluate(model, data.val, 1, 2048, dtype, eot)
         say(f"the whole validation text, read once: {runs.in_words(all_loss, meta)}")
         return 0
     if run.is_finished(cfg):
@@ -385,7 +385,8 @@ def train(cfg, given, at_end):
         say(f"going on from step {run.step} of {cfg.max_iters}")
         runs.tell_new_schedule(run.step, Config(**checkpoint["config"]), cfg, learning_rate)
     else:
-        say(f"{cfg.max_iters} steps, into {folder.path}")
+        say(f"{cfg.max_iters} steps, which see the text {times:.1f} times; dropout {cfg.dropout}; "
+            f"into {folder.path}")
     if device.type == "cpu":
         common.use_threads(cfg.threads, checkpoint and checkpoint.get("threads"), threads)
 
@@ -434,7 +435,8 @@ def train(cfg, given, at_end):
     with runs.Stop(world) as stop, bar:
         while True:
             if run.evaluation_is_due(cfg):
-                val_loss = evaluate(model, data.val, cfg, dtype, eot, stop)
+                val_loss = evaluate(model, data.val, *rows_and_part, dtype, eot, cfg.eval_iters,
+                                    stop)
                 if stop.agreed(device):
                     break
                 runs.check_finite(run.step, saved_step, val_loss=val_loss)
