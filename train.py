@@ -161,6 +161,7 @@ def usual_dropout(cfg, tokens):
 def config_of(cfg, vocab_size):
     """The MambaConfig of a new model. Problem: the flags fit no such model."""
     options = {f.name: getattr(cfg, f.name) for f in fields(MambaConfig) if hasattr(cfg, f.name)}
+    options["dropout"] = cfg.dropout or 0.0     # not known before the data is
     if cfg.headdim is not None:
         options["headdim"] = cfg.headdim
     try:
