@@ -466,7 +466,7 @@ def tell_new_schedule(step, before, cfg, learning_rate):
                                                          (cfg.max_iters, cfg)))
     if old != new:
         say(f"learning rate: {new:.3g} from step {step} on, where it would have been {old:.3g}; "
-            f"{last:.3g} at step {cfg.max_iters}. --learning_rate=... --min_lr=... take it elsewhere")
+            f"{last:.3g} at step {cfg.max_iters}; --learning_rate and --min_lr can say otherwise")
 
 def tell_overfitting(run, val_loss):
     """Says it once: some evaluations after the best one, while the loss in training is lower."""

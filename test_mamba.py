@@ -5518,11 +5518,11 @@ def test_more_steps_change_the_learning_rate(finished, call):
     """Which is said, and can be chosen."""
     output = succeeded(call("train.py", *TINY, "--max_iters=160", cwd=finished)).stdout
     rate = train.learning_rate(150, train.Config(learning_rate=3e-3, warmup_iters=5, max_iters=160))
-    assert f"learning rate: {rate:.3g} from step 150 on, where it would have been 0; 0 at step 160. " in output and rate > 1e-5
+    assert f"learning rate: {rate:.3g} from step 150 on, where it would have been 0; 0 at step 160; " in output and rate > 1e-5
     more = ["--max_iters=164", "--learning_rate=0.0002", "--min_lr=0.0002"]
     assert "learning rate: 0.0002 from step 160 on, where it would have been 0; 0.0002 at step 164" in succeeded(call("train.py", *TINY, *more, cwd=finished)).stdout
     assert [row[4] for row in losses(finished)[-2:]] == ["0.0002", "0.0002"]
-    assert "learning rate" not in succeeded(call("train.py", *TINY, *more, "--max_iters=154", cwd=finished)).stdout
+    assert "learning rate" not in succeeded(call("train.py", *TINY, *more, "--max_iters=164", cwd=finished)).stdout
 
 
 def test_patience_and_overfitting(work, call, monkeypatch):
@@ -6271,7 +6271,7 @@ def test_dropout_is_for_how_often_a_text_is_seen(work, call):
     usual = {tokens: train.usual_dropout(cfg, tokens) for tokens in (10 ** 9, 10 ** 5, 50_000, 30_000, 1000)}
     assert usual == {10 ** 9: (0, 0.0002), 10 ** 5: (0, 2), 50_000: (0.1, 4), 30_000: (0.23, 200 / 30), 1000: (0.35, 200)}
     flags = [flag for flag in TINY if "dropout" not in flag]
-    for more, dropout in (([], 0.35), (["--dropout=0.2"], 0.2)):
+    for more, dropout in (([], 0.05), (["--dropout=0.2"], 0.2)):
         output = succeeded(call("train.py", *flags, "--batch_size=64", *more, f"--out_dir={dropout}", "--max_iters=2", "--eval_iters=1", "--block_size=512", cwd=work)).stdout
         assert re.search(rf"2 steps, which see the text \d+\.\d times; dropout {dropout}; into {dropout}\n", output)
         assert load(work / str(dropout) / "ckpt.pt")["model_config"]["dropout"] == load(work / str(dropout) / "ckpt.pt")["config"]["dropout"] == dropout
