@@ -323,15 +323,13 @@ def pick_scan(name, device, dtype, d_state, layer="mamba"):
 
 def pick_threads(most):
     """How many threads of at most so many compute fastest on the CPU now. Threads wait for each
-    other, and where other programs use the cores, they do little else: fewer are then far faster.
-    All of them, unless that is seen twice, so that a moment's load changes nothing."""
+    other, and where other programs use the cores, they do little else, but not all the time: of
+    five looks the second worst counts, and a moment's load changes nothing."""
     counts = {most // 2 ** i for i in range(most.bit_length())}
-    for _ in range(2):
-        speeds = {count: additions_per_second(count) for count in counts}
-        fastest = max(speeds, key=speeds.get)
-        if speeds[fastest] < 3 * speeds[most]:
-            return most
-    return fastest
+    looks = [{count: additions_per_second(count, 0.02) for count in counts} for _ in range(5)]
+    speeds = {count: sorted(look[count] for look in looks)[1] for count in counts}
+    fastest = max(speeds, key=speeds.get)
+    return fastest if speeds[fastest] >= 3 * speeds[most] else most
 
 def use_threads(wanted, before, most):
     """Computes on as many threads as --threads wants, or as the run did before, or as are fastest
