@@ -43,7 +43,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from common import Problem, autocast, nearest, repeatable, say, seed_of
+from common import Problem, autocast, nearest, repeatable, say, seed_of, usual_headdim
 from mamba import Mamba, MambaBlock, MambaConfig
 from prepare_data import open_data
 
@@ -258,7 +258,9 @@ def publish(bench, title, rows, columns, remarks=()):
 # ---- Models on the same text ---------------------------------------------------------------------
 
 def build_mamba(cfg, vocab_size, layer="mamba"):
-    of_heads = {} if layer == "mamba" else {"d_state": 64, "headdim": math.gcd(64, 2 * cfg.d_model)}
+    of_heads = {}
+    if layer in HEADS:
+        of_heads = {"d_state": 64, "headdim": usual_headdim(2 * cfg.d_model)}
     return Mamba(MambaConfig(vocab_size=vocab_size, d_model=cfg.d_model, n_layer=cfg.n_layer,
                              dropout=cfg.dropout, layer=layer, **of_heads))
 

@@ -1,5 +1,5 @@
 """
-What the scripts share: flags, errors of one line, device and dtype, whole files, checkpoints.
+What the scripts share: flags, errors of one line, device and dtype, files whole or not at all.
 
 torch and mamba.py are imported only in the functions that need them: prepare_data.py does without.
 """
@@ -321,12 +321,16 @@ def pick_scan(name, device, dtype, d_state, layer="mamba"):
     except ValueError as error:
         raise Problem(f"--scan={name}: {error}") from None
 
+def usual_headdim(channels):
+    """Channels of a head of Mamba-2 and 3, of so many in all: up to 64, as divides them."""
+    return max(n for n in range(1, 65) if channels % n == 0)
+
 def pick_threads(most):
     """How many threads of at most so many compute fastest on the CPU now. Threads wait for each
     other, and where other programs use the cores, they do little else, but not all the time: of
     five looks the second worst counts, and a moment's load changes nothing."""
     counts = {most // 2 ** i for i in range(most.bit_length())}
-    looks = [{count: additions_per_second(count, 0.02) for count in counts} for _ in range(5)]
+    looks = [{count: additions_per_second(count) for count in counts} for _ in range(5)]
     speeds = {count: sorted(look[count] for look in looks)[1] for count in counts}
     fastest = max(speeds, key=speeds.get)
     return fastest if speeds[fastest] >= 3 * speeds[most] else most
@@ -349,7 +353,7 @@ def use_threads(wanted, before, most):
         say(f"threads: {number}, not {' or '.join(map(str, others))}, {why}; --threads={most} takes"
             f" {most}. The last bits of all sums depend on their number")
 
-def additions_per_second(threads, seconds=0.05):
+def additions_per_second(threads, seconds=0.02):
     import torch
     before, x = torch.get_num_threads(), torch.zeros(2 ** 19)   # enough for 16 threads
     torch.set_num_threads(threads)
@@ -380,7 +384,7 @@ def repeatable():
     # This one helps to find mistakes, and takes time.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
-# ---- Files: written whole or not at all, and one run in a folder ---------------------------------
+# ---- Files: written whole or not at all, and a lock on a folder ----------------------------------
 
 def write_whole(path, write, previous=None):
     """Calls write(file) for a file that gets this name only when all of it is on the disk: a crash,

@@ -416,7 +416,7 @@ class Layer(nn.Module):
         self.norm2, self.mlp = (norm(), GatedMLP(config)) if has_mlp else (None, None)
 
     def forward(self, x, state=None, **masks):
-        """(B, L, d_model), and as for MambaBlock -> ((B, L, d_model), MambaState or None)."""
+        """(B, L, d_model), and as for Mixer -> ((B, L, d_model), its state or None)."""
         y = self.mixer(self.dropout(normed(self.norm, x)), state, **masks)
         y, state = (y, None) if state is None else y
         x = x + self.dropout(y)
@@ -492,8 +492,8 @@ class Mamba(nn.Module):
 
     device = property(lambda self: next(self.parameters()).device)
 
-    def init_state(self, batch: int) -> list[MambaState]:
-        """The state before the first token: a MambaState for each layer. Its size never grows."""
+    def init_state(self, batch: int) -> list[NamedTuple]:
+        """The state before the first token: that of each layer's mixer. Its size never grows."""
         return [layer.mixer.init_state(batch) for layer in self.backbone["layers"]]
 
     def num_params(self, embedding: bool = True) -> int:

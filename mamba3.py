@@ -184,7 +184,8 @@ class Mamba3Block(Mixer):
     def mix(self, x, state, mask, seq_idx):
         batch = x.shape[0]      # not len(x), which torch.export would take for a constant
         before = self.init_state(batch) if state is None else state
-        if before.h.shape != (batch, *self.init_state(1).h.shape[1:]):
+        c = self.config
+        if before.h.shape != (batch, c.nheads, c.headdim, c.d_state):
             raise ValueError(f"the state must be of batch {batch}, not {[*before.h.shape]}")
         parts = self.in_proj(x).split(self.sizes, dim=-1)
         with torch.autocast(x.device.type, enabled=False):

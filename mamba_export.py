@@ -194,17 +194,10 @@ def alphabet_or_json(tokenizer, read):
     READ_AT_ONCE or READ_BY_STEPS."""
     saved = tokenizer.to_dict()
     if saved["type"] == "char":
-        return "alphabet.json", json.dumps(saved["chars"]), GENERATE % {
-            **OF_CHARACTERS, **read}
+        return "alphabet.json", json.dumps(saved["chars"]), GENERATE % {**OF_CHARACTERS, **read}
     return "tokenizer.json", saved["json"], GENERATE % {**OF_PIECES, **read}
 
 # ---- Weights and tokenizer for transformers ------------------------------------------------------
-
-
-def keys_of(options):
-    """The names of the weights of a model with these options of MambaConfig."""
-    with torch.device("meta"):
-        return mamba.Mamba(mamba.MambaConfig(**options)).state_dict().keys()
 
 
 def as_transformers(options, weights):

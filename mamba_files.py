@@ -233,8 +233,9 @@ def check_plain(options, weights):
     """ValueError: weights are not those of a Mamba with these options, as a reader will expect."""
     if torch.int8 in {tensor.dtype for tensor in weights.values()}:
         raise ValueError("the layouts of released weights have no int8; save it before that")
-    from mamba_export import keys_of  # only here: it imports mamba.py
-    keys = keys_of(options)
+    from mamba import Mamba, MambaConfig  # only here: mamba.py imports this file
+    with torch.device("meta"):
+        keys = Mamba(MambaConfig(**options)).state_dict().keys()
     if odd := min(keys ^ weights.keys(), default=None):
         raise ValueError(f"the model {'lacks' if odd in keys else 'has'} {odd}: to be saved it "
                          "must have the modules that mamba.py made, with adapters merged")

@@ -225,7 +225,6 @@ def load_checkpoint(*paths, Config=None):
 def load_model(checkpoint, **changes):
     """The model of a checkpoint, on the CPU. changes: to its config, of what leaves the weights
     alone (scan, dropout). Problem: config and weights do not fit each other."""
-    from mamba import Mamba, MambaConfig
     try:
         model = Mamba(MambaConfig(**{**checkpoint["model_config"], **changes}))
         model.load_state_dict(checkpoint["model"])
@@ -309,7 +308,7 @@ class Run:
         at_one = self.step % cfg.eval_interval == 0 or self.step >= cfg.max_iters
         return at_one and self.step != self.evaluated
 
-    def take(self, val_loss):
+    def note(self, val_loss):
         """Notes an evaluation of now. Returns whether it is the best so far."""
         best = val_loss < self.best_loss
         self.evaluated, self.best_loss = self.step, min(val_loss, self.best_loss)

@@ -142,8 +142,7 @@ def fill_in(cfg, device, pretrained):
         if getattr(cfg, k) is None and not (pretrained and k in runs.SHAPE):
             setattr(cfg, k, v)
     if has_heads and cfg.headdim is None and not pretrained:
-        channels = cfg.expand * cfg.d_model
-        cfg.headdim = max(n for n in range(1, 65) if channels % n == 0)
+        cfg.headdim = common.usual_headdim(cfg.expand * cfg.d_model)
     if cfg.compile is None and cfg.d_state is not None:
         # it takes up to a minute, which only many steps bring back
         compiles = (fast and fast.compiles_well(device, cfg.d_state) and cfg.scan != "sequential"
@@ -441,7 +440,7 @@ def train(cfg, given, at_end):
                 if stop.agreed(device):
                     break
                 runs.check_finite(run.step, saved_step, val_loss=val_loss)
-                best = run.take(val_loss)
+                best = run.note(val_loss)
                 if device.type == "cpu":    # other programs come and go
                     common.use_threads(cfg.threads, None, threads)
                 checkpoint = everything()
