@@ -30,6 +30,7 @@ import os
 import platform
 import re
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,8 +38,9 @@ from types import SimpleNamespace
 
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))   # python -P leaves it out
-    # As in train.py: torch reads these two once. Large pages, on Linux: fresh memory costs less.
+    # As in train.py: torch reads these once. Large pages, on Linux: fresh memory costs less.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")    # a thread that waits soon sleeps
     # Without such a workspace PyTorch does not trust cuBLAS to repeat itself; see repeatable.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -473,9 +475,11 @@ def plot(bench, sweep):
     """Time and memory of forward + backward over L, as one picture."""
     rows = [(of["shape"][1], row) for of in bench.results["tables"]
             if of.get("shape") in sweep and of["direction"] != "forward" for row in of["rows"]]
-    panels = [("L", label, {name: sorted((length, row[key]) for length, row in rows
-                                         if row["variant"] == name and row[key])
-                            for name in dict.fromkeys(row["variant"] for _, row in rows)})
+    names = [name for name in dict.fromkeys(row["variant"] for _, row in rows)
+             if "delta x" not in name]      # which lie upon those without
+    panels = [("length, tokens", label, {name: sorted((length, row[key]) for length, row in rows
+                                                      if row["variant"] == name and row[key])
+                                         for name in names})
               for key, label in (("median_s", "seconds"), ("memory_mb", "MB on top of the inputs"))]
     batch, _, d_inner, d_state = sweep[0]
     draw(bench.cfg.plot, f"selective scan, forward + backward: B={batch} D={d_inner} N={d_state}, "
@@ -483,23 +487,28 @@ def plot(bench, sweep):
 
 
 def draw(path, title, panels, log=False):
-    """A picture of panels side by side, each (label of x, label of y, {name: [(x, y), ...]})."""
+    """A picture of panels, each (label of x, label of y, {name: [(x, y), ...]}), one above the other
+    and in large letters, so that it can be read on a phone."""
     try:
+        import matplotlib
         from matplotlib.figure import Figure  # not pyplot: it may look for a display
     except ImportError:
         return print("no picture: matplotlib is not installed")
-    figure = Figure(figsize=(11, 4.5))
-    for axis, (xlabel, ylabel, curves) in zip(figure.subplots(1, len(panels)), panels):
-        for name, points in curves.items():
-            axis.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
-        if log:
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-        axis.set(xlabel=xlabel, ylabel=ylabel)
-        axis.grid(alpha=0.3)
-    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with matplotlib.rc_context({"font.size": 14, "svg.hashsalt": "the same ids each time"}):
+        figure = Figure(figsize=(7, 4.2 * len(panels)), layout="constrained")
+        for axis, (xlabel, ylabel, curves) in zip(figure.subplots(len(panels)), panels):
+            for name, points in curves.items():
+                axis.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
+            if log:
+                axis.set_xscale("log", base=2)
+                axis.set_yscale("log")
+            axis.set(xlabel=xlabel, ylabel=ylabel)
+            axis.grid(alpha=0.3)
+        names = {name: line for axis in figure.axes
+                 for line, name in zip(*axis.get_legend_handles_labels())}
+        figure.legend(names.values(), names, loc="outside lower center", ncols=3, fontsize="small")
+        figure.suptitle("\n".join(textwrap.wrap(title, 56)), fontsize="medium")
+        figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 
 

@@ -341,6 +341,8 @@ class MambaBlock(Mixer):
 
     def __init__(self, config: MambaConfig):
         super().__init__()
+        if config.layer != "mamba":
+            raise ValueError(f"a block of layer {config.layer!r} is a {config.block.__name__}")
         self.config, self.scan = config, config.scan
         d_inner, self.dt_rank, self.d_state = config.d_inner, config.dt_rank, config.d_state
         self.in_proj = Linear(config.d_model, 2 * d_inner, bias=config.bias)
@@ -412,8 +414,7 @@ class Layer(nn.Module):
         super().__init__()
         c, norm = config, functools.partial(nn.RMSNorm, config.d_model, eps=config.norm_eps)
         self.norm, self.mixer, self.dropout = norm(), c.block(c), nn.Dropout(c.dropout)
-        has_mlp = config.d_intermediate > 0
-        self.norm2, self.mlp = (norm(), GatedMLP(config)) if has_mlp else (None, None)
+        self.norm2, self.mlp = (norm(), GatedMLP(c)) if c.d_intermediate > 0 else (None, None)
 
     def forward(self, x, state=None, **masks):
         """(B, L, d_model), and as for Mixer -> ((B, L, d_model), its state or None)."""
@@ -597,8 +598,7 @@ def read_folder(folder, _):
     config.update(config.get("ssm_cfg", {}))
     weights = torch.load(Path(folder, "pytorch_model.bin"), map_location="cpu", weights_only=True)
     known = fields(MambaConfig(layer=config.get("layer", "mamba")))
-    options = {f.name: config[f.name] for f in known if f.name in config}
-    return options, lambda *_: weights
+    return {f.name: config[f.name] for f in known if f.name in config}, lambda *_: weights
 
 # ---- Generation: one token after the other -------------------------------------------------------
 

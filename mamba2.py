@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mamba import Linear, MambaConfig, Mixer, beginnings, conv_silu
+from mamba import PLAIN, Linear, MambaConfig, Mixer, beginnings, conv_silu
 
 __all__ = ["Mamba2Block", "Mamba2Config", "Mamba2State", "ssd"]
 METHODS = ("auto", "sequential", "chunked")
@@ -254,6 +254,8 @@ class Mamba2Block(Mixer):
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
+        if config.layer != "mamba2":
+            raise ValueError(f"a block of layer {config.layer!r} is a {config.block.__name__}")
         self.config, self.scan = config, config.scan
         d_inner, shared = config.d_inner, config.ngroups * config.d_state
         channels = d_inner + 2 * shared
@@ -304,3 +306,4 @@ class Mamba2Block(Mixer):
         return y, Mamba2State(conv, h)
 
 Mamba2Config.block = Mamba2Block
+PLAIN.update({c: (c.forward, getattr(c, "mix", None)) for c in (Mamba2Block, GatedRMSNorm)})

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mamba import Linear, Mixer, beginnings
+from mamba import PLAIN, Linear, Mixer, beginnings
 from mamba2 import FORGET, Mamba2Config, in_chunks, of_heads
 
 __all__ = ["Mamba3Block", "Mamba3Config", "Mamba3State"]
@@ -142,6 +142,8 @@ class Mamba3Block(Mixer):
 
     def __init__(self, config: Mamba3Config):
         super().__init__()
+        if config.layer != "mamba3":
+            raise ValueError(f"a block of layer {config.layer!r} is a {config.block.__name__}")
         self.config, self.scan = config, config.scan
         heads, rank = config.nheads, config.mimo_rank
         shared = config.d_state * config.ngroups * rank
@@ -243,3 +245,4 @@ def of_heads_normed(t, norm, bias, config):
     return t + bias.transpose(0, 1).to(t.dtype)                             # (R, H, N)
 
 Mamba3Config.block = Mamba3Block
+PLAIN[Mamba3Block] = Mamba3Block.forward, Mamba3Block.mix

@@ -25,6 +25,7 @@ if __name__ == "__main__":
         # It ends the long import of torch without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")    # as in train.py; torch reads it once
 
 import functools
 import hashlib

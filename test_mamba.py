@@ -414,6 +414,9 @@ def test_configs_of_each_layer(options, monkeypatch):
         assert type(again) is type(config) and again == config
     assert dataclasses.replace(config, d_model=64).d_inner == 128
     assert isinstance(Mamba(config).backbone["layers"][0].mixer, type(config).block)
+    for other in {MambaBlock, Mamba2Config.block, Mamba3Config.block} - {config.block}:
+        with pytest.raises(ValueError, match=f"^a block of layer '{layer}' is a {config.block.__name__}$"):
+            other(config)
     wrong = {"mamba": {"headdim": 8}, "mamba2": {"mimo_rank": 2, "dt_rank": 3, "mixer_rms_eps": 1e-6, "dt_limit": 3, "A_init_range": (1, 2, 3)},
              "mamba3": {"d_conv": 2, "rmsnorm": False, "dt_rank": 3}}[layer]
     for name, value in wrong.items():
@@ -3567,10 +3570,12 @@ def unlike_eager(model, prompts, **more):
 
 @fast
 @WITHOUT_COMPILER
-def test_compiled_step(capsys):
-    """Also of streams side by side: after its first token none checks again which code is for it, and finds its own."""
+def test_compiled_step(capsys, monkeypatch):
+    """Also of streams side by side: after its first token none checks again which code is for it, and finds its own. And
+    of any number of models: torch.compile alone gives up behind a limit, of 8 as a rule."""
     from mamba_fast import decode
     torch.compiler.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     models = [small(n_layer=n).eval() for n in (2, 1)]
     prompts = [tokens(n, seed=n) for n in (5, 1)]
     assert not unlike_eager(models[0], prompts[:1], temperature=0)
@@ -3600,6 +3605,27 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
     monkeypatch.setattr(decode, "compiled_call", lambda: fails)
     assert not unlike_eager(small().eval(), tokens(2, 4))
     assert capsys.readouterr() == ("", "torch.compile does not work here (RuntimeError); going on without it\n")
+
+
+@fast
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("changes", [
+    {"layer": "mamba2"}, {"layer": "mamba2", "ngroups": 2, "d_intermediate": 24}, {"layer": "mamba2", "norm_before_gate": True},
+    {"layer": "mamba2", "rmsnorm": False, "dt_limit": (0.01, 0.1)}, {"layer": "mamba3"}, {"layer": "mamba3", "mimo_rank": 2}])
+@pytest.mark.usefixtures("anywhere")
+@torch.no_grad()
+def test_the_step_of_other_layers(changes, rows, dtype):
+    from mamba_fast import decode
+    model = lively(headdim=8, d_state=16, **changes).to(dtype)
+    state, given = model.init_state(rows), [tokens(1)] * rows
+    step = model.decoder(given, state)
+    assert isinstance(step, (decode.EagerDecoder, decode.GraphDecoder))
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    for token in tokens(6, rows):
+        logits, _, state = model(token[:, None], state=state)
+        assert relative(step(token), logits[:, 0]) < tolerance
+    assert same(step.state, state, tolerance)
 
 
 @on_gpu
@@ -7477,7 +7503,7 @@ def test_balance_loss_is_least_where_the_experts_are_equally_busy():
 def test_models_to_compare_have_equally_many_active_parameters(shape):
     cfg = SimpleNamespace(**dict(zip(("d_model", "n_layer"), shape)), dropout=0.1)
     with torch.device("meta"):
-        mamba, gpt, moe, *heads = (build(cfg, shape[2]) for build, _ in bench_compare.MODELS.values())
+        mamba, gpt, moe, *heads = (build(cfg, shape[2]) for build in bench_compare.MODELS.values())
     (active, total), (active_moe, total_moe) = map(bench_compare.count_parameters, (gpt, moe))
     assert active == total == sum(p.numel() for p in gpt.parameters())
     assert active == pytest.approx(mamba.num_params(), rel=0.02) and active_moe == pytest.approx(active, rel=0.01)
@@ -7589,9 +7615,10 @@ def test_compare(tmp_path, call, monkeypatch):
     assert memory["mamba", 256] == memory["mamba", 4096] < memory["gpt", 256] == memory["gpt", 4096] / 16
     assert all(row["tokens_per_s"] > 0 for row in speeds) and len(speeds) == 10
     has_matplotlib = importlib.util.find_spec("matplotlib")
-    assert (tmp_path / "results.png").exists() if has_matplotlib else "matplotlib is not installed" in done.stdout
+    pictures = [tmp_path / name for name in ("results.png", "results-writing.png")]
+    assert all(p.exists() for p in pictures) if has_matplotlib else "matplotlib is not installed" in done.stdout
 
-    monkeypatch.setattr(bench, "draw", lambda *_: None)
+    monkeypatch.setattr(bench, "draw", lambda *_, **__: None)
     succeeded(compare_tiny(call, tmp_path, "--max_iters=4", "--longest=1", "--models=moe=1e-3"))
     (alone,), none = of_results(tmp_path)
     assert [point["loss"] for point in alone["curve"]] == [point["loss"] for point in rows[2]["curve"]] and none == []

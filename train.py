@@ -22,8 +22,11 @@ if __name__ == "__main__":
         # Until main begins it does, without a traceback: importing torch takes long.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))   # python -P leaves it out
-    # torch reads both once. Large pages, on Linux, make fresh memory cost a CPU less.
+    # torch reads all three once. Large pages, on Linux, make fresh memory cost a CPU less.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Threads that wait for others look so often whether they are done, then sleep. Fifteen times as
+    # often is usual; where other programs use the cores too, they would do little else.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # For common.repeatable: cuBLAS repeats itself only with a workspace of a fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

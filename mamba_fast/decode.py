@@ -6,7 +6,6 @@ prompt; by `replayed` a step of training can be one too.
 """
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -36,7 +35,7 @@ PLACES = {
     "embedding": (nn.Embedding, Int8Embedding),
     "conv1d": (nn.Conv1d,),
     "dropout": (nn.Dropout,),
-    **dict.fromkeys(("norm", "norm2", "norm_f"), (nn.RMSNorm,)),
+    **dict.fromkeys(("norm", "norm2", "norm_f", "B_norm", "C_norm"), (nn.RMSNorm,)),
     **dict.fromkeys(LINEARS, (Linear, nn.Linear, Int8Linear)),
 }
 
@@ -46,8 +45,8 @@ def decoder(model, prompts, state, compile, plain):
     What Mamba.decoder returns: step(token) -> logits, (B,) -> (B, vocab_size), that has read all
     but the last token of each of the B prompts, and step.state. None if anything in the model is
     not just as mamba.py made it.
-    state: a list of MambaState, before the prompts; it is not changed.
-    plain: the classes of mamba.py, each with its forward and its mix.
+    state: a list with that of each layer before the prompts; it is not changed.
+    plain: the classes of mamba.py and mamba2.py, each with its forward and its mix.
     compile: on a CPU, by torch.compile; if it does not work here, one line says so.
     """
     if not is_plain(model, plain):
@@ -63,9 +62,9 @@ def is_plain(model, plain):
     if nn.modules.module._has_any_global_hook():
         return False
     for name, module in model.named_modules():
-        kind, known = type(module), PLACES.get(name.rpartition(".")[2])
+        kind, known = type(module), PLACES.get(name.rpartition(".")[2], ())
         does = getattr(kind, "forward", None), getattr(kind, "mix", None)
-        belongs = kind in known if known else plain.get(kind) == does
+        belongs = kind in known or plain.get(kind) == does
         if not belongs or vars(module).keys() & {"forward", "mix"}:
             return False
         if module._forward_hooks or module._forward_pre_hooks:
@@ -132,8 +131,7 @@ def make_step(model, state, compile=False):
     of Mamba.init_state(B)."""
     embedding, config = model.backbone["embedding"], model.config
     ready = functools.partial(made_ready, rows=len(state[0].h), compile=compile)
-    layers = [layer_step(layer, conv, h, ready)
-              for layer, (conv, h) in zip(model.backbone["layers"], state)]
+    layers = [layer_step(*both, ready) for both in zip(model.backbone["layers"], state)]
     norm, head = ready(model.backbone["norm_f"]), ready(model.lm_head)
 
     def step(token):
@@ -152,9 +150,16 @@ def make_step(model, state, compile=False):
 
     def compiled_step(token):
         unchecked = functools.partial(torch.compiler.set_stance, skip_guard_eval_unsafe=True)
-        with contextlib.nullcontext() if next(checks) else unchecked():
+        with any_number_of_models() if next(checks) else unchecked():
             return compiled_call()(step, token)
     return torch.inference_mode()(compiled_step)
+
+
+def any_number_of_models():
+    """A context without the usual limit of 8, after which all that is new runs uncompiled."""
+    config = torch._dynamo.config
+    limits = "recompile_limit", "accumulated_recompile_limit"
+    return config.patch({limit: sys.maxsize for limit in limits if hasattr(config, limit)})
 
 
 @functools.cache
@@ -166,10 +171,15 @@ def compiled_call():
                          options={"max_fusion_size": 4096, "size_asserts": False})
 
 
-def layer_step(layer, conv, h, ready):
-    """step(x) -> x, both (B, d_model): a Layer for the next token, without dropout."""
-    norm, mixer = ready(layer.norm), mixer_step(layer.mixer, conv, h, ready)
-    mlp = layer.mlp
+def layer_step(layer, state, ready):
+    """step(x) -> x, both (B, d_model): a Layer for the next token, without dropout. It updates
+    state, that of its mixer, in place."""
+    mixer_step = {"mamba": channels_step, "mamba2": heads_step}.get(layer.mixer.config.layer)
+    if mixer_step:
+        mixer = mixer_step(layer.mixer, *state, ready)
+    else:
+        mixer = functools.partial(step_of_itself, layer.mixer, state)
+    norm, mlp = ready(layer.norm), layer.mlp
     norm2 = mlp and ready(layer.norm2)
 
     def step(x):
@@ -178,7 +188,14 @@ def layer_step(layer, conv, h, ready):
     return step
 
 
-def mixer_step(block, conv_state, h, ready):
+def step_of_itself(block, state, x):
+    """y (B, d_model), what any block makes of x (B, d_model) as one token; it updates state."""
+    y, after = block(x[:, None], state)
+    torch._foreach_copy_([*state], [*after])
+    return y[:, 0]
+
+
+def channels_step(block, conv_state, h, ready):
     """
     step(x) -> y, both (B, d_model): a MambaBlock for the next token. It updates in place
     conv_state, (B, d_conv - 1, D), and h, (B, D, N).
@@ -209,6 +226,45 @@ def mixer_step(block, conv_state, h, ready):
         h.mul_(decay).addcmul_((delta * x)[..., None], B[:, None])              # (B, D, N)
         y = torch.bmm(h, C[..., None].to(h.dtype))[..., 0]                      # (B, D)
         y = torch.addcmul(y, D, x) * F.silu(z.to(h.dtype))
+        return out_proj(y.to(x.dtype))
+    return step
+
+
+def heads_step(block, conv_state, h, ready):
+    """
+    step(x) -> y, both (B, d_model): a Mamba2Block for the next token. It updates in place
+    conv_state, (B, d_conv - 1, D + 2 G N), and h, (B, H, P, N).
+    """
+    c, batch = block.config, len(h)
+    in_proj, out_proj = ready(block.in_proj), ready(block.out_proj)
+    taps, bias = block.conv1d.weight[:, 0].t().contiguous(), block.conv1d.bias  # (d_conv, D)
+    A_log2 = -torch.exp(block.A_log) / math.log(2)
+    dt_bias, D, limits = block.dt_bias, block.D[:, None], c.dt_limit
+    shared = c.ngroups * c.d_state
+    of_groups = h.view(batch * c.ngroups, -1, c.d_state)                        # (B G, D / G, N)
+    if not c.rmsnorm:
+        gated = lambda y, z: y * F.silu(z.to(y.dtype))
+    elif c.ngroups > 1 or c.norm_before_gate:
+        gated = lambda y, z: block.norm(y[:, None], z[:, None])[:, 0]
+    else:
+        norm = norm_made_ready(block.norm, compile=False)
+        gated = lambda y, z: norm(y * F.silu(z.to(y.dtype)))
+
+    def step(x):
+        z, u, delta = in_proj(x).split((c.d_inner, c.d_inner + 2 * shared, c.nheads), dim=-1)
+        window = torch.cat([conv_state.to(u.dtype), u[:, None]], dim=1)         # (B, d_conv, D)
+        conv_state.copy_(window[:, 1:])
+        u = (window * taps).sum(1)
+        u = F.silu(u if bias is None else u + bias)
+        u, B, C = u.to(h.dtype).split((c.d_inner, shared, shared), dim=-1)
+        u, B, C = u.view(batch, c.nheads, -1), *(t.reshape(len(of_groups), -1) for t in (B, C))
+        delta = F.softplus(delta + dt_bias)                                     # (B, H)
+        delta = delta if limits == (0, math.inf) else delta.clamp(*limits)
+        h.mul_((delta * A_log2).exp2_()[..., None, None])
+        new = (u * delta[..., None]).view(len(of_groups), -1, 1)
+        of_groups.addcmul_(new, B[:, None])                                     # + delta u (outer) B
+        y = torch.bmm(of_groups, C[..., None]).view(u.shape)                    # (B, H, P)
+        y = gated(torch.addcmul(y, D, u).flatten(1), z)                         # (B, D)
         return out_proj(y.to(x.dtype))
     return step
 
@@ -393,7 +449,7 @@ class GraphDecoder:
 def fuses(model):
     """Whether the step runs by the kernels of scan_triton.py."""
     config, weight = model.config, model.lm_head.weight
-    return (config.scan in ("auto", "triton")
+    return (config.layer == "mamba" and config.scan in ("auto", "triton")
             and scan_triton is not None and scan_triton.runs_on(weight.device)
             and weight.dtype != torch.float64 and config.d_state <= 256
             and config.mixer_rms_eps == 0
