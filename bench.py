@@ -487,8 +487,8 @@ def plot(bench, sweep):
 
 
 def draw(path, title, panels, log=False):
-    """A picture of panels, each (label of x, label of y, {name: [(x, y), ...]}), one above the other
-    and in large letters, so that it can be read on a phone."""
+    """A picture of panels, each (label of x, label of y, {name: [(x, y), ...]}), one above the
+    other and in large letters, so that it can be read on a phone."""
     try:
         import matplotlib
         from matplotlib.figure import Figure  # not pyplot: it may look for a display

@@ -262,7 +262,7 @@ def heads_step(block, conv_state, h, ready):
         delta = delta if limits == (0, math.inf) else delta.clamp(*limits)
         h.mul_((delta * A_log2).exp2_()[..., None, None])
         new = (u * delta[..., None]).view(len(of_groups), -1, 1)
-        of_groups.addcmul_(new, B[:, None])                                     # + delta u (outer) B
+        of_groups.addcmul_(new, B[:, None])                                     # delta u (outer) B
         y = torch.bmm(of_groups, C[..., None]).view(u.shape)                    # (B, H, P)
         y = gated(torch.addcmul(y, D, u).flatten(1), z)                         # (B, D)
         return out_proj(y.to(x.dtype))
