@@ -7619,7 +7619,7 @@ def test_compare(tmp_path, call, monkeypatch):
     assert all(p.exists() for p in pictures) if has_matplotlib else "matplotlib is not installed" in done.stdout
 
     monkeypatch.setattr(bench, "draw", lambda *_, **__: None)
-    succeeded(compare_tiny(call, tmp_path, "--max_iters=4", "--longest=1", "--models=moe=1e-3"))
+    succeeded(compare_tiny(call, tmp_path, "--max_iters=4", "--longest=1", "--models=moe"))
     (alone,), none = of_results(tmp_path)
     assert [point["loss"] for point in alone["curve"]] == [point["loss"] for point in rows[2]["curve"]] and none == []
     succeeded(compare_tiny(call, tmp_path, "--seconds=0.05", "--longest=1", "--models=gpt=3e-2"))
@@ -7840,17 +7840,17 @@ def test_python_of_the_readme(tmp_path, monkeypatch, capsys):
     assert torch.allclose(torch.stack(names["ys"], 1), mamba.selective_scan(u, delta, -A, B, C, method="sequential"))
 
     monkeypatch.chdir(tmp_path)
-    tokenizer = CharTokenizer("".join(sorted(set("JULIET:\nROMEO, ROMEO! "))))
+    tokenizer = CharTokenizer("".join(sorted(set("The quick brown fox"))))
     model = Mamba(MambaConfig(tokenizer.vocab_size, d_model=16, n_layer=2))
     model.tokenizer = tokenizer.to_dict()
-    model.save_pretrained("out/shakespeare")
+    model.save_pretrained("out/pydoc")
     capsys.readouterr()
     names = {}
     exec(own_code, names)  # noqa: S102
     assert names["y"].shape == (4, 1000, 256)
     assert torch.allclose(torch.cat([names["y1"], names["y2"]], 1), names["y"], atol=1e-5)
     text = capsys.readouterr().out
-    assert text.startswith("ROMEO:") and len(text) == len("ROMEO:") + 200 + 1
+    assert text.startswith("The ") and len(text) == len("The ") + 200 + 1
 
 
 ONE_BY_ONE = """
