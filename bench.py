@@ -77,7 +77,7 @@ class Config:
                        "by each channel")
     lengths: str = flag("", "L,...: also these lengths, with B, D and N of the first shape")
     plot: str = flag("", "picture of time and memory over --lengths (256,1024,4096 without); or of "
-                     "compare's losses, by default beside --out")
+                     "compare's losses, by default beside --out, and a second one, of writing")
     longest: int = flag(65536, "cost per token from L = 256 to here, below 256 it is left out; and "
                         "the longest text of compare and tasks")
     memory_gb: float = flag(8.0, "a scan that would take more is left out")

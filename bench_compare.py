@@ -13,7 +13,8 @@ What is fair: all see the same batches in the same order, and are judged by the 
 validation text. All have AdamW with the same settings, the same rate of dropout, and a warm-up and
 a cosine over the same budget of steps or of seconds, in which evaluations do not count. The
 learning rate is the same unless --models says otherwise; in what the README shows it is the one,
-of four that were tried, that is best for the GPT. They take turns, so that a busy machine slows
+of four that were tried, that is best for the GPT. --compile compiles all but the mixture, whose
+shapes change. They take turns, so that a busy machine slows
 them all. The GPT's attention is PyTorch's fast one, therefore without dropout
 of its weights. Its positions are rotary, for nanoGPT's learned ones end at block_size: so it can
 write on after any text, from a cache of all keys and values, as Mamba does from its state. That is
@@ -484,8 +485,8 @@ def selective_copying(rng, batch, length, train, count=4):
     return np.hstack([x, np.full_like(told, 15)]), np.hstack([np.full_like(x, -1), told])
 
 def induction_heads(rng, batch, length, train):
-    """Tokens of 0 to 14, and 15 somewhere and at the end: what came after it before? In every other
-    exercise 15 comes eight times, always before the same token."""
+    """Tokens of 0 to 14, and 15 somewhere and at the end: what came after it before? In half of the
+    exercises, at random, 15 comes eight times before, always followed by the same token."""
     count = rng.choice((1, 8)) if train else 1
     places = 2 * rng.random((batch, (length - 1) // 2)).argsort(axis=1)[:, :count]
     x, answer = rng.integers(15, size=(batch, length)), rng.integers(15, size=(batch, 1))

@@ -3575,11 +3575,13 @@ def test_compiled_step(capsys, monkeypatch):
     of any number of models: torch.compile alone gives up behind a limit, of 8 as a rule."""
     from mamba_fast import decode
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    config = torch._dynamo.config
+    monkeypatch.setattr(config, "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit", 1)
     models = [small(n_layer=n).eval() for n in (2, 1)]
     prompts = [tokens(n, seed=n) for n in (5, 1)]
     assert not unlike_eager(models[0], prompts[:1], temperature=0)
     assert not unlike_eager(models[0], prompts, stop=[7, 9], repetition_penalty=1.3, top_k=8)
+    assert not unlike_eager(small(layer="mamba2", headdim=8, d_state=16, n_layer=1).eval(), prompts[:1], temperature=0)
     assert decode.EagerDecoder.COMPILES[models[0]] == {1: True, 2: True}
     streams = [[model.stream(tokens(rows, 3, seed=rows), 9, temperature=0, compile=compile) for model, rows in
                 ((models[0], 1), (models[1], 1), (models[0], 2))] for compile in (False, True)]
@@ -3612,12 +3614,19 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("changes", [
     {"layer": "mamba2"}, {"layer": "mamba2", "ngroups": 2, "d_intermediate": 24}, {"layer": "mamba2", "norm_before_gate": True},
-    {"layer": "mamba2", "rmsnorm": False, "dt_limit": (0.01, 0.1)}, {"layer": "mamba3"}, {"layer": "mamba3", "mimo_rank": 2}])
+    {"layer": "mamba2", "rmsnorm": False, "dt_limit": (0.01, 0.1)}, {"layer": "mamba3"}, {"layer": "mamba3", "mimo_rank": 2},
+    {"layer": "mamba2", "beside": "mamba"}, {"layer": "mamba", "beside": "mamba3"}])
 @pytest.mark.usefixtures("anywhere")
 @torch.no_grad()
 def test_the_step_of_other_layers(changes, rows, dtype):
+    """Also where another kind takes the place of one layer."""
     from mamba_fast import decode
-    model = lively(headdim=8, d_state=16, **changes).to(dtype)
+    heads = lambda layer: {} if layer == "mamba" else {"headdim": 8}
+    beside, changes = changes.get("beside"), {k: v for k, v in changes.items() if k != "beside"}
+    model = lively(d_state=16, **heads(changes["layer"]), **changes)
+    if beside:
+        model.backbone["layers"][1] = lively(d_state=16, layer=beside, **heads(beside)).backbone["layers"][1]
+    model = model.to(dtype)
     state, given = model.init_state(rows), [tokens(1)] * rows
     step = model.decoder(given, state)
     assert isinstance(step, (decode.EagerDecoder, decode.GraphDecoder))

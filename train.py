@@ -24,8 +24,8 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))   # python -P leaves it out
     # torch reads all three once. Large pages, on Linux, make fresh memory cost a CPU less.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Threads that wait for others look so often whether they are done, then sleep. Fifteen times as
-    # often is usual; where other programs use the cores too, they would do little else.
+    # A thread that waits for others checks so often whether they are done, then sleeps. 300,000
+    # times are usual: where other programs use the cores too, threads would do little else.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # For common.repeatable: cuBLAS repeats itself only with a workspace of a fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

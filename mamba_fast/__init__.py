@@ -12,7 +12,7 @@ mamba.py does it in its own way:
     conv_silu(...)     None for the sequential scan, which can be differentiated twice, and in what
                        torch.compile compiles, unless has_triton
     cross_entropy(...) None if all logits fit at once
-    decoder(...)       None if a module of the model is not just as mamba.py made it
+    decoder(...)       None if a module of the model is not just as our files made it
 
 What scripts use: quantize_int8 (of int8.py), recorded and replayed (CUDA graphs, of decode.py),
 and compiles_well.

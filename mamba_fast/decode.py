@@ -1,8 +1,8 @@
 """
 The step of a token, for generation. What is the same for all tokens is made ready once, and the
 state is updated in place, in buffers of its own. On a CPU each weight is read once, in its own
-type and by all cores. On CUDA the whole step is a CUDA graph, and so is the reading of a short
-prompt; by `replayed` a step of training can be one too.
+type and by all cores. On CUDA the whole step is a CUDA graph, of fused kernels in a Mamba-1, where
+the reading of a short prompt is one too; by `replayed` a step of training can be one.
 """
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def decoder(model, prompts, state, compile, plain):
     """
     What Mamba.decoder returns: step(token) -> logits, (B,) -> (B, vocab_size), that has read all
     but the last token of each of the B prompts, and step.state. None if anything in the model is
-    not just as mamba.py made it.
+    not just as mamba.py, mamba2.py or mamba3.py made it.
     state: a list with that of each layer before the prompts; it is not changed.
-    plain: the classes of mamba.py and mamba2.py, each with its forward and its mix.
+    plain: the classes of mamba.py, mamba2.py, mamba3.py, each with its forward and its mix.
     compile: on a CPU, by torch.compile; if it does not work here, one line says so.
     """
     if not is_plain(model, plain):
@@ -82,7 +82,8 @@ def is_plain(model, plain):
 
 
 def copies(state):
-    return [type(layer)(*(t.clone() for t in layer)) for layer in state]
+    clone = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+    return [type(layer)(*map(clone, layer)) for layer in state]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -158,8 +159,8 @@ def make_step(model, state, compile=False):
 def any_number_of_models():
     """A context without the usual limit of 8, after which all that is new runs uncompiled."""
     config = torch._dynamo.config
-    limits = "recompile_limit", "accumulated_recompile_limit"
-    return config.patch({limit: sys.maxsize for limit in limits if hasattr(config, limit)})
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    return config.patch({name: sys.maxsize, f"accumulated_{name}": sys.maxsize})
 
 
 @functools.cache
@@ -237,11 +238,10 @@ def heads_step(block, conv_state, h, ready):
     """
     c, batch = block.config, len(h)
     in_proj, out_proj = ready(block.in_proj), ready(block.out_proj)
-    taps, bias = block.conv1d.weight[:, 0].t().contiguous(), block.conv1d.bias  # (d_conv, D)
+    taps, bias = block.conv1d.weight[:, 0].t().contiguous(), block.conv1d.bias  # (d_conv, ...)
     A_log2 = -torch.exp(block.A_log) / math.log(2)
     dt_bias, D, limits = block.dt_bias, block.D[:, None], c.dt_limit
     shared = c.ngroups * c.d_state
-    of_groups = h.view(batch * c.ngroups, -1, c.d_state)                        # (B G, D / G, N)
     if not c.rmsnorm:
         gated = lambda y, z: y * F.silu(z.to(y.dtype))
     elif c.ngroups > 1 or c.norm_before_gate:
@@ -252,11 +252,12 @@ def heads_step(block, conv_state, h, ready):
 
     def step(x):
         z, u, delta = in_proj(x).split((c.d_inner, c.d_inner + 2 * shared, c.nheads), dim=-1)
-        window = torch.cat([conv_state.to(u.dtype), u[:, None]], dim=1)         # (B, d_conv, D)
+        window = torch.cat([conv_state.to(u.dtype), u[:, None]], dim=1)         # (B, d_conv, ...)
         conv_state.copy_(window[:, 1:])
         u = (window * taps).sum(1)
         u = F.silu(u if bias is None else u + bias)
         u, B, C = u.to(h.dtype).split((c.d_inner, shared, shared), dim=-1)
+        of_groups = h.view(batch * c.ngroups, -1, c.d_state)                    # (B G, D / G, N)
         u, B, C = u.view(batch, c.nheads, -1), *(t.reshape(len(of_groups), -1) for t in (B, C))
         delta = F.softplus(delta + dt_bias)                                     # (B, H)
         delta = delta if limits == (0, math.inf) else delta.clamp(*limits)
@@ -449,7 +450,8 @@ class GraphDecoder:
 def fuses(model):
     """Whether the step runs by the kernels of scan_triton.py."""
     config, weight = model.config, model.lm_head.weight
-    return (config.layer == "mamba" and config.scan in ("auto", "triton")
+    return (all(layer.mixer.config.layer == "mamba" for layer in model.backbone["layers"])
+            and config.scan in ("auto", "triton")
             and scan_triton is not None and scan_triton.runs_on(weight.device)
             and weight.dtype != torch.float64 and config.d_state <= 256
             and config.mixer_rms_eps == 0
