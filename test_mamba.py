@@ -3568,15 +3568,22 @@ def unlike_eager(model, prompts, **more):
     return [i for i, pair in enumerate(zip(*rows)) if not torch.equal(*pair)]
 
 
+@pytest.fixture
+def only_one_is_compiled():
+    """Behind this limit, of 8 as a rule, torch.compile gives up."""
+    config = torch._dynamo.config
+    with config.patch({"recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit": 1}):
+        yield
+
+
 @fast
 @WITHOUT_COMPILER
-def test_compiled_step(capsys, monkeypatch):
+@pytest.mark.usefixtures("only_one_is_compiled")
+def test_compiled_step(capsys):
     """Also of streams side by side: after its first token none checks again which code is for it, and finds its own. And
-    of any number of models: torch.compile alone gives up behind a limit, of 8 as a rule."""
+    of any number of models."""
     from mamba_fast import decode
     torch.compiler.reset()
-    config = torch._dynamo.config
-    monkeypatch.setattr(config, "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit", 1)
     models = [small(n_layer=n).eval() for n in (2, 1)]
     prompts = [tokens(n, seed=n) for n in (5, 1)]
     assert not unlike_eager(models[0], prompts[:1], temperature=0)
