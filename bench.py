@@ -95,7 +95,8 @@ class Config:
     # compare and tasks
     dataset: str = flag("pydoc", "as for train.py")
     data_dir: str = flag("data", "folder of the prepared data")
-    models: str = flag(",".join(MODELS), "which to compare; =1e-3 behind one is its learning rate")
+    models: str = flag(",".join(MODELS), "which to compare; =1e-3 behind one is its learning "
+                       "rate, 3e-3 without")
     max_iters: int = flag(0, "steps of each model, in place of --seconds", 0)
     dropout: float = flag(0.1, "of each model", 0, 1)
     seed: int = flag(1337, "of weights, batches and dropout", 0, 2 ** 31)

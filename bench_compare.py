@@ -12,14 +12,14 @@ Two suites of bench.py: Mamba beside Transformers on the same text, and the pape
 What is fair: all see the same batches in the same order, and are judged by the same windows of the
 validation text. All have AdamW with the same settings, the same rate of dropout, and a warm-up and
 a cosine over the same budget of steps or of seconds, in which evaluations do not count. The
-learning rate is the same unless --models says otherwise; in what the README shows it is the one,
-of four that were tried, that is best for the GPT. --compile compiles all but the mixture, whose
-shapes change. They take turns, so that a busy machine slows
-them all. The GPT's attention is PyTorch's fast one, therefore without dropout
-of its weights. Its positions are rotary, for nanoGPT's learned ones end at block_size: so it can
-write on after any text, from a cache of all keys and values, as Mamba does from its state. That is
-timed; what it writes far beyond the length that it learned is not judged. Mamba writes by `stream`,
-with mamba_fast/ if that is there, the others in plain PyTorch.
+learning rate is the same unless --models says otherwise; in what the README shows it is the one, of
+four that were tried, that is best for the GPT. --compile compiles all but the mixture, whose shapes
+change. They take turns, so that a busy machine slows them all. The GPT's attention is PyTorch's
+fast one, therefore without dropout of its weights. Its positions are rotary, for nanoGPT's learned
+ones end at block_size: so it can write on after any text, from a cache of all keys and values, as
+Mamba does from its state. That is timed; what it writes far beyond the length that it learned is
+not judged. Mamba writes by `stream`, with mamba_fast/ if that is there, the others in plain
+PyTorch.
 What it does not tell: this is one seed and one size, and nothing else is tuned.
 
 --suite=tasks trains Mambas of two layers on the tasks of the paper's section 4.1, which show what

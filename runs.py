@@ -42,6 +42,8 @@ START_OVER = "start over with --init_from=scratch, or use another --out_dir"
 def settings(cfg, given, out_dir):
     """(the Config of the run, the checkpoint that it goes on from or None). Problem: the checkpoint
     is damaged, or one of another run than the flags say."""
+    if cfg.layer not in ("mamba", "mamba2", "mamba3"):
+        raise Problem(f"--layer takes mamba, mamba2 or mamba3, not '{cfg.layer}'")
     begun = [path for path in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt") if path.exists()]
     if cfg.eval_only and cfg.init_from == "scratch":
         raise Problem("--eval_only looks at what was trained, and --init_from=scratch begins anew: "
@@ -64,8 +66,6 @@ def check_together(cfg):
         raise Problem("--new_vocabulary goes with weights to begin with: --init_from=<folder>")
     if cfg.bptt > 1 and not cfg.carry_state:
         raise Problem("--bptt goes with --carry_state; without it take a longer --block_size")
-    if cfg.layer not in ("mamba", "mamba2", "mamba3"):
-        raise Problem(f"--layer takes mamba, mamba2 or mamba3, not '{cfg.layer}'")
     if cfg.headdim is not None and cfg.layer == "mamba":
         raise Problem("--headdim goes with --layer=mamba2 or mamba3; Mamba-1 has no heads")
 

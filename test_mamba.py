@@ -5520,6 +5520,7 @@ def test_runs_of_other_layers(work, call, monkeypatch, layer):
     before = tree(work)
     one_line_error(call("train.py", *TINY, "--layer=mamba", cwd=work), f"holds a run with --layer={layer}, not --layer=mamba")
     one_line_error(call("train.py", *TINY, "--headdim=8", cwd=work), "holds a run with --headdim=32, not --headdim=8")
+    one_line_error(call("train.py", *TINY, "--layer=mamba4", cwd=work), "--layer takes mamba, mamba2 or mamba3, not 'mamba4'")
     assert tree(work) == before
 
     model, device = Mamba.from_pretrained(work / "run"), "--device=cpu"

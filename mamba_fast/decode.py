@@ -196,6 +196,15 @@ def step_of_itself(block, state, x):
     return y[:, 0]
 
 
+def conv_step(state, x, taps, bias):
+    """silu of the convolution at its next input x, (B, X); taps: (d_conv, X). It updates state, the
+    inputs before, (B, d_conv - 1, X), in place."""
+    window = torch.cat([state.to(x.dtype), x[:, None]], dim=1)                  # (B, d_conv, X)
+    state.copy_(window[:, 1:])
+    y = (window * taps).sum(1)
+    return F.silu(y if bias is None else y + bias)
+
+
 def channels_step(block, conv_state, h, ready):
     """
     step(x) -> y, both (B, d_model): a MambaBlock for the next token. It updates in place
@@ -210,10 +219,7 @@ def channels_step(block, conv_state, h, ready):
 
     def step(x):
         x, z = in_proj(x).chunk(2, dim=-1)                                      # (B, D) each
-        window = torch.cat([conv_state.to(x.dtype), x[:, None]], dim=1)         # (B, d_conv, D)
-        conv_state.copy_(window[:, 1:])
-        x = (window * taps).sum(1)
-        x = F.silu(x if bias is None else x + bias)
+        x = conv_step(conv_state, x, taps, bias)
         parts = x_proj(x).split(sizes, dim=-1)
         if eps > 0:
             parts = [F.rms_norm(part, part.shape[-1:], eps=eps) for part in parts]
@@ -252,10 +258,7 @@ def heads_step(block, conv_state, h, ready):
 
     def step(x):
         z, u, delta = in_proj(x).split((c.d_inner, c.d_inner + 2 * shared, c.nheads), dim=-1)
-        window = torch.cat([conv_state.to(u.dtype), u[:, None]], dim=1)         # (B, d_conv, ...)
-        conv_state.copy_(window[:, 1:])
-        u = (window * taps).sum(1)
-        u = F.silu(u if bias is None else u + bias)
+        u = conv_step(conv_state, u, taps, bias)
         u, B, C = u.to(h.dtype).split((c.d_inner, shared, shared), dim=-1)
         of_groups = h.view(batch * c.ngroups, -1, c.d_state)                    # (B G, D / G, N)
         u, B, C = u.view(batch, c.nheads, -1), *(t.reshape(len(of_groups), -1) for t in (B, C))
