@@ -135,11 +135,14 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D=
         if tensor is not None and (tensor.shape != shape or tensor.is_complex()):
             raise ValueError(f"{name} must be {shape} to fit u {wide}, and real, not "
                              f"{tuple(tensor.shape)} {tensor.dtype}")
+    tiny = batch == 0 or (method == "auto" and length == 1)
+    method = "sequential" if tiny else scan_method(method, u, d_state)
+    if method == "triton" and mask is None and seq_idx is None:     # all in one kernel
+        y, h = fast.scan(u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)
+        return (y, h) if return_last_state else y
     dtype, number = u.dtype, torch.promote_types(u.dtype, torch.float32)
     if state is None:
         state = u.new_zeros(batch, d_inner, d_state, dtype=number)
-    tiny = batch == 0 or (method == "auto" and length == 1)
-    method = "sequential" if tiny else scan_method(method, u, d_state)
     part = 2048 if u.device.type == "cpu" else 2 ** 15
     at_once = torch.is_grad_enabled() or torch.compiler.is_compiling()
     if method == "chunked" and not at_once and length > part:
@@ -155,9 +158,6 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D=
                 mask_p, seq_p)
         return (y, state) if return_last_state else y
     with torch.autocast(u.device.type, enabled=False):      # it would run the products in 16 bits
-        if method == "triton" and mask is None and seq_idx is None:         # all in one kernel
-            y, h = fast.scan(u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)
-            return (y, h) if return_last_state else y
         u, delta, A, B, C, state = (t.to(number) for t in (u, delta, A, B, C, state))
         if delta_bias is not None:
             delta = delta + delta_bias

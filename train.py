@@ -62,7 +62,7 @@ PRESETS = {     # what trains in minutes on such a device
     "mps": {"d_model": 256, "n_layer": 6, "d_state": 16, "batch_size": 32, "block_size": 256,
             "max_iters": 2000, "learning_rate": 2e-3},
     "cuda": {"d_model": 320, "n_layer": 12, "d_state": 16, "batch_size": 64, "block_size": 256,
-             "max_iters": 800, "learning_rate": 3e-3},
+             "max_iters": 1200, "learning_rate": 3e-3},
 }
 HEADS = {"d_state": 64}     # for layers with heads, mamba2 and mamba3: their states can be larger
 FINE_TUNING = {"dropout": 0.0, "learning_rate": 1e-4}   # for weights that are already good

@@ -50,7 +50,9 @@ PARTS = constexpr(4)    # of a chunk, in the backward pass for _ends: more and s
 FILL, FILL_BACK = 2112, 1584    # warps that an H100 holds at once: a sequence is cut into chunks until there are so many
 
 # numbers that vary from call to call, for which no kernel is compiled anew
-SIZES = ("L", "N", "whole", "tiles", "chunks", "slots", "apart", "u_b", "x_b", "delta_b", "z_b", "g_b")
+SIZES = ("L", "N", "whole", "tiles", "chunks", "slots", "apart", "u_b", "x_b", "delta_b", "z_b", "g_b", "Lp", "rows", "blocks",
+         "batch", "B_n", "C_n")
+ANYWHERE = ("A", "state", "Dw", "bias")   # they may begin at any address
 LOG2E = constexpr(1.4426950408889634)
 # which thread has what: one channel of one segment; 8 or 4 numbers side by side, as memory likes it; sums of all warps
 LAYOUT = constexpr(gl.BlockedLayout([1, 1], [4, 8], [1, 4], [1, 0]))        # (S, BD)
@@ -153,12 +155,14 @@ def _fetch_BC(BC, buffers, which, t0, n0, N, Lp, T: constexpr):
 
 
 @gluon.jit
-def _fetch_states(inputs, buffers, n0, block, N, D):
-    """NB rows of each input (N, D), from n0 on, into a block of their own, as a group of copies that can be waited for."""
+def _fetch_states(inputs, buffers, n0, block, N, D, there):
+    """NB rows of each input (N, D), from n0 on, into a block of their own, as a group of copies that can be waited for.
+    there: how many rows the last input has; what it does not have is 0."""
     n = n0 + gl.arange(0, NB, gl.SliceLayout(1, WIDE32))[:, None]
     d = block * BD + gl.arange(0, BD, gl.SliceLayout(0, WIDE32))[None, :]
     for j in gl.static_range(len(inputs)):
-        async_load(reinterpret(buffers[j], gl.float32, [NB, BD], PLAIN), inputs[j] + n * D + d, mask=(n < N) & (d < D))
+        async_load(reinterpret(buffers[j], gl.float32, [NB, BD], PLAIN), inputs[j] + n * D + d,
+                   mask=(n < (there if j == len(inputs) - 1 else N)) & (d < D))
     async_copy.commit_group()
 
 
@@ -292,7 +296,7 @@ def _or(a, b):
     return a | b
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, tiles, chunks, slots, apart, x_b, x_l: constexpr,
           delta_b, delta_l: constexpr, z_b, z_l: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
           REVERSE: constexpr, AT_ONCE: constexpr, PARTS: constexpr):
@@ -376,14 +380,17 @@ def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, til
 
 
 @gluon.jit(do_not_specialize=SIZES)
-def _carry(states, decays, D, N, chunks, slots, apart, REVERSE: constexpr, PARTS: constexpr):
-    """What the PARTS of chunks add becomes what enters each chunk: entering' = decay entering + what this part adds."""
+def _carry(states, decays, D: constexpr, N, chunks, slots, apart, REVERSE: constexpr, PARTS: constexpr, FROM_ZERO: constexpr):
+    """
+    What the PARTS of chunks add becomes what enters each chunk: entering' = decay entering + what this part adds.
+    FROM_ZERO: the first of the states is 0, and nothing has been written there.
+    """
     i = gl.program_id(0) * 128 + gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))      # in (N, D)
     b = gl.program_id(1).to(gl.int64)
     inside = i < N * D
     states += (b * slots + (slots - 1 if REVERSE else 0)) * N * D + i
     decays += (b * chunks * PARTS + (chunks * PARTS - 1 if REVERSE else 0)) * N * D + i
-    h = gl.load(states, mask=inside, other=0)
+    h = gl.load(states, mask=inside & (not FROM_ZERO), other=0)
     for _ in range(1, chunks):
         for _ in gl.static_range(PARTS):
             h *= gl.load(decays, mask=inside, other=0)
@@ -393,7 +400,7 @@ def _carry(states, decays, D, N, chunks, slots, apart, REVERSE: constexpr, PARTS
         gl.store(states, h, mask=inside)
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, whole, tiles, chunks, slots, u_b,
              u_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr, HAS_D: constexpr, HAS_Z: constexpr,
              HAS_BIAS: constexpr, SOFTPLUS: constexpr, KEEP: constexpr):
@@ -425,7 +432,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
     for i in range(tiles):
         async_copy.wait_group(0)
         barrier()
-        _fetch_states((A, states), hs, 0, block, N, D)
+        _fetch_states((A, states), hs, 0, block, N, D, N)
         _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 + T, block, L, D, T)
         delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, s, SOFTPLUS, K)
         u_k, x_k, y_k = _tile(us.index(i % 2), K), (), ()
@@ -438,7 +445,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
             if n0 > 0:
                 async_copy.wait_group(0)
                 barrier()
-                _fetch_states((A, states), hs, n0, block, N, D)
+                _fetch_states((A, states), hs, n0, block, N, D, N)
             _fetch_next(BC, BCs, 1 - which, t0, t0 + T, n0, N, Lp, T)
             for n in range(n0, gl.minimum(n0 + NB, N)):
                 A_n, entering = _state(hs[0], n - n0), _state(hs[1], n - n0)
@@ -463,14 +470,15 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
         states = to_next
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, gz, parts, sums, L, D: constexpr, N, whole,
                tiles, chunks, slots, u_b, u_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr,
                g_b, g_l: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
-               EXACT: constexpr):
+               EXACT: constexpr, FROM_ZERO: constexpr):
     """
     All gradients. adjoint (B, chunks, PARTS, N, D): what enters the last of each from behind; in the end, what leaves the chunk.
-    parts (blocks of channels, B, 2, N, Lp): gB, gC.  sums (B, chunks, N + 2, S, D): gA, gD, gbias, in parts too.
+    parts (blocks of channels, B, 2, N, Lp): gB, gC.  sums (B, chunks, S, N + 2, D): gA, gD, gbias, in parts too.
+    FROM_ZERO: 0 enters the sequence from behind, and nothing has been written there.
     """
     K: constexpr = 8
     T: constexpr = S * K
@@ -487,7 +495,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     BC += b * 2 * N * Lp
     states += (b * slots + chunk * per_chunk + tiles - 1) * N * D
     adjoint += (at * PARTS + PARTS - 1) * N * D
-    sums += (at * (N + 2) * S + s) * D + d
+    sums += (at * S + s) * (N + 2) * D + d
     row = s * 2 + gl.arange(0, BD, gl.SliceLayout(0, LAYOUT))[None, :] % LANES // 4     # of the 8 x 4 lanes of a warp
     # where the sums of _over_channels go: (NB, S, LANES, 2)
     OF_SUMS: constexpr = gl.SliceLayout(1, TO_SUM)
@@ -512,7 +520,8 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     for i in range(tiles):
         async_copy.wait_group(0)
         barrier()
-        _fetch_states((A, states, adjoint), hs, 0, block, N, D)
+        from_behind = gl.where((i == 0) & (chunk == chunks - 1), 0, N) if FROM_ZERO else N     # rows of adjoint that there are
+        _fetch_states((A, states, adjoint), hs, 0, block, N, D, from_behind)
         _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 - T, block, L, D, T)
         delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, s, SOFTPLUS, K)
         u_k, gy_k = _tile(us.index(i % 2), K), _tile(gouts.index(i % 2), K)
@@ -526,7 +535,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
             if n0 > 0:
                 async_copy.wait_group(0)
                 barrier()
-                _fetch_states((A, states, adjoint), hs, n0, block, N, D)
+                _fetch_states((A, states, adjoint), hs, n0, block, N, D, from_behind)
             _fetch_next(BC, BCs, 1 - which, t0, t0 - T, n0, N, Lp, T)
             for n in range(n0, gl.minimum(n0 + NB, N)):
                 A_n, h0, q0 = _state(hs[0], n - n0), _state(hs[1], n - n0), _state(hs[2], n - n0)
@@ -538,7 +547,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                 for k in gl.static_range(K):
                     h = a_k[k] * h + b_k[k]
                     q = a_k[K - 1 - k] * (gy_k[K - 1 - k] * C_k[K - 1 - k] + q)
-                gA_n = gl.load(sums + n * S * D, mask=in_d & (s * 0 < i), other=0)
+                gA_n = gl.load(sums + n * D, mask=in_d & (s * 0 < i), other=0)
                 decay = gl.exp2(total * A_n)
                 h, _ = _through(decay, h, h0, s, False)
                 q, leaving = _through(decay, q, q0, s, True)
@@ -555,7 +564,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                     gA_n += delta_k[k] * w
                     gB_k, gxs, gds = (x_k[k] * g,) + gB_k, (gx_k[k] + B_k[k] * g,) + gxs, (gd_k[k] + A_n * w,) + gds
                 gx_k, gd_k = gxs, gds
-                gl.store(sums + n * S * D, gA_n, mask=in_d)
+                gl.store(sums + n * D, gA_n, mask=in_d)
                 gBC_n = gl.join(*_over_channels(gB_k, gC_k, row, EXACT))
                 of_warps.index(n - n0).store(gl.permute(gl.reshape(gBC_n, [S, WARPS, LANES, 2]), (1, 0, 2, 3)))
             sums_n = gl.sum(reinterpret(of_warps, gl.float32, [NB, WARPS, S, LANES, 2], RANK_5).load(TO_SUM), 1)
@@ -578,16 +587,20 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
             _store_tile(gz, gzs, t0, block, L, D, K)
         t0 -= T
         states -= N * D
-    gl.store(sums + N * S * D, gD_d, mask=in_d)
-    gl.store(sums + (N + 1) * S * D, gbias_d, mask=in_d)
+    gl.store(sums + N * D, gD_d, mask=in_d)
+    gl.store(sums + (N + 1) * D, gbias_d, mask=in_d)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _pack(A, B, C, state, A2, BC, states, L, D, N, Lp, slots, B_b, B_l, B_n, C_b, C_l, C_n, T: tl.constexpr):
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
+def _pack(A, B, C, state, A2, BC, states, L, D: tl.constexpr, N, Lp, slots, B_b, B_l, B_n, C_b, C_l, C_n,
+          SIDE_BY_SIDE: tl.constexpr, T: tl.constexpr):
     """
     Inputs as the other kernels want them: B and C (B, L, N) as BC (B, 2 N, Lp), float32, with 0 after the end; A (D, N) as
     A2 (N, D), exp(delta A) = 2^(delta A2); state (B, D, N) or zeros into the first slot of states (B, slots, N, D).
+    SIDE_BY_SIDE: the N numbers of a step lie so in memory, as B_n and C_n say too, but the compiler should know.
     """
+    if SIDE_BY_SIDE:
+        B_n, C_n = 1, 1
     i, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     for n0 in range(0, N, 16):
         n = n0 + tl.arange(0, 16)[:, None]
@@ -605,6 +618,62 @@ def _pack(A, B, C, state, A2, BC, states, L, D, N, Lp, slots, B_b, B_l, B_n, C_b
             tl.store(states + (b * slots * N + n) * D + d, h, mask=there)
             once = (n < N) & (d < D * (1 - tl.minimum(b, 1)))
             tl.store(A2 + n * D + d, tl.load(A + d * N + n, mask=once, other=0) * LOG2E, mask=once)
+
+
+@triton.jit
+def _sum_rows(x, first, second, rows, N, M, D, i, BD: tl.constexpr):
+    """The sum over all rows of x (rows, M, D), its first N into first (D, N), the others into second (M - N, D)."""
+    m, d = i % M, i // M * BD + tl.arange(0, BD)
+    total = tl.zeros((BD,), tl.float32)
+    for row in range(0, rows, 16):
+        some = row + tl.arange(0, 16)[:, None]
+        total += tl.sum(tl.load(x + (some.to(tl.int64) * M + m) * D + d, mask=(some < rows) & (d < D), other=0), 0)
+    if m < N:
+        tl.store(first + d * N + m, total, mask=d < D)
+    else:
+        tl.store(second + (m - N) * D + d, total, mask=d < D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _finish(parts, sums, gBC, gA, gDw, L, D: tl.constexpr, N, Lp, rows, blocks, batch, T: tl.constexpr, BD: tl.constexpr):
+    """What _gradients leaves in parts: gBC (2, B, L, N), gA (D, N), and gD, gbias as gDw (2, D)."""
+    i, of_BC = tl.program_id(0), 2 * batch * (Lp // T)
+    if i < of_BC:
+        t, b = i % (Lp // T) * T + tl.arange(0, T), (i // (Lp // T) // 2).to(tl.int64)
+        which = i // (Lp // T) % 2
+        for n0 in range(0, N, 16):
+            n = n0 + tl.arange(0, 16)[:, None]
+            total = tl.zeros((16, T), tl.float32)
+            for block in range(0, blocks, 4):
+                some = block + tl.arange(0, 4)[:, None, None]
+                at = parts + (((some * batch + b) * 2 + which) * N + n[None]) * Lp + t[None, None]
+                total += tl.sum(tl.load(at, mask=(some < blocks) & (n[None] < N), other=0), 0)
+            tl.store(gBC + ((which * batch + b) * L + t) * N + n, total, mask=(n < N) & (t < L))
+    else:
+        _sum_rows(sums, gA, gDw, rows, N, N + 2, D, i - of_BC, BD)
+
+
+class Kernel:
+    """
+    A kernel that is started in a few microseconds: kernel(grid, version, *arguments). At each call Triton asks all arguments
+    which of the versions that it compiled they need. Here `version` tells: the GPU first, then whatever that depends on.
+    """
+
+    def __init__(self, function, **options):
+        self.function, self.options, self.compiled = function, options, {}
+
+    def __call__(self, grid, version, *arguments):
+        kernel = self.compiled.get(version)
+        if kernel is None:
+            self.compiled[version] = self.function[grid](*arguments, **self.options)
+            return
+        stream = triton.runtime.driver.active.get_current_stream(version[0])
+        kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+
+
+_start_pack, _start_finish, _start_carry = Kernel(_pack), Kernel(_finish), Kernel(_carry)
+_start_ends, _start_outputs = (Kernel(function, num_warps=WARPS.value, maxnreg=128) for function in (_ends, _outputs))
+_start_gradients = Kernel(_gradients, num_warps=WARPS.value, maxnreg=168)
 
 
 def _strides(x):
@@ -633,93 +702,135 @@ def _cuts(batch, L, d_inner, warps):
     return tiles, per_chunk, -(-tiles // per_chunk), blocks
 
 
+def _pieces(like, *sizes):
+    """Memory for numbers in float32, which is asked for once, and its pieces of these sizes."""
+    whole = like.new_empty(sum(sizes), dtype=torch.float32)
+    return whole, whole.split_with_sizes(sizes)
+
+
+def _like(*tensors):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+
+
+def _dtypes(*tensors):
+    return [None if t is None else t.dtype for t in tensors]
+
+
+def _facts(*numbers):
+    """What Triton's compiler is told of numbers and addresses: whether they are 1, and whether 16 divides them."""
+    return [-1 if n == 1 else n % 16 == 0 for n in numbers]
+
+
 INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
-FORWARD = f"({INPUTS}, Tensor? state, bool softplus, bool keep) -> ({', '.join(['Tensor'] * 5)})"
-BACKWARD = ("(Tensor gy, Tensor? glast, Tensor states, Tensor BC, Tensor A2, Tensor u, Tensor delta, Tensor? D, Tensor? z, "
-            f"Tensor? delta_bias, bool softplus, bool has_state, ScalarType BC_dtype) -> ({', '.join(['Tensor'] * 6)})")
+FORWARD = f"({INPUTS}, Tensor? state, bool softplus, bool keep) -> ({', '.join(['Tensor'] * 3)})"
+BACKWARD = ("(Tensor gy, Tensor? glast, Tensor kept, Tensor u, Tensor delta, Tensor? D, Tensor? z, Tensor? delta_bias, "
+            f"int N, bool softplus, bool has_state, ScalarType BC_dtype) -> ({', '.join(['Tensor'] * 7)})")
+
+
+def _sizes_kept(batch, L, d_inner, N):
+    """Of the states in the middle and at the end of each tile, of BC and of A2."""
+    tiles = (L + TILE.value - 1) // TILE.value
+    return 2 * batch * tiles * N * d_inner, 2 * batch * N * tiles * TILE.value, N * d_inner
 
 
 def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
-    """y, last (B, N, D) and, with keep, what the backward pass needs: states, BC and A2."""
+    """y, last (B, N, D) and, with keep, what the backward pass needs: states, BC and A2, one after the other."""
     (batch, L, d_inner), N = u.shape, A.shape[1]
     tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner, FILL)
     u, delta, z = _aligned(u, delta, z)
     A, D, delta_bias, state = _whole(A, D, delta_bias, state)
     slots, apart = (2 * tiles, 2 * per_chunk) if keep else (chunks, 1)
-    y, states, last = u.new_empty(u.shape), A.new_empty(batch, slots, N, d_inner), A.new_empty(batch, N, d_inner)
-    BC, A2 = A.new_empty(batch, 2 * N, tiles * TILE.value), A.new_empty(N, d_inner)
-    (u_b, u_l), (delta_b, delta_l), (z_b, z_l) = map(_strides, (u, delta, u if z is None else z))
-    common = {"L": L, "D": d_inner, "N": N, "whole": tiles, "tiles": per_chunk, "chunks": chunks, "slots": slots,
-              "delta_b": delta_b, "delta_l": delta_l, "z_b": z_b, "z_l": z_l, "HAS_BIAS": delta_bias is not None,
-              "SOFTPLUS": softplus, "num_warps": WARPS.value}
+    y, last = *_like(u), A.new_empty(batch, N, d_inner)
+    _, *others = sizes = _sizes_kept(batch, L, d_inner, N)
+    if not keep:
+        sizes = batch * slots * N * d_inner, *others
+    kept, (states, BC, A2) = _pieces(A, *sizes)
+    gate, Lp = u if z is None else z, tiles * TILE.value
+    (u_b, u_l), (delta_b, delta_l), (z_b, z_l) = map(_strides, (u, delta, gate))
+    side_by_side = B.stride(2) == C.stride(2) == 1
+    has_D, has_bias = D is not None, delta_bias is not None
+    flags = has_bias, softplus
+    version = (u.device.index, d_inner, u_l, delta_l, z_l, has_D, *flags, keep, state is None, side_by_side,
+               *_dtypes(u, delta, B, C, z))
     with torch.cuda.device_of(u):
-        _pack[tiles + -(-d_inner // TILE.value), batch](A, B, C, state, A2, BC, states, L, d_inner, N, BC.shape[2], slots,
-                                                        *B.stride(), *C.stride(), T=TILE.value)
+        of_BC = _facts(B.data_ptr(), C.data_ptr(), *B.stride()[:2], *C.stride()[:2])
+        _start_pack((tiles + -(-d_inner // TILE.value), batch, 1), (*version, *of_BC), A, B, C, state, A2, BC, states, L, d_inner, N, Lp,
+                    slots, *B.stride(), *C.stride(), side_by_side, TILE.value)
         if chunks > 1:
             decays, at_once = A.new_empty(batch, chunks, N, d_inner), min(NB.value, triton.next_power_of_2(N))
-            _ends[blocks * -(-N // at_once), chunks - 1, batch](
-                u, delta, A2, BC, u, delta_bias, states, decays, apart=apart, x_b=u_b, x_l=u_l, HAS_Z=False, REVERSE=False,
-                AT_ONCE=at_once, PARTS=1, maxnreg=128, **common)
-            _carry[-(-d_inner * N // 128), batch](states, decays, d_inner, N, chunks, slots, apart, REVERSE=False, PARTS=1)
-        _outputs[blocks, chunks, batch](
-            u, delta, A2, BC, D, u if z is None else z, delta_bias, y, states, last, u_b=u_b, u_l=u_l, HAS_D=D is not None,
-            HAS_Z=z is not None, KEEP=keep, maxnreg=128, **common)
-    return (y, last, states, BC, A2) if keep else (y, last, *(A.new_empty(0) for _ in range(3)))
+            _start_ends((blocks * -(-N // at_once), chunks - 1, batch), (*version, at_once), u, delta, A2, BC, u, delta_bias,
+                        states, decays, L, d_inner, N, tiles, per_chunk, chunks, slots, apart, u_b, u_l, delta_b, delta_l, z_b,
+                        z_l, False, *flags, False, at_once, 1)
+            _start_carry((-(-d_inner * N // 128), batch, 1), version, states, decays, d_inner, N, chunks, slots, apart, False, 1,
+                         False)
+        _start_outputs((blocks, chunks, batch), version, u, delta, A2, BC, D, gate, delta_bias, y, states, last, L, d_inner, N,
+                       tiles, per_chunk, chunks, slots, u_b, u_l, delta_b, delta_l, z_b, z_l, has_D, z is not None, *flags, keep)
+    return y, last, kept if keep else A.new_empty(0)
 
 
-def _run_back(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus, has_state, BC_dtype):
-    """gu, gdelta, gz; gB and gC as (2, B, L, N); gA, gD, gbias as (N + 2, D); gstate (B, N, D), if there is a state."""
-    (batch, L, d_inner), N = u.shape, len(A2)
+def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_state, BC_dtype):
+    """gu, gdelta, gz; gB and gC as (2, B, L, N); gA (D, N); gD and gbias as (2, D); gstate (B, N, D), if there is a state."""
+    batch, L, d_inner = u.shape
     tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner, FILL_BACK)
     gy, u, delta, z = _aligned(gy, u, delta, z)
     D, delta_bias = _whole(D, delta_bias)
-    gu, gdelta, gz = (u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (u, delta, z))
-    adjoint = A2.new_zeros(batch, chunks, PARTS.value, N, d_inner)
+    states, BC, A2 = kept.split_with_sizes(_sizes_kept(batch, L, d_inner, N))
+    gu, gdelta, gz = *_like(u, delta), u.new_empty(0) if z is None else _like(z)[0]
+    slots, Lp, rows = chunks * PARTS.value, tiles * TILE.value, batch * chunks * S.value
+    states_of_all = batch * slots * N * d_inner
+    _, (adjoint, decays, parts, sums) = _pieces(kept, states_of_all, states_of_all if chunks > 1 else 0,
+                                                blocks * batch * 2 * N * Lp, rows * (N + 2) * d_inner)
     if glast is not None:
-        adjoint[:, -1, -1] = glast
-    parts, sums = A2.new_empty(blocks, batch, 2, N, BC.shape[2]), A2.new_empty(batch, chunks, N + 2, S.value, d_inner)
-    (u_b, u_l), (delta_b, delta_l), (z_b, z_l), (g_b, g_l) = map(_strides, (u, delta, u if z is None else z, gy))
-    common = {"L": L, "D": d_inner, "N": N, "whole": tiles, "chunks": chunks, "delta_b": delta_b, "delta_l": delta_l,
-              "z_b": z_b, "z_l": z_l, "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None, "SOFTPLUS": softplus,
-              "num_warps": WARPS.value}
+        adjoint.view(batch, slots, N, d_inner)[:, -1] = glast
+    gBC, gA, gDw = u.new_empty(2, batch, L, N, dtype=BC_dtype), kept.new_empty(d_inner, N), kept.new_empty(2, d_inner)
+    gate = u if z is None else z
+    (u_b, u_l), (delta_b, delta_l), (z_b, z_l), (g_b, g_l) = map(_strides, (u, delta, gate, gy))
+    has_D, flags, from_zero, exact = D is not None, (delta_bias is not None, softplus), glast is None, u.dtype != torch.bfloat16
+    version = (u.device.index, d_inner, u_l, delta_l, z_l, g_l, has_D, *flags, from_zero, *_dtypes(u, delta, z), BC_dtype)
     with torch.cuda.device_of(u):
         if chunks > 1:
-            decays, at_once = torch.empty_like(adjoint), min(NB.value, triton.next_power_of_2(N))
-            slots = chunks * PARTS.value
-            _ends[blocks * -(-N // at_once), slots - PARTS.value, batch](
-                gy, delta, A2, BC, u if z is None else z, delta_bias, adjoint, decays, tiles=per_chunk, slots=slots, apart=1,
-                x_b=g_b, x_l=g_l, REVERSE=True, AT_ONCE=at_once, PARTS=PARTS, maxnreg=128, **common)
-            _carry[-(-d_inner * N // 128), batch](adjoint, decays, d_inner, N, chunks, slots, 1, REVERSE=True, PARTS=PARTS)
-        _gradients[blocks, chunks, batch](
-            u, delta, A2, BC, D, u if z is None else z, delta_bias, gy, states, adjoint, gu, gdelta, gz, parts, sums,
-            tiles=2 * per_chunk, slots=states.shape[1], u_b=u_b, u_l=u_l, g_b=g_b, g_l=g_l, HAS_D=D is not None,
-            EXACT=u.dtype != torch.bfloat16, maxnreg=168, **common)
-    gstate = adjoint[:, 0, -1].contiguous() if has_state else A2.new_empty(0)
-    gBC = A2.new_empty(2, batch, L, N, dtype=BC_dtype).copy_(parts.sum(0)[..., :L].permute(1, 0, 3, 2))
-    return gu, gdelta, gz, gBC, sums.sum((0, 1, 3)), gstate
+            at_once = min(NB.value, triton.next_power_of_2(N))
+            _start_ends((blocks * -(-N // at_once), slots - PARTS.value, batch), (*version, at_once), gy, delta, A2, BC, gate,
+                        delta_bias, adjoint, decays, L, d_inner, N, tiles, per_chunk, chunks, slots, 1, g_b, g_l, delta_b, delta_l,
+                        z_b, z_l, z is not None, *flags, True, at_once, PARTS.value)
+            _start_carry((-(-d_inner * N // 128), batch, 1), version, adjoint, decays, d_inner, N, chunks, slots, 1, True,
+                         PARTS.value, from_zero)
+        _start_gradients((blocks, chunks, batch), version, u, delta, A2, BC, D, gate, delta_bias, gy, states, adjoint, gu, gdelta,
+                         gz, parts, sums, L, d_inner, N, tiles, 2 * per_chunk, chunks, 2 * tiles, u_b, u_l, delta_b, delta_l, z_b,
+                         z_l, g_b, g_l, has_D, z is not None, *flags, exact, from_zero)
+        _start_finish((2 * batch * tiles * (TILE.value // 32) + (N + 2) * -(-d_inner // 64), 1, 1), version, parts, sums, gBC, gA,
+                      gDw, L, d_inner, N, Lp, rows, blocks, batch, 32, 64)
+    gstate = adjoint.view(batch, slots, N, d_inner)[:, PARTS.value - 1].clone() if has_state else kept.new_empty(0)
+    return gu, gdelta, gz, gBC, gA, gDw, gstate
 
 
 def _setup(ctx, inputs, output):
-    u, delta, _A, B, C, D, z, delta_bias, state, ctx.softplus, _keep = inputs
-    ctx.B_dtype, ctx.C_dtype, ctx.has_state = B.dtype, C.dtype, state is not None
-    ctx.save_for_backward(*output[2:], u, delta, D, z, delta_bias)
+    u, delta, A, B, C, D, z, delta_bias, state, ctx.softplus, _keep = inputs
+    ctx.B_dtype, ctx.C_dtype, ctx.has_state, ctx.N = B.dtype, C.dtype, state is not None, A.shape[1]
+    ctx.save_for_backward(output[2], u, delta, D, z, delta_bias)
     ctx.set_materialize_grads(False)
 
 
-def _gradients_of(back, ctx, gy, glast, _gstates, _gBC, _gA2):
+def _gradients_of(back, ctx, gy, glast, _gkept=None):
     saved = ctx.saved_tensors       # taken once: a checkpoint computes them for one taking
-    _, _, A2, u, _, D, z, delta_bias = saved
+    _, u, _, D, z, delta_bias = saved
     gy = torch.zeros_like(u) if gy is None else gy
     BC_dtype = ctx.B_dtype if ctx.B_dtype == ctx.C_dtype else torch.float32
-    gu, gdelta, gz, (gB, gC), sums, gstate = back(gy, glast, *saved, ctx.softplus, ctx.has_state, BC_dtype)
-    gA, gD, gbias = sums[:len(A2)].t(), sums[-2], sums[-1]
+    gu, gdelta, gz, gBC, gA, gDw, gstate = back(gy, glast, *saved, ctx.N, ctx.softplus, ctx.has_state, BC_dtype)
+    (gB, gC), (gD, gbias) = gBC.unbind(), gDw.unbind()
     return (gu, gdelta, gA, gB.to(ctx.B_dtype), gC.to(ctx.C_dtype), None if D is None else gD, None if z is None else gz,
             None if delta_bias is None else gbias, gstate.transpose(1, 2) if ctx.has_state else None, None, None)
 
 
 class _Scan(torch.autograd.Function):
     """What the operator does, without what an operator costs: where no compiler has to see one."""
-    forward, setup_context = staticmethod(_run), staticmethod(_setup)
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _run(*inputs)
+        _setup(ctx, inputs, output)
+        return output[:2]
+
     backward = staticmethod(once_differentiable(partial(_gradients_of, _run_back)))
 
 
@@ -731,22 +842,26 @@ _forward.register_autograd(partial(_gradients_of, torch.ops.selective_scan.backw
 @_forward.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     (batch, L, d_inner), N = u.shape, A.shape[1]
-    tiles = (L + TILE.value - 1) // TILE.value
-    kept = ((batch, 2 * tiles, N, d_inner), (batch, 2 * N, tiles * TILE.value), (N, d_inner)) if keep else ((0,), (0,), (0,))
-    return u.new_empty(u.shape), A.new_empty(batch, N, d_inner), *map(A.new_empty, kept)
+    kept = A.new_empty(sum(_sizes_kept(batch, L, d_inner, N)) if keep else 0)
+    return u.new_empty(u.shape), A.new_empty(batch, N, d_inner), kept
 
 
 @_backward.register_fake
-def _(gy, glast, states, BC, A2, u, delta, D, z, delta_bias, softplus, has_state, BC_dtype):
-    (batch, L, d_inner), N = u.shape, len(A2)
+def _(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_state, BC_dtype):
+    batch, L, d_inner = u.shape
     gu, gdelta, gz = (u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (u, delta, z))
-    return (gu, gdelta, gz, A2.new_empty(2, batch, L, N, dtype=BC_dtype), A2.new_empty(N + 2, d_inner),
-            A2.new_empty((batch, N, d_inner) if has_state else 0))
+    return (gu, gdelta, gz, u.new_empty(2, batch, L, N, dtype=BC_dtype), kept.new_empty(d_inner, N), kept.new_empty(2, d_inner),
+            kept.new_empty((batch, N, d_inner) if has_state else 0))
+
+
+CAPABLE = {}    # {device: whether they can run there}, for asking takes longer than a launch
 
 
 def runs_on(device):
     """Whether the kernels can run on this CUDA device: Ampere brought the asynchronous copies and the mma that they use."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device not in CAPABLE:
+        CAPABLE[device] = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return CAPABLE[device]
 
 
 runs_on._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does, but that imports the compiler
@@ -802,8 +917,8 @@ def _filtered(rows, taps, bias_d, i, W: tl.constexpr):
     return y
 
 
-@triton.jit
-def _conv(x, weight, bias, state, y, L, D, x_b, x_l, W: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
+@triton.jit(do_not_specialize=("L",))
+def _conv(x, weight, bias, state, y, L, D: tl.constexpr, x_b, x_l: tl.constexpr, W: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
     """y (B, L, D) = silu(bias + sum_k weight_k x_{t - (W - 1) + k}), T steps of BD channels."""
     t0, d, b = tl.program_id(0) * T, tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2).to(tl.int64)
     x, rows = x + b * x_b, ()
@@ -822,9 +937,9 @@ def _through_silu(gy, rows, taps, bias_d, i, W: tl.constexpr):
     return gy * open * (1 + y * (1 - open))
 
 
-@triton.jit
-def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D, x_b, x_l, g_b, g_l, W: tl.constexpr,
-                    STEPS: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
+@triton.jit(do_not_specialize=("L",))
+def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D: tl.constexpr, x_b, x_l: tl.constexpr, g_b,
+                    g_l: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
     """
     g, the gradient of what silu gets, for STEPS steps; gx (B, L, D) and gstate (B, W - 1, D), which follow W - 1 steps later;
     sums (B, chunks, W + 1, D): gradients of weight and bias, in parts.
@@ -863,11 +978,27 @@ def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D, x_b, x_l
         tl.store(sums + ((b * tl.num_programs(0) + tl.program_id(0)) * (W + 1) + k) * D + d, parts[k], mask=d < D)
 
 
+@triton.jit(do_not_specialize=SIZES)
+def _finish_conv(sums, gweight, gbias, rows, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr):
+    """gweight (D, 1, W) and gbias (1, D) from what _conv_gradients leaves in parts."""
+    _sum_rows(sums, gweight, gbias, rows, W, W + 1, D, tl.program_id(0), BD)
+
+
+_start_conv, _start_conv_gradients = Kernel(_conv, num_warps=2), Kernel(_conv_gradients, num_warps=1)
+_start_finish_conv = Kernel(_finish_conv)
+
+
+def _version_of_conv(x, *tensors):
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    return (x.device.index, *x.shape[2:], x.stride(1), tensors[0].shape[2], *_dtypes(x, *tensors),
+            *_facts(x.data_ptr(), x.stride(0), *addresses))
+
+
 def _run_conv(x, weight, bias, state):
-    (batch, L, d_inner), W, y = x.shape, weight.shape[2], x.new_empty(x.shape)
+    (batch, L, d_inner), W, (y,) = x.shape, weight.shape[2], _like(x)
     with torch.cuda.device_of(x):
-        _conv[-(-L // 16), -(-d_inner // 128), batch](x, weight, bias, state, y, L, d_inner, *x.stride()[:2], W=W, T=16, BD=128,
-                                                      num_warps=2)
+        _start_conv((-(-L // 16), -(-d_inner // 128), batch), _version_of_conv(x, weight, bias, state), x, weight, bias, state, y,
+                    L, d_inner, *x.stride()[:2], W, 16, 128)
     return y
 
 
@@ -878,15 +1009,17 @@ def _cuts_of_conv(L, W):
 
 
 def _run_conv_back(gy, x, weight, bias, state):
-    """gx; (B, chunks, W + 1, D), whose sums are the gradients of weight and bias; gstate."""
-    (batch, L, d_inner), W, gx = x.shape, weight.shape[2], x.new_empty(x.shape)
-    gstate, (steps, chunks) = None if state is None else torch.empty_like(state), _cuts_of_conv(L, W)
+    """gx, gweight, gbias and gstate; of what there is not, an empty tensor."""
+    (batch, L, d_inner), W, (gx, gweight) = x.shape, weight.shape[2], _like(x, weight)
+    gbias, gstate = (weight if bias is None else bias).new_empty(d_inner), x.new_empty(0) if state is None else torch.empty_like(state)
+    steps, chunks = _cuts_of_conv(L, W)
     sums = weight.new_empty(batch, chunks, W + 1, d_inner, dtype=torch.float32)
+    version = *_version_of_conv(x, weight, bias, state, gy), gy.stride(1), *_facts(gy.stride(0))
     with torch.cuda.device_of(x):
-        _conv_gradients[chunks, -(-d_inner // 64), batch](
-            x, weight, bias, state, gy, gx, gstate, sums, L, d_inner, *x.stride()[:2], *gy.stride()[:2], W=W, STEPS=steps, T=8,
-            BD=64, num_warps=1)
-    return gx, sums, x.new_empty(0) if gstate is None else gstate
+        _start_conv_gradients((chunks, -(-d_inner // 64), batch), version, x, weight, bias, state, gy, gx,
+                              None if state is None else gstate, sums, L, d_inner, *x.stride()[:2], *gy.stride()[:2], W, steps, 8, 64)
+        _start_finish_conv(((W + 1) * -(-d_inner // 64), 1, 1), version, sums, gweight, gbias, batch * chunks, d_inner, W, 64)
+    return gx, gweight, gbias, gstate
 
 
 def _setup_conv(ctx, inputs, output):
@@ -895,21 +1028,23 @@ def _setup_conv(ctx, inputs, output):
 
 def _gradients_of_conv(back, ctx, gy):
     x, weight, bias, state = ctx.saved_tensors
-    gx, sums, gstate = back(gy if gy.stride(2) == 1 else gy.contiguous(), x, weight, bias, state)
-    sums = sums.sum((0, 1))     # here, where a compiler sees it: its kernel takes half the time
-    return (gx, sums[:-1].t()[:, None].to(weight.dtype), None if bias is None else sums[-1].to(bias.dtype),
-            None if state is None else gstate)
+    gx, gweight, gbias, gstate = back(gy if gy.stride(2) == 1 else gy.contiguous(), x, weight, bias, state)
+    return gx, gweight, None if bias is None else gbias, None if state is None else gstate
 
 
 class _Conv(torch.autograd.Function):
-    forward, setup_context = staticmethod(_run_conv), staticmethod(_setup_conv)
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        return _run_conv(*inputs)
+
     backward = staticmethod(once_differentiable(partial(_gradients_of_conv, _run_conv_back)))
 
 
 OF_CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? state"
 _conv_forward = library.custom_op("selective_scan::conv", _run_conv, mutates_args=(), schema=f"({OF_CONV}) -> Tensor")
 _conv_backward = library.custom_op("selective_scan::conv_backward", _run_conv_back, mutates_args=(),
-                                   schema=f"(Tensor gy, {OF_CONV}) -> (Tensor, Tensor, Tensor)")
+                                   schema=f"(Tensor gy, {OF_CONV}) -> ({', '.join(['Tensor'] * 4)})")
 _conv_forward.register_autograd(partial(_gradients_of_conv, torch.ops.selective_scan.conv_backward), setup_context=_setup_conv)
 
 
@@ -920,10 +1055,8 @@ def _(x, weight, bias, state):
 
 @_conv_backward.register_fake
 def _(gy, x, weight, bias, state):
-    # a number of its own: what depends on L would make a compiler ask whether it is 1
-    chunks, (batch, _, d_inner), W = library.get_ctx().new_dynamic_size(), x.shape, weight.shape[2]
-    sums = weight.new_empty(batch, chunks, W + 1, d_inner, dtype=torch.float32)
-    return x.new_empty(x.shape), sums, x.new_empty(0) if state is None else torch.empty_like(state)
+    return (x.new_empty(x.shape), weight.new_empty(weight.shape), (weight if bias is None else bias).new_empty(x.shape[2]),
+            x.new_empty(0) if state is None else torch.empty_like(state))
 
 
 def conv_silu_triton(x, weight, bias, state):
