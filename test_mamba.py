@@ -3360,6 +3360,45 @@ def test_triton_takes_views_and_any_split():
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_takes_any_address_and_any_order_in_memory(dtype):
+    """One call after the other, so that a version of a kernel made for one of them must not be taken for the next."""
+    inputs = {k: v.detach().cuda() for k, v in scan_inputs(2, 70, 16, 16, dtype=dtype).items()}
+    first = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+
+    def results(inputs):
+        inputs = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+        y, last = selective_scan(**inputs, delta_softplus=True, return_last_state=True, method="triton")
+        return [y, last, *torch.autograd.grad((y, last), list(inputs.values()), (torch.ones_like(y), torch.ones_like(last)))]
+    expected = results(first)
+    shifted = {k: torch.cat([v.new_zeros(1), v.flatten()])[1:].view_as(v) for k, v in inputs.items()}
+    last_first = {k: v.transpose(-1, -2).contiguous().transpose(-1, -2) if v.dim() > 1 else v for k, v in inputs.items()}
+    batch_last = {k: v.transpose(0, 1).contiguous().transpose(0, 1) if v.dim() > 2 else v for k, v in inputs.items()}
+    for others in (shifted, last_first, batch_last, {**inputs, "C": last_first["C"]}, inputs):
+        for name in (*inputs, None):
+            for one, other in zip(results({**inputs, name: others[name]} if name else others), expected):
+                assert torch.equal(one, other), name
+
+
+@on_gpu
+def test_triton_conv_takes_any_address_and_any_order_in_memory():
+    from mamba_fast.scan_triton import conv_silu_triton
+    inputs = [torch.randn(*shape, device="cuda") for shape in ((2, 70, 32), (32, 1, 4), (32,), (2, 3, 32), (2, 70, 32))]
+
+    def results(*inputs):
+        *inputs, gy = (t.detach().requires_grad_() for t in inputs)
+        y = conv_silu_triton(*inputs)
+        return [y, *torch.autograd.grad(y, inputs, gy)]
+    expected = results(*inputs)
+    shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in inputs]
+    turned = [t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 2 else t for t in inputs]
+    for others in (shifted, turned, inputs):
+        for i in range(len(inputs)):
+            for one, other in zip(results(*inputs[:i], others[i], *inputs[i + 1:]), expected):
+                assert torch.equal(one, other), i
+
+
+@on_gpu
 def test_triton_beyond_2_to_31_elements():
     length, half = 1_500_000, 1_499_000
     u = torch.randn(1, length, 1536, device="cuda", dtype=torch.bfloat16)

@@ -52,7 +52,7 @@ FILL, FILL_BACK = 2112, 1584    # warps that an H100 holds at once: a sequence i
 # numbers that vary from call to call, for which no kernel is compiled anew
 SIZES = ("L", "N", "whole", "tiles", "chunks", "slots", "apart", "u_b", "x_b", "delta_b", "z_b", "g_b", "Lp", "rows", "blocks",
          "batch", "B_n", "C_n")
-ANYWHERE = ("A", "state", "Dw", "bias")   # they may begin at any address
+ANYWHERE = ("Dw", "bias")   # they may begin at any address
 LOG2E = constexpr(1.4426950408889634)
 # which thread has what: one channel of one segment; 8 or 4 numbers side by side, as memory likes it; sums of all warps
 LAYOUT = constexpr(gl.BlockedLayout([1, 1], [4, 8], [1, 4], [1, 0]))        # (S, BD)
@@ -477,7 +477,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                EXACT: constexpr, FROM_ZERO: constexpr):
     """
     All gradients. adjoint (B, chunks, PARTS, N, D): what enters the last of each from behind; in the end, what leaves the chunk.
-    parts (blocks of channels, B, 2, N, Lp): gB, gC.  sums (B, chunks, S, N + 2, D): gA, gD, gbias, in parts too.
+    parts (blocks of channels, B, 2, N, Lp): gB, gC.  sums (B, chunks, N + 2, S, D): gA, gD, gbias, in parts too.
     FROM_ZERO: 0 enters the sequence from behind, and nothing has been written there.
     """
     K: constexpr = 8
@@ -495,7 +495,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     BC += b * 2 * N * Lp
     states += (b * slots + chunk * per_chunk + tiles - 1) * N * D
     adjoint += (at * PARTS + PARTS - 1) * N * D
-    sums += (at * S + s) * (N + 2) * D + d
+    sums += (at * (N + 2) * S + s) * D + d
     row = s * 2 + gl.arange(0, BD, gl.SliceLayout(0, LAYOUT))[None, :] % LANES // 4     # of the 8 x 4 lanes of a warp
     # where the sums of _over_channels go: (NB, S, LANES, 2)
     OF_SUMS: constexpr = gl.SliceLayout(1, TO_SUM)
@@ -547,7 +547,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                 for k in gl.static_range(K):
                     h = a_k[k] * h + b_k[k]
                     q = a_k[K - 1 - k] * (gy_k[K - 1 - k] * C_k[K - 1 - k] + q)
-                gA_n = gl.load(sums + n * D, mask=in_d & (s * 0 < i), other=0)
+                gA_n = gl.load(sums + n * S * D, mask=in_d & (s * 0 < i), other=0)
                 decay = gl.exp2(total * A_n)
                 h, _ = _through(decay, h, h0, s, False)
                 q, leaving = _through(decay, q, q0, s, True)
@@ -564,7 +564,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                     gA_n += delta_k[k] * w
                     gB_k, gxs, gds = (x_k[k] * g,) + gB_k, (gx_k[k] + B_k[k] * g,) + gxs, (gd_k[k] + A_n * w,) + gds
                 gx_k, gd_k = gxs, gds
-                gl.store(sums + n * D, gA_n, mask=in_d)
+                gl.store(sums + n * S * D, gA_n, mask=in_d)
                 gBC_n = gl.join(*_over_channels(gB_k, gC_k, row, EXACT))
                 of_warps.index(n - n0).store(gl.permute(gl.reshape(gBC_n, [S, WARPS, LANES, 2]), (1, 0, 2, 3)))
             sums_n = gl.sum(reinterpret(of_warps, gl.float32, [NB, WARPS, S, LANES, 2], RANK_5).load(TO_SUM), 1)
@@ -587,11 +587,11 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
             _store_tile(gz, gzs, t0, block, L, D, K)
         t0 -= T
         states -= N * D
-    gl.store(sums + N * D, gD_d, mask=in_d)
-    gl.store(sums + (N + 1) * D, gbias_d, mask=in_d)
+    gl.store(sums + N * S * D, gD_d, mask=in_d)
+    gl.store(sums + (N + 1) * S * D, gbias_d, mask=in_d)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("A", "state"))
 def _pack(A, B, C, state, A2, BC, states, L, D: tl.constexpr, N, Lp, slots, B_b, B_l, B_n, C_b, C_l, C_n,
           SIDE_BY_SIDE: tl.constexpr, T: tl.constexpr):
     """
@@ -621,21 +621,21 @@ def _pack(A, B, C, state, A2, BC, states, L, D: tl.constexpr, N, Lp, slots, B_b,
 
 
 @triton.jit
-def _sum_rows(x, first, second, rows, N, M, D, i, BD: tl.constexpr):
-    """The sum over all rows of x (rows, M, D), its first N into first (D, N), the others into second (M - N, D)."""
+def _sum_rows(x, first, second, rows, N, M, D, i, R: tl.constexpr, BD: tl.constexpr):
+    """The sum over all rows of x (rows / R, M, R, D), its first N into first (D, N), the others into second (M - N, D)."""
     m, d = i % M, i // M * BD + tl.arange(0, BD)
-    total = tl.zeros((BD,), tl.float32)
+    total = tl.zeros((16, BD), tl.float32)
     for row in range(0, rows, 16):
         some = row + tl.arange(0, 16)[:, None]
-        total += tl.sum(tl.load(x + (some.to(tl.int64) * M + m) * D + d, mask=(some < rows) & (d < D), other=0), 0)
-    if m < N:
-        tl.store(first + d * N + m, total, mask=d < D)
-    else:
-        tl.store(second + (m - N) * D + d, total, mask=d < D)
+        at = ((some // R).to(tl.int64) * M + m) * R + some % R
+        total += tl.load(x + at * D + d, mask=(some < rows) & (d < D), other=0)
+    to = tl.where(m < N, first + d * N + m, second + (m - N) * D + d)
+    tl.store(to, tl.sum(total, 0), mask=d < D)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _finish(parts, sums, gBC, gA, gDw, L, D: tl.constexpr, N, Lp, rows, blocks, batch, T: tl.constexpr, BD: tl.constexpr):
+def _finish(parts, sums, gBC, gA, gDw, L, D: tl.constexpr, N, Lp, rows, blocks, batch, R: tl.constexpr, T: tl.constexpr,
+            BD: tl.constexpr):
     """What _gradients leaves in parts: gBC (2, B, L, N), gA (D, N), and gD, gbias as gDw (2, D)."""
     i, of_BC = tl.program_id(0), 2 * batch * (Lp // T)
     if i < of_BC:
@@ -643,14 +643,14 @@ def _finish(parts, sums, gBC, gA, gDw, L, D: tl.constexpr, N, Lp, rows, blocks, 
         which = i // (Lp // T) % 2
         for n0 in range(0, N, 16):
             n = n0 + tl.arange(0, 16)[:, None]
-            total = tl.zeros((16, T), tl.float32)
-            for block in range(0, blocks, 4):
-                some = block + tl.arange(0, 4)[:, None, None]
-                at = parts + (((some * batch + b) * 2 + which) * N + n[None]) * Lp + t[None, None]
-                total += tl.sum(tl.load(at, mask=(some < blocks) & (n[None] < N), other=0), 0)
-            tl.store(gBC + ((which * batch + b) * L + t) * N + n, total, mask=(n < N) & (t < L))
+            total = tl.zeros((8, 16, T), tl.float32)
+            for block in range(0, blocks, 8):
+                some = block + tl.arange(0, 8)[:, None, None]
+                of_block = parts + ((some * batch + b) * 2 + which) * N * Lp
+                total += tl.load(of_block + (n * Lp + t)[None], mask=(some < blocks) & (n[None] < N), other=0)
+            tl.store(gBC + ((which * batch + b) * L + t) * N + n, tl.sum(total, 0), mask=(n < N) & (t < L))
     else:
-        _sum_rows(sums, gA, gDw, rows, N, N + 2, D, i - of_BC, BD)
+        _sum_rows(sums, gA, gDw, rows, N, N + 2, D, i - of_BC, R, BD)
 
 
 class Kernel:
@@ -799,7 +799,7 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
                          gz, parts, sums, L, d_inner, N, tiles, 2 * per_chunk, chunks, 2 * tiles, u_b, u_l, delta_b, delta_l, z_b,
                          z_l, g_b, g_l, has_D, z is not None, *flags, exact, from_zero)
         _start_finish((2 * batch * tiles * (TILE.value // 32) + (N + 2) * -(-d_inner // 64), 1, 1), version, parts, sums, gBC, gA,
-                      gDw, L, d_inner, N, Lp, rows, blocks, batch, 32, 64)
+                      gDw, L, d_inner, N, Lp, rows, blocks, batch, S.value, 32, 64)
     gstate = adjoint.view(batch, slots, N, d_inner)[:, PARTS.value - 1].clone() if has_state else kept.new_empty(0)
     return gu, gdelta, gz, gBC, gA, gDw, gstate
 
@@ -981,7 +981,7 @@ def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D: tl.const
 @triton.jit(do_not_specialize=SIZES)
 def _finish_conv(sums, gweight, gbias, rows, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr):
     """gweight (D, 1, W) and gbias (1, D) from what _conv_gradients leaves in parts."""
-    _sum_rows(sums, gweight, gbias, rows, W, W + 1, D, tl.program_id(0), BD)
+    _sum_rows(sums, gweight, gbias, rows, W, W + 1, D, tl.program_id(0), 1, BD)
 
 
 _start_conv, _start_conv_gradients = Kernel(_conv, num_warps=2), Kernel(_conv_gradients, num_warps=1)
