@@ -22,10 +22,10 @@ not judged. Mamba writes by `stream`, with mamba_fast/ if that is there, the oth
 PyTorch.
 What it does not tell: this is one seed and one size, and nothing else is tuned.
 
---suite=tasks trains Mambas of two layers, or one, on the tasks of the paper's section 4.1, which show what
-selection is for, and on parity. The same model with delta, B and C constant over time has to fail
-where the paper says so. All is smaller than in the paper, as the table says; so short that without
-the gate it does better than with it, other than there.
+--suite=tasks trains Mambas of two layers on the tasks of the paper's section 4.1, which show what
+selection is for, and Mambas of one layer on parity. The same model with delta, B and C constant
+over time has to fail where the paper says so. All is smaller than in the paper, as the table says;
+so short that without the gate it does better than with it, other than there.
 """
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ Nothing crosses threads but that one number of a segment. The state that enters 
 and, with the one in its middle, for the backward pass. That computes h again from it, and in the same way, from the end of
 the sequence on, the adjoint g_k = C_k gy_k + a_{k+1} g_{k+1}; all gradients follow from h and g of the same thread. Those of
 B and C are sums over channels: over the 8 of a warp the tensor cores add them up (_over_channels), over the warps of a program
-they meet in shared memory, over programs PyTorch adds them up. No atomics: the same input gives the same bits.
+they meet in shared memory, over programs _finish adds them up. No atomics: the same input gives the same bits.
 
 What a program reads comes into shared memory a tile ahead of time (_fetch...). Four warps share a program, for whole lines of
 memory. If batch and channels are too few to fill the chip, the sequence is cut into chunks, and first it is found what each of
@@ -629,8 +629,9 @@ def _sum_rows(x, first, second, rows, N, M, D, i, R: tl.constexpr, BD: tl.conste
         some = row + tl.arange(0, 16)[:, None]
         at = ((some // R).to(tl.int64) * M + m) * R + some % R
         total += tl.load(x + at * D + d, mask=(some < rows) & (d < D), other=0)
-    to = tl.where(m < N, first + d * N + m, second + (m - N) * D + d)
-    tl.store(to, tl.sum(total, 0), mask=d < D)
+    total_d = tl.sum(total, 0)
+    tl.store(first + d * N + m, total_d, mask=(d < D) & (m < N))
+    tl.store(second + (m - N) * D + d, total_d, mask=(d < D) & (m >= N))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -655,8 +656,8 @@ def _finish(parts, sums, gBC, gA, gDw, L, D: tl.constexpr, N, Lp, rows, blocks, 
 
 class Kernel:
     """
-    A kernel that is started in a few microseconds: kernel(grid, version, *arguments). At each call Triton asks all arguments
-    which of the versions that it compiled they need. Here `version` tells: the GPU first, then whatever that depends on.
+    A kernel that starts within a few microseconds: kernel(grid, version, *arguments). Triton looks at all arguments of each call,
+    to see which of the versions that it compiled they need. Here `version` says it: the GPU, then all on which that depends.
     """
 
     def __init__(self, function, **options):
