@@ -41,8 +41,8 @@ def has_triton(u, d_state):
 
 def scan(u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softplus=False):
     """
-    All of selective_scan by the fused kernels, where has_triton; arguments and shapes as there,
-    with a state (B, D, N) that is not None. Returns y (B, L, D) and the last state (B, D, N).
+    All of selective_scan by the fused kernels, where has_triton; arguments and shapes as there.
+    Returns y (B, L, D) and the last state (B, D, N).
     """
     return scan_triton.selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus,
                                              state)

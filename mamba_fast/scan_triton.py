@@ -755,8 +755,8 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
                *_dtypes(u, delta, B, C, z))
     with torch.cuda.device_of(u):
         of_BC = _facts(B.data_ptr(), C.data_ptr(), *B.stride()[:2], *C.stride()[:2])
-        _start_pack((tiles + -(-d_inner // TILE.value), batch, 1), (*version, *of_BC), A, B, C, state, A2, BC, states, L, d_inner, N, Lp,
-                    slots, *B.stride(), *C.stride(), side_by_side, TILE.value)
+        _start_pack((tiles + -(-d_inner // TILE.value), batch, 1), (*version, *of_BC), A, B, C, state, A2, BC, states, L, d_inner, N,
+                    Lp, slots, *B.stride(), *C.stride(), side_by_side, TILE.value)
         if chunks > 1:
             decays, at_once = A.new_empty(batch, chunks, N, d_inner), min(NB.value, triton.next_power_of_2(N))
             _start_ends((blocks * -(-N // at_once), chunks - 1, batch), (*version, at_once), u, delta, A2, BC, u, delta_bias,
