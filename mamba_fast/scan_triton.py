@@ -629,9 +629,10 @@ def _sum_rows(x, first, second, rows, N, M, D, i, R: tl.constexpr, BD: tl.conste
         some = row + tl.arange(0, 16)[:, None]
         at = ((some // R).to(tl.int64) * M + m) * R + some % R
         total += tl.load(x + at * D + d, mask=(some < rows) & (d < D), other=0)
-    total_d = tl.sum(total, 0)
-    tl.store(first + d * N + m, total_d, mask=(d < D) & (m < N))
-    tl.store(second + (m - N) * D + d, total_d, mask=(d < D) & (m >= N))
+    if m < N:
+        tl.store(first + d * N + m, tl.sum(total, 0), mask=d < D)
+    else:
+        tl.store(second + (m - N) * D + d, tl.sum(total, 0), mask=d < D)
 
 
 @triton.jit(do_not_specialize=SIZES)
