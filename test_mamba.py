@@ -3401,8 +3401,8 @@ def test_triton_conv_takes_any_address_and_any_order_in_memory():
 @on_gpu
 def test_triton_beyond_2_to_31_elements():
     length, half = 1_500_000, 1_499_000
-    u = torch.randn(1, length, 1536, device="cuda", dtype=torch.bfloat16)
-    A, B = -torch.rand(1536, 4, device="cuda") - 0.5, torch.randn(1, length, 4, device="cuda", dtype=torch.bfloat16)
+    u = torch.randn(2, length, 1536, device="cuda", dtype=torch.bfloat16)      # so many in each of two rows
+    A, B = -torch.rand(1536, 4, device="cuda") - 0.5, torch.randn(2, length, 4, device="cuda", dtype=torch.bfloat16)
     settings = {"delta_softplus": True, "return_last_state": True}
     with torch.no_grad():
         whole, last = selective_scan(u, u, A, B, B, **settings)

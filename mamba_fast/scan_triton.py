@@ -316,11 +316,11 @@ def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, til
     start, tiles = start + before * T, gl.minimum(of_part, tiles - before)
     ends += (b * slots + (part - 1 if REVERSE else (part + 1) * apart)) * N * D
     decays += (b * chunks * PARTS + part) * N * D
-    inputs, strides = (x + b * (x_b * 8), delta + b * (delta_b * 8)), (x_l, delta_l)
+    inputs, strides = (x + b * x_b * 8, delta + b * delta_b * 8), (x_l, delta_l)
     xs, deltas, zs, BCs, _ = _buffers(x, delta, z, HAS_Z, K)
     buffers = (xs, deltas)
     if HAS_Z:
-        inputs, strides, buffers = inputs + (z + b * (z_b * 8),), strides + (z_l,), buffers + (zs,)
+        inputs, strides, buffers = inputs + (z + b * z_b * 8,), strides + (z_l,), buffers + (zs,)
     V, Vs = BC + (b * 2 + (1 if REVERSE else 0)) * N * Lp, reinterpret(BCs, gl.float32, [4, NB, T], PLAIN)      # of C, or B
     row = gl.arange(0, NB, gl.SliceLayout(1, WIDE32))[:, None]
     step = gl.arange(0, T, gl.SliceLayout(0, WIDE32))[None, :]
@@ -415,7 +415,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
     block = gl.program_id(0)
     b, t0, tiles, s, d, in_d, bias_d = _place(L, D, tiles, block, chunk, bias, HAS_BIAS, T)
     D_d = gl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
-    inputs, strides = (u + b * (u_b * 8), delta + b * (delta_b * 8)), (u_l, delta_l)
+    inputs, strides = (u + b * u_b * 8, delta + b * delta_b * 8), (u_l, delta_l)
     y += b * L * D
     BC += b * 2 * N * Lp
     states += (b * slots + chunk * (2 * per_chunk if KEEP else 1)) * N * D
@@ -423,7 +423,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
     us, deltas, zs, BCs, hs = _buffers(u, delta, z, HAS_Z, K)
     buffers = (us, deltas)
     if HAS_Z:
-        inputs, strides, buffers = inputs + (z + b * (z_b * 8),), strides + (z_l,), buffers + (zs,)
+        inputs, strides, buffers = inputs + (z + b * z_b * 8,), strides + (z_l,), buffers + (zs,)
     _fetch_all(inputs, strides, buffers, 0, t0, block, L, D, T)
     _fetch_BC(BC, BCs, 0, t0, 0, N, Lp, T)
     async_copy.commit_group()
@@ -488,7 +488,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     b, start, tiles, s, d, in_d, bias_d = _place(L, D, tiles, block, chunk, bias, HAS_BIAS, T)
     D_d = gl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
     at = b * chunks + chunk
-    inputs, strides = (u + b * (u_b * 8), delta + b * (delta_b * 8), gout + b * (g_b * 8)), (u_l, delta_l, g_l)
+    inputs, strides = (u + b * u_b * 8, delta + b * delta_b * 8, gout + b * g_b * 8), (u_l, delta_l, g_l)
     gu += b * L * D
     gdelta += b * L * D
     gz += b * L * D
@@ -510,7 +510,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     gouts = gl.allocate_shared_memory(gout.dtype.element_ty, [2, T, BD], gl.SwizzledSharedLayout(8, K, S, [1, 0]))
     buffers = (us, deltas, gouts)
     if HAS_Z:
-        inputs, strides, buffers = inputs + (z + b * (z_b * 8),), strides + (z_l,), buffers + (zs,)
+        inputs, strides, buffers = inputs + (z + b * z_b * 8,), strides + (z_l,), buffers + (zs,)
     t0 = start + (tiles - 1) * T
     _fetch_all(inputs, strides, buffers, 0, t0, block, L, D, T)
     _fetch_BC(BC, BCs, 0, t0, 0, N, Lp, T)
@@ -607,8 +607,8 @@ def _pack(A, B, C, state, A2, BC, states, L, D: tl.constexpr, N, Lp, slots, B_b,
         if i < Lp // T:
             t = i * T + tl.arange(0, T)[None, :]
             there, to = (n < N) & (t < L), BC + (b * 2 * N + n) * Lp + t
-            B_n_t = tl.load(B + b * B_b + t.to(tl.int64) * B_l + n * B_n, mask=there, other=0)
-            C_n_t = tl.load(C + b * C_b + t.to(tl.int64) * C_l + n * C_n, mask=there, other=0)
+            B_n_t = tl.load(B + b * B_b + t.to(tl.int64) * B_l + n.to(tl.int64) * B_n, mask=there, other=0)
+            C_n_t = tl.load(C + b * C_b + t.to(tl.int64) * C_l + n.to(tl.int64) * C_n, mask=there, other=0)
             tl.store(to, B_n_t.to(tl.float32), mask=n < N)
             tl.store(to + N * Lp, C_n_t.to(tl.float32), mask=n < N)
         else:
@@ -719,8 +719,8 @@ def _dtypes(*tensors):
 
 
 def _facts(*numbers):
-    """What Triton's compiler is told of numbers and addresses: whether they are 1, and whether 16 divides them."""
-    return [-1 if n == 1 else n % 16 == 0 for n in numbers]
+    """What Triton's compiler is told of numbers and addresses: if they are 1, if 16 divides them, if 32 bits are too few."""
+    return [-1 if n == 1 else (n % 16 == 0) + 2 * (n >= 2 ** 31) for n in numbers]
 
 
 INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
