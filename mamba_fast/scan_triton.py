@@ -750,8 +750,7 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     gate, Lp = u if z is None else z, tiles * TILE.value
     (u_b, u_l), (delta_b, delta_l), (z_b, z_l) = map(_strides, (u, delta, gate))
     side_by_side = B.stride(2) == C.stride(2) == 1
-    has_D, has_bias = D is not None, delta_bias is not None
-    flags = has_bias, softplus
+    has_D, flags = D is not None, (delta_bias is not None, softplus)
     version = (u.device.index, d_inner, u_l, delta_l, z_l, has_D, *flags, keep, state is None, side_by_side,
                *_dtypes(u, delta, B, C, z))
     with torch.cuda.device_of(u):
