@@ -51,8 +51,18 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
-from bench_compare import GPT, MODELS, compare, compare_what, tasks
-from common import Problem, autocast, flag, nearest, pick_device, pick_dtype, repeatable, run
+from bench_compare import GPT, HEADS, MODELS, compare, compare_what, tasks
+from common import (
+    Problem,
+    autocast,
+    flag,
+    nearest,
+    pick_device,
+    pick_dtype,
+    repeatable,
+    run,
+    usual_headdim,
+)
 from mamba import Mamba, MambaConfig, selective_scan
 
 try:
@@ -84,6 +94,7 @@ class Config:
     # train, generate and compare
     d_model: int = flag(256, "width of the small model")
     n_layer: int = flag(4, "its layers")
+    layer: str = flag("mamba", "kind of our layers in train and generate: mamba, mamba2 or mamba3")
     vocab_size: int = flag(65, "its vocabulary")
     batch_size: int = flag(8, "sequences in a training step")
     block_size: int = flag(256, "tokens in a sequence")
@@ -541,7 +552,7 @@ class Mambapy(nn.Module):
                 tokens.append(self.head(self.norm(x)).argmax(-1))
 
 
-def build(name, vocab_size, d_model, n_layer):
+def build(name, vocab_size, d_model, n_layer, layer):
     """The model of this package, of one size everywhere, with random weights."""
     torch.manual_seed(0)
     if name == "mambapy":
@@ -554,7 +565,14 @@ def build(name, vocab_size, d_model, n_layer):
         if hasattr(config, "use_mambapy"):      # its own loop takes 20 times longer to train
             config.use_mambapy = importlib.util.find_spec("mambapy") is not None
         return transformers.MambaForCausalLM(config)
-    return Mamba(MambaConfig(vocab_size=vocab_size, d_model=d_model, n_layer=n_layer))
+    of_heads = {"headdim": usual_headdim(2 * d_model)} if layer in HEADS else {}
+    return Mamba(MambaConfig(vocab_size=vocab_size, d_model=d_model, n_layer=n_layer, layer=layer,
+                             **of_heads))
+
+
+def models_among(bench):
+    """The peers that are language models of our kind of layers: all but mamba_ssm, of Mamba-1."""
+    return [name for name in bench.peers if name != "mamba_ssm" and bench.cfg.layer == "mamba"]
 
 
 def training_step(bench, name, x, y, remarks):
@@ -564,7 +582,7 @@ def training_step(bench, name, x, y, remarks):
         # a Mamba layer has 6 d_model^2 parameters, a Transformer's 12: for one size half as many
         model = GPT(cfg.vocab_size, cfg.d_model, max(1, cfg.n_layer // 2), 4 * cfg.d_model)
     else:
-        model = build(name, cfg.vocab_size, cfg.d_model, cfg.n_layer)
+        model = build(name, cfg.vocab_size, cfg.d_model, cfg.n_layer, cfg.layer)
     parameters = sum(p.numel() for p in model.parameters())
     remarks.append(f"{name}: {parameters / 1e6:.2f}M parameters")
     model = model.to(bench.device).train()
@@ -597,13 +615,12 @@ def train_suite(bench):
     shape = (cfg.batch_size, cfg.block_size + 1)
     tokens = torch.randint(cfg.vocab_size, shape, device=bench.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    peers = [name for name in bench.peers if name != "mamba_ssm"]
-    names = ["ours", *["ours, compiled"] * cfg.compile, *peers, "Transformer"]
+    names = ["ours", *["ours, compiled"] * cfg.compile, *models_among(bench), "Transformer"]
     variants = {name: functools.partial(training_step, bench, name, x, y, remarks)
                 for name in names}
-    table(bench, f"training step: d_model {cfg.d_model}, {cfg.n_layer} layers, vocabulary "
-          f"{cfg.vocab_size}, B={cfg.batch_size} L={cfg.block_size}, {bench.dtype}", variants,
-          dict.fromkeys(names, x.numel()), remarks=remarks, queue=True)
+    table(bench, f"training step: d_model {cfg.d_model}, {cfg.n_layer} layers of {cfg.layer}, "
+          f"vocabulary {cfg.vocab_size}, B={cfg.batch_size} L={cfg.block_size}, {bench.dtype}",
+          variants, dict.fromkeys(names, x.numel()), remarks=remarks, queue=True)
 
 
 def generating(bench, name, shape, dtype, compiled):
@@ -654,19 +671,19 @@ def generate_suite(bench):
     small = (bench.cfg.vocab_size, bench.cfg.d_model, bench.cfg.n_layer)
     for size, shape in {"small": small, "130m": (50280, 768, 24)}.items():
         if bench.cfg.size in (size, "both"):
-            generation_tables(bench, shape, bandwidth)
+            generation_tables(bench, (*shape, bench.cfg.layer), bandwidth)
 
 
 def generation_tables(bench, shape, bandwidth):
-    """Three tables for a model of this (vocab_size, d_model, n_layer). bandwidth: bytes/s."""
+    """Three tables for a model of these sizes and kind, see build. bandwidth: bytes/s."""
     cfg, remarks = bench.cfg, []
     with torch.device("meta"):
         parameters = build("ours", *shape).num_params()
-    what = (f"d_model {shape[1]}, {shape[2]} layers, vocabulary {shape[0]}, "
+    what = (f"d_model {shape[1]}, {shape[2]} layers of {shape[3]}, vocabulary {shape[0]}, "
             f"{parameters / 1e6:.2f}M parameters, {bench.dtype}")
 
     # {variant: (package, dtype)}
-    names = {name: (name, bench.dtype) for name in ("ours", *bench.peers) if name != "mamba_ssm"}
+    names = {name: (name, bench.dtype) for name in ("ours", *models_among(bench))}
     names.update({f"ours, {dtype}": ("ours", dtype) for dtype in ("bfloat16", "int8")})
     if cfg.compile and bench.device.type == "cpu":      # elsewhere there is one step
         torch.compiler.reset()
@@ -724,7 +741,7 @@ def machine_of(device):
 
 def main(cfg, given):
     for name, choices in (("suite", ("scan", "train", "generate", "all", "compare", "tasks")),
-                          ("size", ("small", "130m", "both"))):
+                          ("size", ("small", "130m", "both")), ("layer", ("mamba", *HEADS))):
         if (value := getattr(cfg, name)) not in choices:
             hint = nearest(value, choices)
             raise Problem(f"--{name} takes {', '.join(choices)}, not '{value}'{hint}")

@@ -4140,7 +4140,7 @@ FLAGS = {
                  "min_p=None repetition_penalty=None stop= ignore_eos=False seed=None interactive=False show= layer=None channel=None "
                  "html= export= format=mamba_ssm cache_dir= device=auto dtype=auto scan=auto compile=False quantize=",
     "bench.py": "suite=all seconds=3.0 out=results.json device=auto dtype=auto compile=False shapes=4x1024x512x16 lengths= "
-                "plot= longest=65536 memory_gb=8.0 d_model=256 n_layer=4 vocab_size=65 batch_size=8 block_size=256 size=both "
+                "plot= longest=65536 memory_gb=8.0 d_model=256 n_layer=4 layer=mamba vocab_size=65 batch_size=8 block_size=256 size=both "
                 "texts=1 start=1 new_tokens=32 prompt=1000 dataset=pydoc data_dir=data models=mamba,gpt,moe,mamba2,mamba3 max_iters=0 dropout=0.1 "
                 "seed=1337 task_steps=0",
 }
@@ -7504,7 +7504,7 @@ def test_bench_goes_on_without_a_variant_that_fails():
 
 
 @pytest.mark.parametrize("flag", ("--suite=scam", "--shapes=4x1024x512", "--shapes=4x0x5x1", "--shapes=", "--lengths=1,,2",
-                                  "--size=2.8b", "--seconds=0", "--n_layer=-1", "--dtype=int8", "--device=abacus"))
+                                  "--size=2.8b", "--layer=mamba4", "--seconds=0", "--n_layer=-1", "--dtype=int8", "--device=abacus"))
 def test_bench_refuses_bad_flags_in_one_line(tmp_path, call, flag):
     result = call("bench.py", "--out=bench.json", flag, cwd=tmp_path)
     one_line_error(result, flag.split("=")[0])
