@@ -1075,9 +1075,10 @@ def conv_silu_triton(x, weight, bias, state):
 # ---------------------------------------------------------------------------------------------------------------------
 # The step of a token, for generation
 #
-# With few texts a step takes as long as reading the weights once, and the start of every kernel. There are three a layer:
-#     enter      in_proj, convolution; and each block of channels times its columns of x_proj: parts of that sum
-#     advance    the sum of the parts, which is dt, B and C, for each block of channels; dt_proj, the state, the gate
+# With few texts a step takes as long as reading the weights once, and the start of every kernel. There are four a layer:
+#     enter      in_proj and the convolution
+#     project    x_proj, for many texts in parts, which are sums over some of the channels each
+#     advance    the sum of the parts, which is dt, B and C; dt_proj, the state, the gate
 #     project    out_proj, added to the residual stream; and once, at the end, the head
 # The norm before a product is done in two halves: the kernel before multiplies by the norm's weight and sums up squares, the
 # product is divided by their root. Nothing that is derived from the weights outlives a step, so nothing can become outdated.
@@ -1107,40 +1108,58 @@ def _wait(residual, squares, r, n, in_y, rows, N, BLOCKS: tl.constexpr, PDL: tl.
 
 
 @triton.jit
-def _product(x, squares, weight, scale, bias, residual, rows, r, n, EPS: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
-             BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+def _load(of, row, in_row, start, K: tl.constexpr, BK: tl.constexpr):
+    """Columns start to start + BK of some rows of a matrix of K columns."""
+    k = start + tl.arange(0, BK)
+    mask = in_row[:, None] if K % BK == 0 else in_row[:, None] & (k < K)[None, :]
+    return tl.load(of + row[:, None] * K + k[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _wide(x):
+    """x in float32. Of 8 bits by an addition to the bits of 1.5 * 2^23: the GPU converts a quarter as many in the same time."""
+    if x.dtype == tl.int8:
+        return (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
+             N: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr):
     """
-    residual + scale weight x + bias for the rows r and outputs n: (BM, BN).  x: (rows, K).  weight: (N, K).
-    squares: None, or of the x whose norm is wanted; x is then what _keep has made of it.
+    residual + scale weight x + bias for the rows r and outputs n: (BM, BN), or one of PARTS that make up this sum.
+    x: (rows, K).  weight: (N, K).  squares: None, or of the x whose norm is wanted; x is then what _keep has made of it.
     """
     in_r, in_n = r < rows, n < N
     in_y = in_r[:, None] & in_n[None, :]
-    if BM == 1:         # chunks of BK come first, so that a warp has whole outputs: the sum over its threads is what costs
+    if BM == 1:     # all weights are asked for at once, before the wait: as many bytes have to be under way as memory is far
+        weights = ()
+        for start in tl.static_range(0, K, BK):
+            weights = weights + (_load(weight, n, in_n, start, K, BK),)
+        first, square = _wait(residual, squares, r, n, in_y, rows, N, BLOCKS, PDL)
         y = tl.zeros((BN, BK), tl.float32)
-        for start in tl.static_range(0, K, TILE):
-            k = start + tl.arange(0, TILE // BK)[:, None] * BK + tl.arange(0, BK)[None, :]
-            w = tl.load(weight + n[:, None, None] * K + k[None, :, :], mask=in_n[:, None, None] & (k < K)[None, :, :], other=0)
-            if start == 0:
-                first, square = _wait(residual, squares, r, n, in_y, rows, N, BLOCKS, PDL)
-            x_k = tl.load(x + k, mask=k < K, other=0).to(tl.float32)
-            y += tl.sum(w.to(tl.float32) * x_k[None, :, :], 1)
+        for start in tl.static_range(0, K, BK):
+            y += _wide(weights[start // BK]) * _load(x, r, in_r, start, K, BK).to(tl.float32)
         y = tl.sum(y, 1)[None, :]
     else:
         first, square = _wait(residual, squares, r, n, in_y, rows, N, BLOCKS, PDL)
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
-        y = tl.zeros((BM, BN), tl.float32)
-        for start in range(0, K, BK):
-            k = start + tl.arange(0, BK)
-            w = tl.load(weight + n[:, None] * K + k[None, :], mask=in_n[:, None] & (k < K)[None, :], other=0)
-            x_k = tl.load(x + r[:, None] * K + k[None, :], mask=in_r[:, None] & (k < K)[None, :], other=0)
-            y = tl.dot(x_k, w.to(x_k.dtype).trans(), y, input_precision="ieee")
+        y = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
+        for start in range(part * (K // PARTS), (part + 1) * (K // PARTS), BK):
+            w, x_k = _load(weight, n, in_n, start, K, BK), _load(x, r, in_r, start, K, BK)
+            if SWAP:
+                y = tl.dot(w.to(x_k.dtype), x_k.trans(), y, input_precision="ieee")
+            else:
+                y = tl.dot(x_k, w.to(x_k.dtype).trans(), y, input_precision="ieee")
+        if SWAP:
+            y = y.trans()
     if squares is not None:
         y *= SMALL * tl.rsqrt(tl.sum(square, 1) / K + EPS)[:, None]
     if scale is not None:
         y *= tl.load(scale + n, mask=in_n, other=0).to(tl.float32)[None, :]
     if bias is not None:
-        y += tl.load(bias + n, mask=in_n, other=0).to(tl.float32)[None, :]
+        y += tl.load(bias + n, mask=n < tl.where(part == 0, N, 0), other=0).to(tl.float32)[None, :]
     return y if residual is None else y + first.to(tl.float32)
 
 
@@ -1171,64 +1190,54 @@ def _begin(x, norm, normed, squares, rows, N: tl.constexpr, BN: tl.constexpr, PD
 
 @triton.jit
 def _project(x, squares, weight, scale, bias, residual, norm, y, normed, y_squares, rows, EPS: tl.constexpr, K: tl.constexpr,
-             N: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
-             PDL: tl.constexpr):
+             N: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+             SWAP: tl.constexpr, PDL: tl.constexpr):
+    """A product, and what _keep does with it; or PARTS of it, y (PARTS, rows, N)."""
     if PDL and BM == 1:
         tl.extra.cuda.gdc_launch_dependents()
-    n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
-    result = _product(x, squares, weight, scale, bias, residual, rows, r, n, EPS, K, N, BLOCKS, BM, BN, BK, TILE, PDL)
-    _keep(result, norm, y, normed, y_squares, rows, r, n, N, BN)
+    n, r, part = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(2)
+    result = _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS, K, PARTS, N, BLOCKS, BM, BN, BK, SWAP, PDL)
+    _keep(result, norm, y + part * rows * N, normed, y_squares, rows, r, n, N, BN)
 
 
 @triton.jit
-def _enter(x, squares, weight, scale, bias, taps, conv_bias, window, x_proj, x_scale, u, gate, parts, rows, EPS: tl.constexpr,
-           K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BEFORE: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr,
-           BN: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
-    """x -> u, the input of the scan, and gate (rows, D); parts (blocks, rows, P): what each block of u adds to dt, B and C."""
+def _enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, rows, EPS: tl.constexpr, K: tl.constexpr,
+           D: tl.constexpr, BEFORE: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+           BK: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr):
+    """x -> u, the input of the scan, and gate, both (rows, D)."""
     if PDL and BM == 1:
         tl.extra.cuda.gdc_launch_dependents()
     OF_U: tl.constexpr = tl.cdiv(D, BN)             # the programs after these have the outputs that become the gate
     block, to_gate = tl.program_id(0) % OF_U, tl.program_id(0) // OF_U
-    d, r, p = block * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM), tl.arange(0, BP)
+    d, r = block * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
     in_d = d < D
     in_y = (r < rows)[:, None] & in_d[None, :]
     in_u = tl.where(to_gate == 0, in_y, False)
-    in_w = tl.where(to_gate == 0, (p < P)[:, None] & in_d[None, :], False)
-    w = tl.load(x_proj + p[:, None] * D + d[None, :], mask=in_w, other=0)
     at, before, taps_d = window + r[:, None] * (BEFORE * D) + d[None, :], (), ()    # of the convolution: the tokens before
     for k in tl.static_range(BEFORE + 1):
-        taps_d = taps_d + (tl.load(taps + d * (BEFORE + 1) + k, mask=in_d, other=0),)
+        taps_d = taps_d + (tl.load(taps + d * (BEFORE + 1) + k, mask=in_d, other=0).to(tl.float32)[None, :],)
         if k < BEFORE:
             before = before + (tl.load(at + k * D, mask=in_u, other=0),)
     n = tl.where(in_d, d + to_gate * D, 2 * D)
-    y = _product(x, squares, weight, scale, bias, None, rows, r, n, EPS, K, 2 * D, BLOCKS, BM, BN, BK, TILE, PDL)
+    y = _product(x, squares, weight, scale, bias, None, rows, r, n, 0, EPS, K, PARTS, 2 * D, BLOCKS, BM, BN, BK, SWAP, PDL)
     of_y = r[:, None] * D + d[None, :]
-    if to_gate == 1:
-        tl.store(gate + of_y, _silu(y), mask=in_y)
-    else:
-        tl.debug_barrier()          # all threads have read what is overwritten now
-        shifted, new = before + (y.to(window.dtype.element_ty),), y * taps_d[BEFORE].to(tl.float32)[None, :]
-        for k in tl.static_range(BEFORE):
-            tl.store(at + k * D, shifted[k + 1], mask=in_y)
-            new += before[k].to(tl.float32) * taps_d[k].to(tl.float32)[None, :]
-        if conv_bias is not None:
-            new += tl.load(conv_bias + d, mask=in_d, other=0).to(tl.float32)[None, :]
-        new = _silu(new).to(u.dtype.element_ty)
-        tl.store(u + of_y, new, mask=in_y)
-        if BM == 1:
-            part = tl.sum(w.to(tl.float32) * new.to(tl.float32), 1)[None, :]
-        else:
-            part = tl.dot(new, w.to(new.dtype).trans(), input_precision="ieee")
-        if x_scale is not None:
-            part *= tl.load(x_scale + p, mask=p < P, other=0).to(tl.float32)[None, :]
-        tl.store(parts + (block * rows + r)[:, None] * P + p[None, :], part, mask=(r < rows)[:, None] & (p < P)[None, :])
+    tl.store(gate + of_y, _silu(y), mask=tl.where(to_gate == 1, in_y, False))
+    tl.debug_barrier()              # all threads have read what is overwritten now
+    inputs = before + (y.to(window.dtype.element_ty),)
+    for k in tl.static_range(BEFORE):
+        tl.store(at + k * D, inputs[k + 1], mask=in_u)
+    new = y * taps_d[BEFORE]
+    for k in tl.static_range(BEFORE):
+        new += before[k].to(tl.float32) * taps_d[k]
+    if conv_bias is not None:
+        new += tl.load(conv_bias + d, mask=in_d, other=0).to(tl.float32)[None, :]
+    tl.store(u + of_y, _silu(new).to(u.dtype.element_ty), mask=in_u)
 
 
 @triton.jit
 def _advance(parts, dt_proj, dt_bias, A_log, Dw, u, gate, h, y, rows, D: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-             P: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-             BR: tl.constexpr, PDL: tl.constexpr):
-    """One step of the scan for a block of channels of BM texts: h (rows, D, N) in place, y (rows, D)."""
+             PARTS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PDL: tl.constexpr):
+    """One step of the scan for a block of channels of BM texts: h (rows, D, N) in place, y (rows, D). parts: (PARTS, rows, R + 2 N)."""
     r, d = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BD + tl.arange(0, BD)
     n, q = tl.arange(0, BN), tl.arange(0, BR)
     if PDL and BM == 1:
@@ -1246,22 +1255,18 @@ def _advance(parts, dt_proj, dt_bias, A_log, Dw, u, gate, h, y, rows, D: tl.cons
         tl.extra.cuda.gdc_wait()
     u_d = tl.load(u + of_y, mask=in_y, other=0).to(tl.float32)
     gate_d = tl.load(gate + of_y, mask=in_y, other=0)
-    # sums of the parts: BB of them at once for one text, as there are too few threads otherwise
-    dt, B, C = tl.zeros((BM * BB, BR), tl.float32), tl.zeros((BM * BB, BN), tl.float32), tl.zeros((BM * BB, BN), tl.float32)
-    for start in tl.range(0, BLOCKS, BB, loop_unroll_factor=8):
-        i = start + tl.arange(0, BM * BB) // BM
-        row = tl.program_id(1) * BM + tl.arange(0, BM * BB) % BM
-        of_parts, in_parts = parts + (i * rows + row)[:, None] * P, ((i < BLOCKS) & (row < rows))[:, None]
-        dt += tl.load(of_parts + q[None, :], mask=in_parts & in_q[None, :], other=0)
-        B += tl.load(of_parts + R + n[None, :], mask=in_parts & in_n[None, :], other=0)
-        C += tl.load(of_parts + R + N + n[None, :], mask=in_parts & in_n[None, :], other=0)
+    dt, B, C = tl.zeros((BM, BR), tl.float32), tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    for i in tl.static_range(PARTS):
+        part = parts + (i * rows + r)[:, None] * (R + 2 * N)
+        dt += tl.load(part + q[None, :], mask=in_r[:, None] & in_q[None, :], other=0)
+        B += tl.load(part + R + n[None, :], mask=in_r[:, None] & in_n[None, :], other=0)
+        C += tl.load(part + R + N + n[None, :], mask=in_r[:, None] & in_n[None, :], other=0)
     if PDL and BM > 1:
         tl.extra.cuda.gdc_launch_dependents()
-    if BM == 1:
-        dt, B, C = tl.sum(dt, 0), tl.sum(B, 0)[None, :], tl.sum(C, 0)[None, :]
-        raw = tl.sum(w.to(tl.float32) * dt[None, :], 1)[None, :] + bias_d[None, :]
+    if BM < 16:
+        raw = tl.sum(w.to(tl.float32)[None, :, :] * dt[:, None, :], 2) + bias_d[None, :]        # (BM, BD)
     else:
-        raw = tl.dot(dt.to(w.dtype), w.trans(), input_precision="ieee") + bias_d[None, :]      # (BM, BD)
+        raw = tl.dot(dt.to(w.dtype), w.trans(), input_precision="ieee") + bias_d[None, :]
     e = tl.exp2(-tl.abs(raw) * LOG2E)
     f = e / (2 + e)
     v = f * f                       # softplus, as in _softplus
@@ -1287,40 +1292,36 @@ def decode(backbone, head, vocab_size, residual_in_fp32, state, token):
     layers = backbone["layers"]
     R = layers[0].mixer.dt_rank
     P = R + 2 * N
-    power = triton.next_power_of_2
-    BN, BR, BP = power(N), max(16, power(R)), max(16, power(P))
-    enter, project, to_logits = (_tiles(x, *sizes) for sizes in (
-        (d_model, 32, 32, 64, 128, 8), (D, 8, 64, 16, 128, 4), (d_model, 32, 64, 128, 64, 4)))
-    blocks = triton.cdiv(D, enter["BN"])
-    advance = {"BM": 1, "BD": min(256, max(16, power(D // 128)), 4096 // BN, 16384 // BR),
-               "BB": min(power(blocks), 4096 // BR), "num_warps": 4}
-    if rows > 1:
-        advance = {"BM": 16, "BD": max(16, min(64, 1024 // BN)), "BB": 1, "num_warps": 8}
+    enter, select, leave, to_logits = (_tiles(x, *sizes) for sizes in ((d_model, 2 * D), (D, P), (D, d_model), (d_model, vocab_size)))
+    parts, blocks = select["PARTS"], triton.cdiv(d_model, leave["BN"])
+    BN, BR = triton.next_power_of_2(N), max(16, triton.next_power_of_2(R))
+    advance = _tiles_of_advance(rows, D, BN, BR)
     pdl = {"PDL": PDL and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9}
     if pdl["PDL"]:
         pdl["launch_pdl"] = True
     with torch.cuda.device_of(x):
         u, y, logits = x.new_empty(rows, D), x.new_empty(rows, D), x.new_empty(rows, vocab_size, dtype=torch.float32)
-        gate, parts = logits.new_empty(rows, D), logits.new_empty(blocks, rows, P)
-        normed, squares = torch.empty_like(x), logits.new_empty(rows, triton.cdiv(d_model, project["BN"]))
+        gate, selected = logits.new_empty(rows, D), logits.new_empty(parts, rows, P)
+        normed, squares = torch.empty_like(x), logits.new_empty(rows, blocks)
         x = x.float() if residual_in_fp32 else x
         norms = [*(layer.norm.weight for layer in layers), backbone["norm_f"].weight]
-        options = {"BLOCKS": squares.shape[1], **pdl}
-        _begin[squares.shape[1], rows](x, norms[0], normed, squares, rows, d_model, project["BN"], num_warps=1, **pdl)
+
+        def project(tiles, x, squares_of_x, linear, before, norm, y, K, N):
+            _project[triton.cdiv(N, tiles["BN"]), triton.cdiv(rows, tiles["BM"]), tiles["PARTS"]](
+                x, squares_of_x, *_weights(linear), before, norm, y, normed, squares, rows, eps, K, N, blocks, **tiles, **pdl)
+        _begin[blocks, rows](x, norms[0], normed, squares, rows, d_model, leave["BN"], num_warps=1, **pdl)
         for layer, norm, (window, h) in zip(layers, norms[1:], state):
             block, conv, dt_proj = layer.mixer, layer.mixer.conv1d, layer.mixer.dt_proj
-            _enter[2 * blocks, triton.cdiv(rows, enter["BM"])](
-                normed, squares, *_weights(block.in_proj), conv.weight, conv.bias, window, *_weights(block.x_proj)[:2],
-                u, gate, parts, rows, eps, d_model, D, P, BEFORE=window.shape[1], BP=BP, **enter, **options)
+            _enter[2 * triton.cdiv(D, enter["BN"]), triton.cdiv(rows, enter["BM"])](
+                normed, squares, *_weights(block.in_proj), conv.weight, conv.bias, window, u, gate, rows, eps, d_model, D,
+                window.shape[1], blocks, **enter, **pdl)
+            project(select, u, None, block.x_proj, None, None, selected, D, P)
             _advance[triton.cdiv(D, advance["BD"]), triton.cdiv(rows, advance["BM"])](
-                parts, dt_proj.weight, dt_proj.bias, block.A_log, block.D, u, gate, h, y, rows, D, N, R, P, blocks,
+                selected, dt_proj.weight, dt_proj.bias, block.A_log, block.D, u, gate, h, y, rows, D, N, R, parts,
                 BN=BN, BR=BR, **advance, **pdl)
             before, x = x, torch.empty_like(x)
-            _project[squares.shape[1], triton.cdiv(rows, project["BM"])](
-                y, None, *_weights(block.out_proj), before, norm, x, normed, squares, rows, eps, D, d_model, **project, **options)
-        _project[triton.cdiv(vocab_size, to_logits["BN"]), triton.cdiv(rows, to_logits["BM"])](
-            normed, squares, *_weights(head), None, None, logits, None, None, rows, eps, d_model, vocab_size, **to_logits,
-            **options)
+            project(leave, y, None, block.out_proj, before, norm, x, D, d_model)
+        project(to_logits, normed, squares, head, None, None, logits, d_model, vocab_size)
     return logits
 
 
@@ -1331,13 +1332,39 @@ def _weights(linear):
     return linear.weight, getattr(linear, "scale", None), linear.bias
 
 
-def _tiles(x, K, one, BM, more, BK, warps):
-    """How a program of _product works: up to BM rows and BN outputs, `one` or `more` of them by the number of rows of x."""
-    rows = len(x)
+# Tiles: measured on an H100, for 1, 64 and 256 texts with the sizes of mamba-130m and 1 and 16 with those of mamba-2.8b
+
+
+def _tiles(x, K, N):
+    """How a program of _product works that makes N numbers of K: BM texts, BN outputs, BK inputs at once; and into how many PARTS
+    the sums are cut. SWAP: the outputs are the rows of the product on the matrix units, which takes 64 of them at least."""
+    rows, power = len(x), triton.next_power_of_2
     if rows == 1:
-        tile = min(triton.next_power_of_2(K), 2 ** 15 // one)
-        return {"BM": 1, "BN": one, "TILE": tile, "BK": min(256, tile), "num_warps": 8}
-    BM = min(BM, max(16, triton.next_power_of_2(rows)))
+        BK = min((256, 512, 1024), key=lambda BK: (triton.cdiv(K, BK) * BK, -BK)) if K > 128 else max(16, power(K))
+        BN = 8      # all weights of a program are in registers at once; and there should be a program for each multiprocessor
+        while BN > 1 and (BN * K * x.element_size() > 40 * 1024 or N < 128 * BN):
+            BN //= 2
+        return {"BM": 1, "BN": BN, "BK": BK, "num_warps": 4, "PARTS": 1, "SWAP": False}
     if x.dtype == torch.float32:        # no matrix units
-        return {"BM": min(BM, 32), "BN": 32, "TILE": 0, "BK": 32, "num_warps": 4, "num_stages": 3}
-    return {"BM": BM, "BN": more, "TILE": 0, "BK": BK, "num_warps": warps, "num_stages": 4}
+        return {"BM": min(32, max(16, power(rows))), "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3, "PARTS": 1, "SWAP": False}
+    BM, BN, BK, parts = min(128 if N > 16 * K else 64, max(16, power(rows))), 64, 64 if N > K else 128, 1
+    programs = lambda: triton.cdiv(N, BN) * triton.cdiv(rows, BM) * parts
+    if N < K // 4:
+        BM, BN = min(BM, 16 if rows <= 64 else 32), 16
+        while parts < 8 and programs() < 64 and K % (2 * parts * BK) == 0:
+            parts *= 2
+    while BN == 64 and BM > 16 and programs() < 96:
+        BM //= 2
+    BN = BN if programs() >= 40 else 16
+    stages = max(2, min(5, 100 * 1024 // ((BM + BN) * BK * 2)))
+    return {"BM": BM, "BN": BN, "BK": BK, "num_warps": 8 if BM * BN > 64 * 64 else 4, "num_stages": stages, "PARTS": parts,
+            "SWAP": BN == 64}
+
+
+def _tiles_of_advance(rows, D, BN, BR):
+    """Texts BM and channels BD of a program of _advance."""
+    if rows == 1:
+        return {"BM": 1, "BD": min(256, max(16, triton.next_power_of_2(D // 128)), 4096 // BN, 16384 // BR), "num_warps": 4}
+    if rows <= 64:
+        return {"BM": 4, "BD": 16, "num_warps": 4}
+    return {"BM": 16, "BD": max(16, min(64, 1024 // BN)), "num_warps": 8}
