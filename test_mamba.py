@@ -3157,19 +3157,21 @@ def awkward(changes, dtype=torch.float32, device=None):
 
 
 SHAPES = ({}, {"d_state": 5, "dt_rank": 7, "conv_bias": False, "bias": True, "d_conv": 1},
-          {"d_model": 33, "d_conv": 3, "tie_embeddings": False, "residual_in_fp32": True})
+          {"d_model": 33, "d_conv": 3, "tie_embeddings": False, "residual_in_fp32": True},
+          {"layer": "mamba2", "headdim": 20, "d_state": 12},
+          {"layer": "mamba2", "headdim": 8, "d_state": 16, "ngroups": 2, "rmsnorm": False, "dt_limit": (0.01, 0.1), "bias": True,
+           "d_conv": 2, "conv_bias": False})
 
 
 @torch.no_grad()
 def check_fused_step(changes, dtype, rows, device, length=20):
     """Tokens read by the kernels give the logits and states of one call in float32 of the same weights."""
-    from mamba_fast import scan_triton
+    from mamba_fast import step_triton
     model = awkward(changes, dtype, device)
     exact = awkward(changes) if dtype == torch.int8 else awkward(changes, dtype).float()
     state, idx = model.init_state(rows), tokens(rows, length)
     whole, _, last = exact(idx, state=exact.init_state(rows))
-    got = torch.stack([scan_triton.decode(model.backbone, model.lm_head, model.config.vocab_size,
-                                           model.config.residual_in_fp32, state, token).clone()
+    got = torch.stack([step_triton.decode(model.backbone, model.lm_head, model.config, state, token).clone()
                        for token in idx.to(device).unbind(1)], 1)
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.int8: 3e-2}[dtype]
     assert got.shape == whole.shape and got.dtype == torch.float32 and relative(got.cpu(), whole) < tolerance
@@ -3218,7 +3220,8 @@ tests = importlib.import_module(sys.argv[1])
 
 # the step of a token; the interpreter cannot do tl.dot of bfloat16
 for rows, dtype, shape in ((1, torch.float32, 0), (1, torch.bfloat16, 1), (1, torch.int8, 2), (3, torch.float16, 1),
-                           (3, torch.int8, 0), (17, torch.float32, 2)):
+                           (3, torch.int8, 0), (17, torch.float32, 2), (1, torch.float32, 3), (3, torch.float32, 4),
+                           (1, torch.bfloat16, 3), (17, torch.float16, 3)):
     tests.check_fused_step({"n_layer": 1, **tests.SHAPES[shape]}, dtype, rows, "cpu", length=4)
 
 def over_channels(p, q, row, EXACT):
@@ -3445,7 +3448,8 @@ def test_model_with_triton_equals_chunked(compiled):
 @torch.no_grad()
 def test_fused_step_equals_one_call():
     for rows, dtype, shape in ((1, torch.float32, 0), (1, torch.bfloat16, 1), (1, torch.int8, 2), (2, torch.int8, 0),
-                               (17, torch.float16, 0), (40, torch.float32, 2), (100, torch.bfloat16, 1)):
+                               (17, torch.float16, 0), (40, torch.float32, 2), (100, torch.bfloat16, 1), (1, torch.float32, 3),
+                               (1, torch.bfloat16, 4), (3, torch.int8, 3), (40, torch.bfloat16, 3)):
         check_fused_step(SHAPES[shape], dtype, rows, "cuda")
 
 
@@ -3684,12 +3688,12 @@ def test_the_step_of_other_layers(changes, rows, dtype):
 
 
 @on_gpu
-@pytest.mark.parametrize("kind", ["fused", "int8", "float64", "with an MLP"])
+@pytest.mark.parametrize("kind", ["fused", "int8", "Mamba-2", "float64", "with an MLP"])
 @torch.no_grad()
 def test_generation_by_a_cuda_graph(kind):
     """The texts that forward gives, and the states; also where prompts go on from one."""
     from mamba_fast import decode
-    changes = {"d_intermediate": 24, "n_layer": 2} if kind == "with an MLP" else {"n_layer": 2}
+    changes = {"n_layer": 2, **{"with an MLP": {"d_intermediate": 24}, "Mamba-2": SHAPES[3]}.get(kind, {})}
     model = awkward(changes, torch.int8 if kind == "int8" else torch.float32, "cuda")
     model = model.double() if kind == "float64" else model
     prompts = [tokens(n, seed=n).cuda() for n in (5, 1, 1500)]
@@ -3707,7 +3711,7 @@ def test_generation_by_a_cuda_graph(kind):
             logits = model(text[None, :-1])[0][0, len(prompt) - 1:]
             likeliest, chosen = logits.amax(-1), logits.gather(-1, text[len(prompt):, None])[:, 0]
             assert torch.equal(text[:len(prompt)], prompt) and (likeliest - chosen).max() < (0.05 if kind == "int8" else 1e-4)
-    assert (model in decode.GRAPHS) == (kind in ("fused", "int8"))
+    assert (model in decode.GRAPHS) == (kind in ("fused", "int8", "Mamba-2"))
     stream = model.stream(prompts, 9, temperature=0)
     read = [next(stream) for _ in range(4)]
     state, whole = stream.state, model.stream(prompts, 4, temperature=0)

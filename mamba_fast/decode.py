@@ -1,8 +1,8 @@
 """
 The step of a token, for generation. What is the same for all tokens is made ready once, and the
 state is updated in place, in buffers of its own. On a CPU each weight is read once, in its own
-type and by all cores. On CUDA the whole step is a CUDA graph, of fused kernels in a Mamba-1, where
-the reading of a short prompt is one too; by `replayed` a step of training can be one.
+type and by all cores. On CUDA the whole step is a CUDA graph, of fused kernels in a Mamba-1 or 2,
+where the reading of a short prompt is one too; by `replayed` a step of training can be one.
 """
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .layers import Linear, at_least_float32
 try:
     if not torch.cuda.is_available():       # then Triton is not worth the time of its import
         raise ImportError
-    from . import scan_triton
+    from . import scan_triton, step_triton
 except ImportError:
-    scan_triton = None
+    scan_triton = step_triton = None
 
 # what may stand in which place of a model, by the last part of its name
 LINEARS = ("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2", "lm_head")
@@ -71,7 +71,9 @@ def is_plain(model, plain):
             return False
         if kind is nn.Dropout and module.training and module.p > 0:
             return False
-        if kind is nn.RMSNorm and (module.weight is None or module.eps != model.config.norm_eps):
+        if getattr(module, "eps", model.config.norm_eps) != model.config.norm_eps:
+            return False
+        if kind is nn.RMSNorm and module.weight is None:
             return False
         if name.endswith("dt_proj") and (kind is not nn.Linear or module.bias is None):
             return False
@@ -349,16 +351,15 @@ class Graph:
 
     Its state belongs to one decoder at a time, its owner; another one that wants it takes it over.
     made_for: the number of prompts and the weights, by their addresses.  fused: by the kernels of
-    scan_triton.py.
+    step_triton.py.
     """
 
     def __init__(self, model, rows, made_for, fused):
         self.made_for, self.owner = made_for, lambda: None
         self.state = model.init_state(rows)
         if fused:
-            step = functools.partial(scan_triton.decode, model.backbone, model.lm_head,
-                                     model.config.vocab_size, model.config.residual_in_fp32,
-                                     self.state)
+            step = functools.partial(step_triton.decode, model.backbone, model.lm_head,
+                                     model.config, self.state)
         else:
             step = make_step(model, self.state)
         self.step = torch.inference_mode()(step)
@@ -451,14 +452,12 @@ class GraphDecoder:
 
 
 def fuses(model):
-    """Whether the step runs by the kernels of scan_triton.py."""
+    """Whether the step runs by the kernels of step_triton.py."""
     config, weight = model.config, model.lm_head.weight
-    return (all(layer.mixer.config.layer == "mamba" for layer in model.backbone["layers"])
+    return (all(layer.mixer.config == config for layer in model.backbone["layers"])
             and config.scan in ("auto", "triton")
-            and scan_triton is not None and scan_triton.runs_on(weight.device)
-            and weight.dtype != torch.float64 and config.d_state <= 256
-            and config.mixer_rms_eps == 0
-            and scan_triton.decodes(config)
+            and step_triton is not None and scan_triton.runs_on(weight.device)
+            and weight.dtype != torch.float64 and step_triton.decodes(config)
             and all(p.is_contiguous() for p in model.parameters()))
 
 

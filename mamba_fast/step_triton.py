@@ -1,0 +1,433 @@
+"""
+The step of a token, for generation, as Triton kernels: one token more for each text, the states
+updated in place. Of models whose layers are all Mamba-1's, or all Mamba-2's; decode.py makes a CUDA
+graph of it.
+
+With few texts a step takes as long as reading the weights once, and the start of every kernel.
+There are four a layer, in Mamba-2 three:
+    enter      in_proj and the convolution
+    project    x_proj; for many texts in parts, which are sums over some of the channels each
+    advance    the step of the scan, and the gate; in Mamba-1 dt_proj before it
+    project    out_proj, added to the residual stream; and once, at the end, the head
+The norm before a product is done in two halves: the kernel before multiplies by the norm's weight
+and sums up squares, the product is divided by their root. Nothing that is derived from the weights
+outlives a step, so nothing can become outdated.
+
+Where PDL (programmatic dependent launch) is set, a kernel starts while the one before it still
+runs. It fetches its weights and states, which no other kernel of the step writes, and only then
+waits for it. With many texts it starts later, as one that waits takes room from the one that works.
+Sums are in float32 and in a fixed order.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language import constexpr
+
+from .scan_triton import LOG2E, _silu
+
+SMALL = constexpr(64.0)
+PDL = torch.version.hip is None
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x), exact for large negative x too: 2 artanh(e / (2 + e)) of e = e^-|x|."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    f = e / (2 + e)
+    v = f * f
+    series = 0.3333332 + v * (0.20003835 + v * (0.14116978 + v * 0.13433774))
+    return tl.maximum(x, 0) + 2 * f * (1 + v * series)
+
+
+# ------------------------------------------------------------------------------------------------
+# Products
+
+
+@triton.jit
+def _wait(residual, squares, r, n, in_y, rows, N, BLOCKS: constexpr, PDL: constexpr):
+    """Until what the kernels before have written is there; then the first things of it that are
+    needed, and take long."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    first, square = 0.0, 0.0
+    if residual is not None:
+        first = tl.load(residual + r[:, None] * N + n[None, :], mask=in_y, other=0)
+    if squares is not None:
+        i = tl.arange(0, triton.next_power_of_2(BLOCKS))
+        in_i = (r < rows)[:, None] & (i < BLOCKS)[None, :]
+        square = tl.load(squares + r[:, None] * BLOCKS + i[None, :], mask=in_i, other=0)
+    return first, square
+
+
+@triton.jit
+def _load(of, row, in_row, start, K: constexpr, BK: constexpr):
+    """Columns start to start + BK of some rows of a matrix of K columns."""
+    k = start + tl.arange(0, BK)
+    mask = in_row[:, None] if K % BK == 0 else in_row[:, None] & (k < K)[None, :]
+    return tl.load(of + row[:, None] * K + k[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _wide(x):
+    """x in float32. Of 8 bits by an addition to the bits of 1.5 * 2^23, as a GPU adds eight times
+    as many numbers as it converts in the same time."""
+    if x.dtype == tl.int8:
+        return (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS: constexpr,
+             K: constexpr, N: constexpr, BLOCKS: constexpr, PARTS: constexpr, BM: constexpr,
+             BN: constexpr, BK: constexpr, SWAP: constexpr, PDL: constexpr):
+    """
+    residual + scale weight x + bias for the rows r and outputs n: (BM, BN); or, with PARTS, one of
+    so many that make up this sum.  x: (rows, K).  weight: (N, K).  squares: None, or of the x whose
+    norm is wanted, (rows, BLOCKS); x is then what _keep has made of it.
+    """
+    in_r, in_n = r < rows, n < N
+    in_y = in_r[:, None] & in_n[None, :]
+    if BM == 1:     # before the wait, and all of them at once: memory is far away
+        weights = ()
+        for start in tl.static_range(0, K, BK):
+            weights = weights + (_load(weight, n, in_n, start, K, BK),)
+        first, square = _wait(residual, squares, r, n, in_y, rows, N, BLOCKS, PDL)
+        y = tl.zeros((BN, BK), tl.float32)
+        for start in tl.static_range(0, K, BK):
+            y += _wide(weights[start // BK]) * _load(x, r, in_r, start, K, BK).to(tl.float32)
+        y = tl.sum(y, 1)[None, :]
+    else:
+        first, square = _wait(residual, squares, r, n, in_y, rows, N, BLOCKS, PDL)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        y = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
+        for start in range(part * (K // PARTS), (part + 1) * (K // PARTS), BK):
+            w, x_k = _load(weight, n, in_n, start, K, BK), _load(x, r, in_r, start, K, BK)
+            if SWAP:
+                y = tl.dot(w.to(x_k.dtype), x_k.trans(), y, input_precision="ieee")
+            else:
+                y = tl.dot(x_k, w.to(x_k.dtype).trans(), y, input_precision="ieee")
+        if SWAP:
+            y = y.trans()
+    if squares is not None:
+        y *= SMALL * tl.rsqrt(tl.sum(square, 1) / K + EPS)[:, None]
+    if scale is not None:
+        y *= tl.load(scale + n, mask=in_n, other=0).to(tl.float32)[None, :]
+    if bias is not None:
+        in_bias = n < tl.where(part == 0, N, 0)
+        y += tl.load(bias + n, mask=in_bias, other=0).to(tl.float32)[None, :]
+    return y if residual is None else y + first.to(tl.float32)
+
+
+@triton.jit
+def _keep(y, norm, out, normed, squares, rows, r, n, N: constexpr, BN: constexpr):
+    """y (BM, BN) goes into out (rows, N); with a norm, also for the product after it: y times the
+    weight of the norm into normed, and the sum of the squares of each row of this block into
+    squares (rows, blocks)."""
+    in_y, of_y = (r < rows)[:, None] & (n < N)[None, :], r[:, None] * N + n[None, :]
+    y = y.to(out.dtype.element_ty)
+    tl.store(out + of_y, y, mask=in_y)
+    if norm is not None:    # / SMALL: what is not yet divided by its length could overflow float16
+        wide = y.to(tl.float32)
+        weighted = wide * (tl.load(norm + n, mask=n < N, other=0).to(tl.float32) / SMALL)[None, :]
+        tl.store(normed + of_y, weighted.to(normed.dtype.element_ty), mask=in_y)
+        of_block = r * tl.cdiv(N, BN) + tl.program_id(0)
+        tl.store(squares + of_block, tl.sum(wide * wide, 1), mask=r < rows)
+
+
+@triton.jit
+def _begin(x, norm, normed, squares, rows, N: constexpr, BN: constexpr, PDL: constexpr):
+    """For the first product of all: what _keep does after each of the others."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) + tl.arange(0, 1)
+    y = tl.load(x + r[:, None] * N + n[None, :], mask=(n < N)[None, :], other=0)
+    _keep(y, norm, x, normed, squares, rows, r, n, N, BN)
+
+
+@triton.jit
+def _project(x, squares, weight, scale, bias, residual, norm, y, normed, y_squares, rows,
+             EPS: constexpr, K: constexpr, N: constexpr, BLOCKS: constexpr, PARTS: constexpr,
+             BM: constexpr, BN: constexpr, BK: constexpr, SWAP: constexpr, PDL: constexpr):
+    """A product, and what _keep does with it; or PARTS of it, y (PARTS, rows, N)."""
+    if PDL and BM == 1:
+        tl.extra.cuda.gdc_launch_dependents()
+    n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
+    part = tl.program_id(2)
+    result = _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS, K, N,
+                      BLOCKS, PARTS, BM, BN, BK, SWAP, PDL)
+    _keep(result, norm, y + part * rows * N, normed, y_squares, rows, r, n, N, BN)
+
+
+# ------------------------------------------------------------------------------------------------
+# The block
+
+
+@triton.jit
+def _enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, rows, EPS: constexpr,
+           K: constexpr, X: constexpr, D: constexpr, H: constexpr, X_FIRST: constexpr,
+           BEFORE: constexpr, BLOCKS: constexpr, PARTS: constexpr, BM: constexpr, BN: constexpr,
+           BK: constexpr, SWAP: constexpr, PDL: constexpr):
+    """
+    x -> u (rows, X), what the convolution makes of X of the outputs of in_proj; and
+    gate (rows, D + H), silu of D of them, and H as they are. In the weights X comes first, or D.
+    window: (rows, BEFORE, X), the X of the tokens before, updated in place.
+    """
+    if PDL and BM == 1:
+        tl.extra.cuda.gdc_launch_dependents()
+    OF_U: constexpr = (X + BN - 1) // BN    # programs; after them those of the gate, and of H
+    OF_GATE: constexpr = (D + BN - 1) // BN
+    block = tl.program_id(0)
+    to_u, to_gate = block < OF_U, block < OF_U + OF_GATE
+    block -= tl.where(to_u, 0, tl.where(to_gate, OF_U, OF_U + OF_GATE))
+    d, r = block * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
+    in_d, in_x = d < tl.where(to_u, X, tl.where(to_gate, D, H)), d < tl.where(to_u, X, 0)
+    in_y, in_u = (r < rows)[:, None] & in_d[None, :], (r < rows)[:, None] & in_x[None, :]
+    at, before, taps_d = window + r[:, None] * (BEFORE * X) + d[None, :], (), ()
+    for k in tl.static_range(BEFORE + 1):
+        tap = tl.load(taps + d * (BEFORE + 1) + k, mask=in_x, other=0)
+        taps_d = taps_d + (tap.to(tl.float32)[None, :],)
+        if k < BEFORE:
+            before = before + (tl.load(at + k * X, mask=in_u, other=0),)
+    if X_FIRST:
+        first = tl.where(to_u, 0, tl.where(to_gate, X, X + D))
+    else:
+        first = tl.where(to_u, D, tl.where(to_gate, 0, D + X))
+    n = tl.where(in_d, first + d, X + D + H)
+    y = _product(x, squares, weight, scale, bias, None, rows, r, n, 0, EPS, K, X + D + H, BLOCKS,
+                 PARTS, BM, BN, BK, SWAP, PDL)
+    of_gate = r[:, None] * (D + H) + (tl.where(to_gate, 0, D) + d)[None, :]
+    in_gate = in_y & (d >= tl.where(to_u, X, 0))[None, :]
+    tl.store(gate + of_gate, tl.where(to_gate, _silu(y), y), mask=in_gate)
+    tl.debug_barrier()              # all threads have read what is overwritten now
+    inputs = before + (y.to(window.dtype.element_ty),)
+    for k in tl.static_range(BEFORE):
+        tl.store(at + k * X, inputs[k + 1], mask=in_u)
+    new = y * taps_d[BEFORE]
+    for k in tl.static_range(BEFORE):
+        new += before[k].to(tl.float32) * taps_d[k]
+    if conv_bias is not None:
+        new += tl.load(conv_bias + d, mask=in_x, other=0).to(tl.float32)[None, :]
+    tl.store(u + r[:, None] * X + d[None, :], _silu(new).to(u.dtype.element_ty), mask=in_u)
+
+
+@triton.jit
+def _advance(parts, dt_proj, dt_bias, A_log, Dw, u, gate, h, y, rows, D: constexpr, N: constexpr,
+             R: constexpr, PARTS: constexpr, BM: constexpr, BD: constexpr, BN: constexpr,
+             BR: constexpr, PDL: constexpr):
+    """One step of the scan for BD channels of BM texts: h (rows, D, N) in place, y (rows, D).
+    parts: (PARTS, rows, R + 2 N), of which the sum is dt, B and C.  u, gate: (rows, D)."""
+    r, d = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BD + tl.arange(0, BD)
+    n, q = tl.arange(0, BN), tl.arange(0, BR)
+    if PDL and BM == 1:
+        tl.extra.cuda.gdc_launch_dependents()
+    in_r, in_d, in_n, in_q = r < rows, d < D, n < N, q < R
+    in_y, of_y = in_r[:, None] & in_d[None, :], r[:, None] * D + d[None, :]
+    in_h, in_A = in_y[:, :, None] & in_n[None, None, :], in_d[:, None] & in_n[None, :]
+    A_log_d = tl.load(A_log + d[:, None] * N + n[None, :], mask=in_A, other=0)
+    A_2 = -tl.exp2(A_log_d * LOG2E) * LOG2E
+    in_w = in_d[:, None] & in_q[None, :]
+    w = tl.load(dt_proj + d[:, None] * R + q[None, :], mask=in_w, other=0)
+    bias_d, D_d = tl.load(dt_bias + d, mask=in_d, other=0), tl.load(Dw + d, mask=in_d, other=0)
+    h += of_y.to(tl.int64)[:, :, None] * N + n[None, None, :]
+    h_d = tl.load(h, mask=in_h, other=0)                                        # (BM, BD, BN)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    u_d = tl.load(u + of_y, mask=in_y, other=0).to(tl.float32)
+    gate_d = tl.load(gate + of_y, mask=in_y, other=0)
+    dt, B = tl.zeros((BM, BR), tl.float32), tl.zeros((BM, BN), tl.float32)
+    C = tl.zeros((BM, BN), tl.float32)
+    in_dt, in_B = in_r[:, None] & in_q[None, :], in_r[:, None] & in_n[None, :]
+    for i in tl.static_range(PARTS):
+        part = parts + (i * rows + r)[:, None] * (R + 2 * N)
+        dt += tl.load(part + q[None, :], mask=in_dt, other=0)
+        B += tl.load(part + R + n[None, :], mask=in_B, other=0)
+        C += tl.load(part + R + N + n[None, :], mask=in_B, other=0)
+    if PDL and BM > 1:
+        tl.extra.cuda.gdc_launch_dependents()
+    if BM < 16:
+        raw = tl.sum(w.to(tl.float32)[None, :, :] * dt[:, None, :], 2)          # (BM, BD)
+    else:
+        raw = tl.dot(dt.to(w.dtype), w.trans(), input_precision="ieee")
+    delta = _softplus(raw + bias_d[None, :])
+    h_d = tl.exp2(delta[:, :, None] * A_2[None, :, :]) * h_d
+    h_d += (delta * u_d)[:, :, None] * B[:, None, :]
+    tl.debug_barrier()              # all threads have read h
+    tl.store(h, h_d, mask=in_h)
+    y_d = tl.sum(h_d * C[:, None, :], 2) + D_d[None, :] * u_d
+    tl.store(y + of_y, y_d * gate_d, mask=in_y)
+
+
+@triton.jit
+def _advance_heads(u, gate, dt_bias, A_log, Dw, norm, h, y, squares, rows, H: constexpr,
+                   P: constexpr, N: constexpr, G: constexpr, LEAST: constexpr, MOST: constexpr,
+                   BP: constexpr, BN: constexpr, PDL: constexpr):
+    """
+    One step of the scan for BP of the P channels of a head of one text: h (rows, H, P, N) in place,
+    y (rows, H P).  u: (rows, H P + 2 G N), with B and C.  gate: (rows, H P + H), with delta before
+    its softplus.  norm, squares: as in _keep.
+    """
+    CUTS: constexpr = (P + BP - 1) // BP
+    D: constexpr = H * P
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    head, r = tl.program_id(0) // CUTS, tl.program_id(1)
+    p, n = tl.program_id(0) % CUTS * BP + tl.arange(0, BP), tl.arange(0, BN)
+    d, in_p, in_n = head * P + p, p < P, n < N
+    in_h = in_p[:, None] & in_n[None, :]
+    A_2 = -tl.exp2(tl.load(A_log + head) * LOG2E) * LOG2E
+    bias, D_h = tl.load(dt_bias + head), tl.load(Dw + head)
+    h += (r.to(tl.int64) * D + d)[:, None] * N + n[None, :]
+    h_d = tl.load(h, mask=in_h, other=0)                                        # (BP, BN)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    u += r * (D + 2 * G * N)
+    gate += r * (D + H)
+    of_group = u + D + head // (H // G) * N + n
+    B = tl.load(of_group, mask=in_n, other=0).to(tl.float32)
+    C = tl.load(of_group + G * N, mask=in_n, other=0).to(tl.float32)
+    u_d = tl.load(u + d, mask=in_p, other=0).to(tl.float32)
+    gate_d = tl.load(gate + d, mask=in_p, other=0)
+    delta = _softplus(tl.load(gate + D + head) + bias)
+    delta = tl.minimum(tl.maximum(delta, LEAST), MOST)
+    h_d = tl.exp2(delta * A_2) * h_d + (delta * u_d)[:, None] * B[None, :]
+    tl.debug_barrier()              # all threads have read h
+    tl.store(h, h_d, mask=in_h)
+    y_d = (tl.sum(h_d * C[None, :], 1) + D_h * u_d) * gate_d
+    if norm is not None:
+        tl.store(squares + r * (H * CUTS) + tl.program_id(0), tl.sum(y_d * y_d, 0))
+        y_d *= tl.load(norm + d, mask=in_p, other=0).to(tl.float32) / SMALL
+    tl.store(y + r * D + d, y_d.to(y.dtype.element_ty), mask=in_p)
+
+
+# ------------------------------------------------------------------------------------------------
+# The model
+
+
+def decodes(config):
+    """Whether decode can run layers of this shape."""
+    if config.d_intermediate > 0 or config.mixer_rms_eps > 0 or config.d_state > 256:
+        return False
+    if config.layer == "mamba2":
+        return not config.rmsnorm or (config.ngroups == 1 and not config.norm_before_gate)
+    return config.layer == "mamba" and config.dt_rank + 2 * config.d_state <= 512
+
+
+def decode(backbone, head, config, state, token):
+    """
+    The Mamba of mamba.py for the next token of each text: token (B,) -> logits (B, vocab_size),
+    float32. state, from Mamba.init_state, is updated in place. Weights: contiguous, in float32,
+    bfloat16, float16 or as Int8Linear has them.
+    """
+    x = backbone["embedding"](token)                                            # (B, d_model)
+    (rows, d_model), eps, vocab_size = x.shape, backbone["norm_f"].eps, config.vocab_size
+    D, X = config.d_inner, state[0].conv.shape[2]
+    H = config.nheads if config.layer == "mamba2" else 0
+    enter, leave = _tiles(x, d_model, X + D + H), _tiles(x, D, d_model)
+    to_logits, blocks = _tiles(x, d_model, vocab_size), triton.cdiv(d_model, leave["BN"])
+    pdl = PDL and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    pdl = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
+    with torch.cuda.device_of(x):
+        u, y = x.new_empty(rows, X), x.new_empty(rows, D)
+        gate = x.new_empty(rows, D + H, dtype=torch.float32)
+        logits, squares = gate.new_empty(rows, vocab_size), gate.new_empty(rows, blocks)
+        normed = torch.empty_like(x)
+        x = x.float() if config.residual_in_fp32 else x
+        layers = backbone["layers"]
+        norms = [*(layer.norm.weight for layer in layers), backbone["norm_f"].weight]
+
+        def project(tiles, x, squares_of_x, linear, before, norm, y, K, N):
+            of_x = 1 if squares_of_x is None else squares_of_x.shape[1]
+            _project[triton.cdiv(N, tiles["BN"]), triton.cdiv(rows, tiles["BM"]), tiles["PARTS"]](
+                x, squares_of_x, *_weights(linear), before, norm, y, normed, squares, rows, eps,
+                K, N, of_x, **tiles, **pdl)
+        advance = (_heads if H else _channels)(config, project, rows, u, gate, y, pdl)
+        programs = sum(triton.cdiv(n, enter["BN"]) for n in (X, D, H))
+        _begin[blocks, rows](x, norms[0], normed, squares, rows, d_model, leave["BN"],
+                             num_warps=1, **pdl)
+        for layer, norm, (window, h) in zip(layers, norms[1:], state):
+            block, conv = layer.mixer, layer.mixer.conv1d
+            _enter[programs, triton.cdiv(rows, enter["BM"])](
+                normed, squares, *_weights(block.in_proj), conv.weight, conv.bias, window, u, gate,
+                rows, eps, d_model, X, D, H, H == 0, window.shape[1], blocks, **enter, **pdl)
+            squares_of_y = advance(block, h)
+            before, x = x, torch.empty_like(x)
+            project(leave, y, squares_of_y, block.out_proj, before, norm, x, D, d_model)
+        project(to_logits, normed, squares, head, None, None, logits, d_model, vocab_size)
+    return logits
+
+
+def _channels(config, project, rows, u, gate, y, pdl):
+    """advance(block, h) for blocks of Mamba-1: it fills y."""
+    (D, N, R), power = (config.d_inner, config.d_state, config.dt_rank), triton.next_power_of_2
+    select, BN, BR = _tiles(u, D, R + 2 * N), power(N), max(16, power(R))
+    selected = gate.new_empty(select["PARTS"], rows, R + 2 * N)
+    if rows == 1:
+        BM, BD, warps = 1, min(256, max(16, power(D // 128)), 4096 // BN, 16384 // BR), 4
+    elif rows <= 64:
+        BM, BD, warps = 4, 16, 4
+    else:
+        BM, BD, warps = 16, max(16, min(64, 1024 // BN)), 8
+
+    def advance(block, h):
+        project(select, u, None, block.x_proj, None, None, selected, D, R + 2 * N)
+        _advance[triton.cdiv(D, BD), triton.cdiv(rows, BM)](
+            selected, block.dt_proj.weight, block.dt_proj.bias, block.A_log, block.D, u, gate, h, y,
+            rows, D, N, R, select["PARTS"], BM, BD, BN, BR, num_warps=warps, **pdl)
+    return advance
+
+
+def _heads(config, _, rows, u, gate, y, pdl):
+    """advance(block, h) for blocks of Mamba-2: it fills y, and returns the squares of the norm, if
+    there is one."""
+    H, P, N = config.nheads, config.headdim, config.d_state
+    BP = min(triton.next_power_of_2(P), 16 if rows * H < 512 else 64)
+    cuts = triton.cdiv(P, BP)
+    squares = gate.new_empty(rows, H * cuts) if config.rmsnorm else None
+
+    def advance(block, h):
+        norm = block.norm.weight if config.rmsnorm else None
+        _advance_heads[H * cuts, rows](
+            u, gate, block.dt_bias, block.A_log, block.D, norm, h, y, squares, rows, H, P, N,
+            config.ngroups, *map(float, config.dt_limit), BP, triton.next_power_of_2(N),
+            num_warps=4, **pdl)
+        return squares
+    return advance
+
+
+def _weights(linear):
+    return linear.weight, getattr(linear, "scale", None), linear.bias
+
+
+def _tiles(x, K, N):
+    """
+    How a program of _product works that makes N numbers of K: BM texts, BN outputs, BK inputs at
+    once; and into how many PARTS the sums are cut. SWAP: the outputs are the rows of the product
+    on the matrix units, which takes 64 of them at least. As measured on an H100, with the sizes of
+    mamba-130m for 1, 64 and 256 texts, and those of mamba-2.8b for 1 and 16.
+    """
+    rows, power, parts = len(x), triton.next_power_of_2, 1
+    if rows == 1:
+        least = {BK: triton.cdiv(K, BK) * BK for BK in (1024, 512, 256)}
+        BM, BN, BK = 1, 8, min(least, key=least.get) if K > 128 else max(16, power(K))
+        # a program has all its weights in registers; and each multiprocessor should have one
+        while BN > 1 and (BN * K * x.element_size() > 40 * 1024 or N < 128 * BN):
+            BN //= 2
+    elif x.dtype == torch.float32:      # no matrix units
+        BM, BN, BK = min(32, max(16, power(rows))), 32, 32
+    else:
+        programs = lambda: triton.cdiv(N, BN) * triton.cdiv(rows, BM) * parts
+        BM, BN, BK = min(128 if N > 16 * K else 64, max(16, power(rows))), 64, 64 if N > K else 128
+        if N < K // 4:
+            BM, BN = min(BM, 16 if rows <= 64 else 32), 16
+            while parts < 8 and programs() < 64 and K % (2 * parts * BK) == 0:
+                parts *= 2
+        while BN == 64 and BM > 16 and programs() < 96:
+            BM //= 2
+        BN = BN if programs() >= 40 else 16
+    stages = max(2, min(5, 100 * 1024 // ((BM + BN) * BK * x.element_size())))
+    return {"BM": BM, "BN": BN, "BK": BK, "PARTS": parts, "SWAP": BN == 64 and BM > 1,
+            "num_warps": 8 if BM * BN > 64 * 64 else 4, "num_stages": stages}
