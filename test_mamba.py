@@ -6247,6 +6247,7 @@ def test_the_state_is_reset_at_the_end_of_a_text(length):
     state, total = model.init_state(3), 0
     for x_part, y_part in zip(x.split(length, 1), y.split(length, 1)):
         loss, state = train.loss_of(model, x_part, y_part, "float32", eot, state)
+        assert [*map(type, state)] == [*map(type, model.init_state(3))]
         total += loss * x_part.numel()
     assert relative(total / x.numel(), expected) < 1e-5
     assert relative(train.loss_of(model, x, y, "float32", eot)[0], expected) < 1e-5

@@ -223,7 +223,7 @@ def loss_of(forward, x, y, dtype, eot, state=None):
     after = after[0] if after else None
     if after and eot is not None:       # nothing is left of a text that ends with x
         goes_on = x[:, -1] != eot                                           # (B,)
-        after = [tuple(t * goes_on.view(-1, *[1] * (t.dim() - 1)) for t in layer)
+        after = [layer._make(t * goes_on.view(-1, *[1] * (t.dim() - 1)) for t in layer)
                  for layer in after]
     return loss, after
 
