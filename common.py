@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 import urllib.parse
-import zipfile
 from pathlib import Path
 
 from tqdm import tqdm
@@ -464,16 +463,6 @@ def reading(path, kind):
     except Exception as error:  # noqa: BLE001
         told = isinstance(error, (Problem, ValueError)) and str(error).partition("\n")[0][:200]
         raise Problem(f"{path} is damaged or not {kind} ({told or type(error).__name__})") from None
-
-def read_whole(path, device="cpu"):
-    """What torch.save wrote, after a look at the checksums, which torch.load does not take."""
-    import torch
-    with zipfile.ZipFile(path) as archive:
-        if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):
-            raise ValueError("it holds more than its size")  # hours to unpack, perhaps
-        if archive.testzip():
-            raise ValueError("a checksum is wrong")
-    return torch.load(path, map_location=device, weights_only=True)
 
 # What a file may hold is checked before it is used: a crafted one must neither write beyond a
 # tensor nor fill the memory. A value of an unknown kind is never shown: that might take forever.

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import common
 from common import Problem, as_flag, check_kinds, check_tensor, reading, say, write_whole
 from mamba import Mamba, MambaConfig
-from mamba_files import ON_HUB, check_usable, checkpoint_of, read_tokenizer
+from mamba_files import ON_HUB, check_usable, checkpoint_of, read_tokenizer, read_whole
 from tokens import load_tokenizer
 
 # what the shapes of the weights depend on
@@ -209,7 +209,7 @@ def load_checkpoint(*paths, Config=None):
     for path in filter(Path.exists, paths):
         try:
             with reading(path, "a checkpoint"):
-                checkpoint = {**common.read_whole(path), "path": path}
+                checkpoint = {**read_whole(path), "path": path}
                 model = check_model(checkpoint)
                 if Config and "optimizer" in checkpoint:
                     check_training(checkpoint, model, Config)

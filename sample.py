@@ -42,7 +42,7 @@ import runs
 import show
 from common import Problem, flag
 from mamba import SCAN_METHODS, Mamba, check_sampling, fast
-from mamba_files import RUN, check_usable, read_tokenizer
+from mamba_files import RUN, check_usable, read_tokenizer, read_whole
 from tokens import load_tokenizer
 
 
@@ -385,7 +385,7 @@ class Conversation:
     def load(self, path):
         """Problem: not whole, or of another model; the conversation then stays as it was."""
         with common.reading(path, "a conversation"):
-            saved = common.read_whole(path, self.model.device)
+            saved = read_whole(path, self.model.device)
             common.check_kinds(saved, fingerprint=str, state=list, unread=list, seen=list)
         if saved["fingerprint"] != self.fingerprint:
             raise Problem(f"{path} is a conversation with another model, or with this one in "

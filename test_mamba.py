@@ -72,6 +72,7 @@ import train
 from mamba import Mamba, MambaBlock, MambaConfig, MambaState, selective_scan
 from mamba2 import Mamba2Block, Mamba2Config, ssd
 from mamba3 import Mamba3Block, Mamba3Config
+from mamba_files import read_whole
 from tokens import (
     BPETokenizer,
     CharTokenizer,
@@ -2774,6 +2775,34 @@ def test_every_flipped_bit_is_noticed(tmp_path):
             assert position not in used, f"{used[position]} at {position}"
             assert all(torch.equal(loaded[key], expected[key]) for key in expected)
     assert noticed > 200
+
+
+def test_what_pytorch_reads_otherwise_than_zipfile(tmp_path):
+    """What is marked as a folder it does not read, so that its numbers are any; what is compressed it maps as it is; of two names it takes one."""
+    small(n_layer=1, d_model=8, d_state=2, vocab_size=9).save_pretrained(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        parts, at = {part.filename: archive.read(part) for part in archive.infolist()}, archive.start_dir
+
+    def assert_refused(words):
+        for load in (read_whole, lambda path: Mamba.from_pretrained(path.parent)):
+            with pytest.raises(ValueError, match=words):
+                load(path)
+    for name in parts:
+        path.write_bytes(data[:at + 38] + b"\x10" + data[at + 39:])     # of 46 bytes about this part, and its name
+        assert_refused("a part is marked as a folder: " + name)
+        at += 46 + len(name)
+    one = "pytorch_model/data/0"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED if name == one else zipfile.ZIP_STORED)
+    assert_refused("a part is compressed: " + one)
+    path.write_bytes(data.replace(parts[one], bytes(len(parts[one]))))
+    assert_refused("a part is damaged: Bad CRC-32")
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(one, parts[one])
+    assert_refused("a part is damaged: Bad CRC-32")
 
 
 @pytest.mark.parametrize("kind, change", [
