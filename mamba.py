@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
@@ -45,6 +45,7 @@ with suppress(ImportError):
 __all__ = ["Mamba", "MambaBlock", "MambaConfig", "MambaState", "conv_silu", "sample",
            "selective_scan"]
 SCAN_METHODS = ("auto", "sequential", "chunked", "triton")
+Maybe = Tensor | None
 FOREVER = 1e12      # a delta after which nothing is left of a state
 Linear = fast.Linear if fast else nn.Linear     # nn.Linear, or what computes it sooner on some CPUs
 
@@ -105,9 +106,10 @@ class MambaConfig:
 
 # ---- The selective scan --------------------------------------------------------------------------
 
-def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D=None, z=None,
-                   delta_bias=None, delta_softplus=False, state=None, return_last_state=False,
-                   method="auto", mask=None, seq_idx=None) -> Tensor | tuple[Tensor, Tensor]:
+def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe = None,
+                   z: Maybe = None, delta_bias: Maybe = None, delta_softplus=False,
+                   state: Maybe = None, return_last_state=False, method="auto", mask: Maybe = None,
+                   seq_idx: Maybe = None) -> Tensor | tuple[Tensor, Tensor]:
     """The recurrence at the heart of Mamba (paper, section 3.2 and Algorithm 2; zero-order hold for
     A, Euler for B):
 
@@ -181,12 +183,12 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D=
             y = ours.gated(y, z.to(number)) if ours else y * F.silu(z.to(number))
     return (y.to(dtype), h) if return_last_state else y.to(dtype)
 
-def beginnings(seq_idx, mask):
+def beginnings(seq_idx: Tensor, mask: Maybe) -> Tensor:
     """(B, L) bool: where seq_idx (B, L) is another than at the step before, but not in padding."""
     begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
     return begins if mask is None else begins & mask
 
-def scan_method(method, u, d_state):
+def scan_method(method: str, u: Tensor, d_state: int) -> str:
     """The method that runs for u, with "auto" resolved. ValueError: there is none such here."""
     if method not in SCAN_METHODS:
         raise ValueError(f"method must be one of {', '.join(SCAN_METHODS)}, not {method!r}")
@@ -232,7 +234,8 @@ def one_tile(u, delta, B, C, A, h):
 
 # ---- The convolution and the block ---------------------------------------------------------------
 
-def conv_silu(x, weight, bias=None, state=None, scan="auto", mask=None, seq_idx=None):
+def conv_silu(x: Tensor, weight: Tensor, bias: Maybe = None, state: Maybe = None, scan="auto",
+              mask: Maybe = None, seq_idx: Maybe = None) -> tuple[Tensor, Tensor]:
     """silu of a causal convolution, silu(bias + sum_k weight[:, 0, k] x_{t - (d_conv - 1) + k}).
     x: (B, L, D).  weight: (D, 1, d_conv).  bias: (D,).  state: (B, d_conv - 1, D), the inputs
     before x, or None for zeros.  mask, seq_idx: as in selective_scan, with all padding at the end.
@@ -266,7 +269,7 @@ def conv_silu(x, weight, bias=None, state=None, scan="auto", mask=None, seq_idx=
         state = state * (last(document) == document[:, -1:])
     return y, state
 
-def is_plain(linear):
+def is_plain(linear: nn.Module) -> bool:
     """Whether it is F.linear of its weight and bias: no adapter, hook or quantiser is on it."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks,
              linear._backward_pre_hooks, "forward" in vars(linear))
@@ -286,11 +289,9 @@ class Mixer(nn.Module):
     mask: (B, L) bool, False is padding, anywhere: real tokens get what they get without it.
     seq_idx: (B, L) int; where it changes a document begins, which sees nothing of those before."""
     exact = ()      # names of the parameters that stay float32 in a model of 16 bits
-
-    def reset_steps(self, bias):
+    def reset_steps(self, bias: Tensor) -> None:
         """The first values of delta's bias, and zeros for those of the projections."""
-        # the steps delta start log-uniform in [dt_min, dt_max]: the bias is the inverse of softplus
-        # at such a draw, and a later init must not set it to zero
+        # the steps delta start log-uniform in [dt_min, dt_max]: the bias is softplus^-1 of a draw
         low, high = math.log(self.config.dt_min), math.log(self.config.dt_max)
         dt = torch.exp(torch.rand(len(bias)) * (high - low) + low)
         dt = dt.clamp(min=self.config.dt_init_floor)
@@ -300,14 +301,15 @@ class Mixer(nn.Module):
                 nn.init.zeros_(linear.bias)
         self.exact_parameters()
 
-    def exact_parameters(self):
+    def exact_parameters(self) -> list[nn.Parameter]:
         """Those, with flags that other code bases honour, so that they leave them as they are."""
         parameters = [attrgetter(name)(self) for name in self.exact]
         for parameter in parameters:
             parameter._no_reinit = parameter._no_weight_decay = True
         return parameters
 
-    def forward(self, x: Tensor, state: NamedTuple | None = None, mask=None, seq_idx=None):
+    def forward(self, x: Tensor, state: tuple | None = None, mask: Maybe = None,
+                seq_idx: Maybe = None) -> Tensor | tuple[Tensor, tuple]:
         """(B, L, d_model) -> it; with a state, (it, the state after). ValueError: wrong shapes."""
         shapes = [tuple(t.shape) for t in (x, mask, seq_idx) if t is not None]
         if x.dim() != 3 or x.is_complex() or any(shape != shapes[0][:2] for shape in shapes[1:]):
@@ -338,7 +340,6 @@ class Mixer(nn.Module):
 class MambaBlock(Mixer):
     """The mixer (paper, figure 3): project up, convolution, selective scan, gate, project down."""
     exact = ("A_log", "D", "dt_proj.bias")
-
     def __init__(self, config: MambaConfig):
         super().__init__()
         if config.layer != "mamba":
@@ -393,30 +394,28 @@ MambaConfig.block = MambaBlock      # the mixer of a Layer; that of other layers
 
 class GatedMLP(nn.Module):
     """fc2(value * silu(gate)), the MLP that mamba_ssm has: (B, L, d_model) -> the same."""
-
     def __init__(self, config: MambaConfig):
         super().__init__()
         self.fc1 = Linear(config.d_model, 2 * config.d_intermediate, bias=config.bias)
         self.fc2 = Linear(config.d_intermediate, config.d_model, bias=config.bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         value, gate = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(value * F.silu(gate))
 
-def normed(norm, x):
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x), (B, L, d_model), in the norm's own type: x may be a residual stream in float32."""
     return norm(x.to(getattr(getattr(norm, "weight", None), "dtype", x.dtype)))
 
 class Layer(nn.Module):
     """layer(x, state) -> (x + mixer(norm(x)), state after x), and then + mlp(norm2(x)) if any."""
-
     def __init__(self, config: MambaConfig):
         super().__init__()
         c, norm = config, functools.partial(nn.RMSNorm, config.d_model, eps=config.norm_eps)
         self.norm, self.mixer, self.dropout = norm(), c.block(c), nn.Dropout(c.dropout)
         self.norm2, self.mlp = (norm(), GatedMLP(c)) if c.d_intermediate > 0 else (None, None)
 
-    def forward(self, x, state=None, **masks):
+    def forward(self, x: Tensor, state: tuple | None = None, **masks) -> tuple:
         """(B, L, d_model), and as for Mixer -> ((B, L, d_model), its state or None)."""
         y = self.mixer(self.dropout(normed(self.norm, x)), state, **masks)
         y, state = (y, None) if state is None else y
@@ -429,15 +428,13 @@ class Mamba(nn.Module):
     """embedding -> n_layer x Layer -> RMSNorm -> head, tied to the embedding.
     model(idx) -> (logits, None);  model(idx, targets) -> (None, loss);  model(idx, state=state) ->
     (logits, None, the state after idx).  model.generate(idx, 100) -> idx and 100 more."""
-
     def __init__(self, config: MambaConfig):
         super().__init__()
         self.config, self.tokenizer = config, None      # that of weights which came with one
         self.backbone = nn.ModuleDict({
             "embedding": nn.Embedding(config.padded_vocab_size, config.d_model),
             "layers": nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
-            "norm_f": nn.RMSNorm(config.d_model, eps=config.norm_eps),
-        })
+            "norm_f": nn.RMSNorm(config.d_model, eps=config.norm_eps)})
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
         nn.init.normal_(self.backbone["embedding"].weight, std=0.02)
@@ -445,12 +442,12 @@ class Mamba(nn.Module):
             self.lm_head.weight = self.backbone["embedding"].weight
         # what each layer adds to the residual stream is scaled, or the sum would grow with depth
         added = config.n_layer * (2 if config.d_intermediate > 0 else 1)
-        with torch.no_grad():
-            for name, weight in self.named_parameters():
-                if name.endswith(("out_proj.weight", "fc2.weight")):
-                    weight /= math.sqrt(added)
+        for name, weight in self.named_parameters():
+            if name.endswith(("out_proj.weight", "fc2.weight")):
+                weight.data /= math.sqrt(added)
 
-    def forward(self, idx, targets=None, state=None, num_last_tokens=0, mask=None, seq_idx=None):
+    def forward(self, idx: Tensor, targets: Maybe = None, state: list | None = None,
+                num_last_tokens=0, mask: Maybe = None, seq_idx: Maybe = None) -> tuple:
         """idx: (B, L) token ids.  targets: (B, L), negative ones are ignored.  state: init_state's
         or what a call returned: any split of a text gives the same.  mask, seq_idx: as for Mixer.
         Returns logits (B, L, vocab_size), or of the last num_last_tokens, and None; with targets
@@ -464,7 +461,8 @@ class Mamba(nn.Module):
         logits = self.lm_head(x[:, -num_last_tokens:])
         return logits[..., :self.config.vocab_size], None, *after           # without padding rows
 
-    def hidden(self, idx: Tensor, state=None, mask=None, seq_idx=None):
+    def hidden(self, idx: Tensor, state: list | None = None, mask: Maybe = None,
+               seq_idx: Maybe = None) -> Tensor | tuple[Tensor, list]:
         """(B, L, d_model) of token ids (B, L), for the head; with a state, (it, the next state)."""
         layers = self.backbone["layers"]
         states = [None] * len(layers) if state is None else state
@@ -487,13 +485,13 @@ class Mamba(nn.Module):
         plain, vocab_size = is_plain(self.lm_head), self.config.vocab_size
         loss = fast and fast.cross_entropy(x, self.lm_head, plain, targets, vocab_size)
         if loss is None:
-            logits = self.lm_head(x)[:, :vocab_size]
-            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+            logits = self.lm_head(x)[:, :vocab_size].float()
+            loss = F.cross_entropy(logits, targets, reduction="sum")
         return loss / (targets >= 0).sum().clamp(min=1)
 
     device = property(lambda self: next(self.parameters()).device)
 
-    def init_state(self, batch: int) -> list[NamedTuple]:
+    def init_state(self, batch: int) -> list[tuple]:
         """The state before the first token: that of each layer's mixer. Its size never grows."""
         return [layer.mixer.init_state(batch) for layer in self.backbone["layers"]]
 
@@ -502,7 +500,8 @@ class Mamba(nn.Module):
         tables = {id(self.backbone["embedding"].weight), id(self.lm_head.weight)}
         return sum(p.numel() for p in self.parameters() if embedding or id(p) not in tables)
 
-    def configure_optimizers(self, learning_rate: float, weight_decay=0.1, betas=(0.9, 0.95)):
+    def configure_optimizers(self, learning_rate: float, weight_decay=0.1, betas=(0.9, 0.95)
+                             ) -> torch.optim.AdamW:
         """AdamW with decay on the projection matrices alone: it would pull A to -1 for every state,
         D, delta's bias and the norms to 0, and an embedding row that is rarely used would fade."""
         linear = [m for m in self.modules() if isinstance(m, nn.Linear) and m is not self.lm_head]
@@ -511,7 +510,8 @@ class Mamba(nn.Module):
         return torch.optim.AdamW(groups, learning_rate, betas, 1e-8, weight_decay, fused=True)
 
     @torch.no_grad()
-    def read(self, idx: Tensor, state=None, num_last_tokens=1, part=2048, mask=None) -> Iterator:
+    def read(self, idx: Tensor, state: list | None = None, num_last_tokens=1, part=2048,
+             mask: Maybe = None) -> Iterator[tuple[Tensor, list]]:
         """Reads token ids (B, L) in parts, so that memory does not grow with L. Yields (logits,
         state) after each part, logits of its last num_last_tokens, or with 0 of all its tokens."""
         state = self.init_state(len(idx)) if state is None else state
@@ -520,7 +520,7 @@ class Mamba(nn.Module):
                                     None if mask is None else mask[:, i:i + part])
             yield logits, state
 
-    def prefill(self, prompts, state):
+    def prefill(self, prompts: list[Tensor], state: list) -> list:
         """The state after all but the last token of each prompt."""
         idx = nn.utils.rnn.pad_sequence([p[:-1] for p in prompts], True, padding_value=-1)
         mask = None if (idx >= 0).all() else idx >= 0                       # (B, L)
@@ -528,7 +528,7 @@ class Mamba(nn.Module):
             state = part[1]
         return state
 
-    def decoder(self, prompts, state, compile=False):
+    def decoder(self, prompts: list[Tensor], state: list, compile=False) -> Callable:
         """step(token) -> logits, (B,) -> (B, vocab_size), to be called with the last tokens of the
         prompts first; step.state is what it has read."""
         if step := fast and fast.decoder(self, prompts, state, compile, PLAIN):
@@ -540,12 +540,13 @@ class Mamba(nn.Module):
         step.state = self.prefill(prompts, state)
         return step
 
-    def stream(self, prompts, max_new_tokens: int, **settings) -> Stream:
+    def stream(self, prompts: Tensor | list, max_new_tokens: int, **settings) -> Stream:
         """The tokens of generate, (B,) each, as they are made: see Stream."""
         return Stream(self, prompts, max_new_tokens, **settings)
 
-    def generate(self, prompts: Tensor | list, max_new_tokens: int, temperature=1.0, top_k=None,
-                 top_p=None, generator=None, stop=(), **settings) -> Tensor | list[Tensor]:
+    def generate(self, prompts: Tensor | list, max_new_tokens: int, temperature=1.0,
+                 top_k: int | None = None, top_p: float | None = None,
+                 generator: torch.Generator | None = None, stop=(), **settings) -> Tensor | list:
         """prompts: (B, L) token ids, or a list of B prompts of any lengths. Returns them with
         max_new_tokens more each, as one tensor, or as a list; at temperature 0 each prompt gives
         what it gives alone.  temperature, ..., generator: see sample.  stop: ids that end a row. In
@@ -563,7 +564,8 @@ class Mamba(nn.Module):
         return [torch.cat([p, n[:end]]) for p, n, end in zip(prompts, new, ends)]
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, device=None, dtype=None, cache_dir=None, **changes):
+    def from_pretrained(cls, name_or_folder: str | Path, device=None,
+                        dtype: torch.dtype | None = None, cache_dir=None, **changes) -> Mamba:
         """A trained model, in eval mode, from a folder that save_pretrained wrote; or by
         mamba_files.py a run of train.py, any layout of mamba_ssm or transformers, or a name on
         Hugging Face, as state-spaces/mamba-130m.  dtype: as in the file; what is exact stays so.
@@ -607,7 +609,6 @@ class Stream(Iterator):
     state is what has been read so far, all but the last token. It ends when all rows have made a
     stop token, on a GPU up to 16 tokens later: asking makes it wait.  Arguments: as of generate;
     state, which the prompts continue; seen, (B, vocab_size) bool, as of sample, is added to."""
-
     def __init__(self, model, prompts, max_new_tokens, state=None, stop=(), seen=None,
                  compile=False, **sampling):
         check_sampling(**sampling)
@@ -626,9 +627,7 @@ class Stream(Iterator):
         stop = torch.tensor(stop, dtype=torch.long, device=device) if len(stop) > 0 else None
         self._tokens = self._make(model, prompts, max_new_tokens, draw, stop, seen, compile)
 
-    def __next__(self):
-        return next(self._tokens)
-
+    __next__ = lambda self: next(self._tokens)
     state = property(lambda self: self._step.state)
 
     @torch.no_grad()
@@ -665,8 +664,9 @@ def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetiti
         if not right:
             raise ValueError(f"sampling needs {need}, not {value}")
 
-def sample(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None,
-           repetition_penalty=None, seen=None) -> Tensor:
+def sample(logits: Tensor, temperature=1.0, top_k: int | None = None, top_p: float | None = None,
+           generator: torch.Generator | None = None, min_p: float | None = None,
+           repetition_penalty: float | None = None, seen: Maybe = None) -> Tensor:
     """Draws one token id for each row of logits (B, V); returns (B,), without waiting for a GPU.
     temperature: 0 takes the likeliest.  top_k: among the k likeliest.  top_p: among the fewest that
     have this probability.  min_p: among those min_p times as likely as the likeliest, or more.

@@ -36,9 +36,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from mamba import PLAIN, Linear, MambaConfig, Mixer, beginnings, conv_silu
+from mamba import PLAIN, Linear, MambaConfig, Maybe, Mixer, beginnings, conv_silu
 
 __all__ = ["Mamba2Block", "Mamba2Config", "Mamba2State", "ssd"]
 METHODS = ("auto", "sequential", "chunked")
@@ -88,9 +88,10 @@ class Mamba2Config(MambaConfig):
 
 # ---- The scan ------------------------------------------------------------------------------------
 
-def ssd(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False, state=None,
-        return_last_state=False, method="auto", mask=None, seq_idx=None, dt_limit=(0.0, math.inf),
-        chunk_size=64):
+def ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe = None,
+        delta_bias: Maybe = None, delta_softplus=False, state: Maybe = None,
+        return_last_state=False, method="auto", mask: Maybe = None, seq_idx: Maybe = None,
+        dt_limit=(0.0, math.inf), chunk_size=64) -> Tensor | tuple[Tensor, Tensor]:
     """The recurrence of Mamba-2 (paper, section 6), of each head and step:
 
         delta_t = softplus(delta_t + delta_bias), clamped to dt_limit     softplus: delta_softplus
@@ -233,13 +234,12 @@ class Mamba2State(NamedTuple):
 class GatedRMSNorm(nn.Module):
     """RMSNorm of y * silu(z), or RMSNorm of y, times silu(z); both (B, L, D). In float32, and for
     each of the groups of channels by itself."""
-
     def __init__(self, d_inner, groups, eps, norm_before_gate):
         super().__init__()
         self.groups, self.eps, self.norm_before_gate = groups, eps, norm_before_gate
         self.weight = nn.Parameter(torch.ones(d_inner))
 
-    def forward(self, y, z):
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
         dtype, number = y.dtype, torch.promote_types(y.dtype, torch.float32)
         y, gate = y.to(number), F.silu(z.to(number))
         y = y if self.norm_before_gate else y * gate
@@ -251,7 +251,6 @@ class GatedRMSNorm(nn.Module):
 class Mamba2Block(Mixer):
     """The mixer (paper, figure 6): project, convolution, ssd, gate and norm, project back."""
     exact = ("dt_bias", "A_log", "D")
-
     def __init__(self, config: Mamba2Config):
         super().__init__()
         if config.layer != "mamba2":
@@ -273,7 +272,7 @@ class Mamba2Block(Mixer):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """What is special about the first weights; call it after a host network's apply(init)."""
         config = self.config
         self.A_log.uniform_(*config.A_init_range).log_()
@@ -282,7 +281,7 @@ class Mamba2Block(Mixer):
             self.norm.weight.fill_(1)
         self.reset_steps(self.dt_bias)
 
-    def init_state(self, batch):
+    def init_state(self, batch: int) -> Mamba2State:
         """The state before the first token: zeros."""
         config, weight, A_log = self.config, self.conv1d.weight, self.A_log
         return Mamba2State(

@@ -139,7 +139,6 @@ class Mamba3Block(Mixer):
     """The mixer (paper, figure 2): project, norms of B and C, rotation, scan, gate, project back.
     """
     exact = ("dt_bias", "D")
-
     def __init__(self, config: Mamba3Config):
         super().__init__()
         if config.layer != "mamba3":
@@ -164,7 +163,7 @@ class Mamba3Block(Mixer):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """What is special about the first weights; call it after a host network's apply(init)."""
         for ones in (self.D, self.B_bias, self.C_bias, self.B_norm.weight, self.C_norm.weight):
             ones.fill_(1)
@@ -174,7 +173,7 @@ class Mamba3Block(Mixer):
             self.mimo_o.fill_(1 / self.config.mimo_rank)
         self.reset_steps(self.dt_bias)
 
-    def init_state(self, batch):
+    def init_state(self, batch: int) -> Mamba3State:
         """The state before the first token: zeros."""
         c = self.config
         zeros = functools.partial(torch.zeros, dtype=self.D.dtype, device=self.D.device)

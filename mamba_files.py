@@ -74,7 +74,7 @@ NEOX, NEOX_TOKENS, NEOX_PADDED = "EleutherAI/gpt-neox-20b", 50277, 50432
 LLAMA_TOKENS = 128256       # of mamba3-*, which come without that tokenizer
 
 
-def read(name_or_folder, cache_dir=None):
+def read(name_or_folder: str | Path, cache_dir=None) -> tuple:
     """
     The options of a model's MambaConfig, a dict, and tensors(model, device, dtype), an iterator
     over the (key, tensor) of such a model, on this device and in this dtype, or the file's.
@@ -118,13 +118,13 @@ def mapped(path):
     return torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
 
 
-def read_whole(path, device="cpu"):
+def read_whole(path: str | Path, device="cpu"):
     """What torch.save wrote, in memory, after a look at the checksums."""
     check_zip(path)
     return torch.load(path, map_location=device, weights_only=True)
 
 
-def read_tokenizer(name_or_folder, cache_dir=None):
+def read_tokenizer(name_or_folder: str | Path, cache_dir=None) -> dict:
     """
     The tokenizer of a model, as the dict that load_tokenizer of tokens.py takes: of a run, of
     the tokenizer.json beside weights, or GPT-NeoX's for released weights that come without one.
@@ -160,7 +160,7 @@ def check_usable(model, tokenizer, name):
                              "damaged, or of a training that diverged")
 
 
-def write(folder, options, weights, layout="mamba_ssm", tokenizer=None):
+def write(folder: Path, options: dict, weights: dict, layout="mamba_ssm", tokenizer=None) -> None:
     """
     Writes config.json and weights into a folder, all of it or nothing: by layout pytorch_model.bin
     of "mamba_ssm" or model.safetensors of "transformers"; and beside them the tokenizer, if given.

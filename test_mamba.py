@@ -26,6 +26,7 @@ import hashlib
 import html.parser
 import http.server
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -43,6 +44,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import typing
 import unicodedata
 import weakref
 import xml.etree.ElementTree
@@ -1840,6 +1842,21 @@ def test_all_that_is_public_says_what_it_does():
     assert set(mamba.__all__) >= {"Mamba", "MambaBlock", "MambaConfig", "selective_scan"}
     for thing in (*map(mamba.__dict__.get, mamba.__all__), MambaBlock.forward, Mamba.forward, Mamba.hidden, Mamba.generate, mamba.Layer.forward):
         assert thing.__doc__ and (not callable(thing) or "B" in thing.__doc__ or isinstance(thing, type)), thing
+
+
+def test_what_is_public_is_annotated():
+    """Each tensor of a public function, and what it returns, with names that there are."""
+    for module in map(importlib.import_module, ("mamba", "mamba2", "mamba3")):
+        public = [getattr(module, name) for name in module.__all__]
+        methods = [f for thing in public if isinstance(thing, type) and issubclass(thing, nn.Module)
+                   for name, f in inspect.getmembers(thing, inspect.isroutine)
+                   if not name.startswith("_") and getattr(f, "__module__", "") == module.__name__
+                   and not name.startswith("mix")]
+        for function in (*(thing for thing in public if inspect.isfunction(thing)), *methods):
+            hints = typing.get_type_hints(function)
+            assert "return" in hints, function
+            for name in {"u", "x", "delta", "A", "B", "C", "D", "z", "idx", "mask", "seq_idx"} & inspect.signature(function).parameters.keys():
+                assert torch.Tensor in (hints[name], *typing.get_args(hints[name])), (function, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

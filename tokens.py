@@ -21,6 +21,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ class CharTokenizer:
         self.table = np.full(sys.maxunicode + 1, -1, np.int32)  # code point -> token
         self.table[code_points(chars)] = np.arange(len(chars))
 
-    def encode_stream(self, blocks, allow_special=False, lost=None):
+    def encode_stream(self, blocks: Iterable, allow_special=False, lost=None) -> Iterator:
         for block in blocks:
             codes = code_points(block)
             ids = self.table[codes]
@@ -51,14 +52,14 @@ class CharTokenizer:
                 lost.update(map(chr, codes[ids < 0]))
             yield ids[ids >= 0]
 
-    def encode(self, text, allow_special=False):
+    def encode(self, text: str, allow_special=False) -> list[int]:
         """Tokens of a text. Problem: a character outside the vocabulary."""
         return next(self.encode_stream([text])).tolist()
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
         return "".join(self.chars[i] for i in ids)
 
-    def spells(self, text):
+    def spells(self, text: str) -> bool:
         """Whether all characters of a text are in the alphabet."""
         return bool((self.table[code_points(text)] >= 0).all())
 
@@ -66,7 +67,7 @@ class CharTokenizer:
         """{token: id}"""
         return {character: i for i, character in enumerate(self.chars)}
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return {"type": "char", "chars": self.chars}
 
 def code_points(text):
@@ -108,7 +109,7 @@ class BPETokenizer:
         tokenizer.train_from_iterator(stretches, trainer)
         return cls(tokenizer.to_str())
 
-    def encode_stream(self, blocks, allow_special=False, lost=None):
+    def encode_stream(self, blocks: Iterable, allow_special=False, lost=None) -> Iterator:
         pieces = cut_between_words(blocks)
         while batch := list(itertools.islice(pieces, 16)):  # they go to all cores at once
             encodings = self._encode([piece or "" for piece in batch], allow_special)
@@ -118,7 +119,7 @@ class BPETokenizer:
                     lost.update(self.not_spelled(piece, ids))
                 yield np.array(ids, np.int64)
 
-    def encode(self, text, allow_special=False):
+    def encode(self, text: str, allow_special=False) -> list[int]:
         """Tokens of a text. Problem: there are none for it, or it is not valid Unicode."""
         return self._encode([text], allow_special)[0].ids
 
@@ -130,7 +131,7 @@ class BPETokenizer:
             raise Problem("the tokenizer.json has no tokens for the text, or that is not valid "
                           f"Unicode ({error})") from None
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def not_spelled(self, text, ids):
@@ -144,7 +145,7 @@ class BPETokenizer:
         before, after = Counter(before), Counter(after)
         return before - after or after - before
 
-    def spells(self, text):
+    def spells(self, text: str) -> bool:
         """Whether all of a text comes back when its tokens are decoded."""
         try:
             return not self.not_spelled(text, self.encode(text))
@@ -161,7 +162,7 @@ class BPETokenizer:
         """{token: id}"""
         return self.tokenizer.get_vocab()
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return {"type": "bpe", "json": self.tokenizer.to_str()}
 
 # Where a text may be cut without changing a token: before the first space after a word, or after a
@@ -220,14 +221,14 @@ def pieces_to_learn_from(blocks, n):
             return pieces, n
         pieces, n = pieces[::2], 2 * n
 
-def load_tokenizer(saved):
+def load_tokenizer(saved: dict) -> CharTokenizer | BPETokenizer:
     """The tokenizer whose to_dict() this was, from meta.json or a checkpoint. Any error: it is not
     what to_dict() gives."""
     if saved["type"] not in ("char", "bpe"):
         raise ValueError("an unknown kind of tokenizer")
     return CharTokenizer(saved["chars"]) if saved["type"] == "char" else BPETokenizer(saved["json"])
 
-def open_tokenizer(tokenizer, cache_dir=None, vocab_size=4096):
+def open_tokenizer(tokenizer: str, cache_dir=None, vocab_size=4096):
     """The tokenizer that --tokenizer names: gpt-neox or the path of a tokenizer.json. None for char
     and bpe, which are made for a text. Problem: there is none; bpe has none of this size."""
     path = Path(tokenizer)

@@ -26,7 +26,7 @@ class Int8Linear(nn.Module):
         self.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
         self.bias = getattr(linear, "bias", None)       # an embedding has none
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, on_cpu = x.flatten(0, -2), x.device.type == "cpu"
         if on_cpu:
             rows = rows.bfloat16()
@@ -49,11 +49,11 @@ class Int8Embedding(nn.Module):
         self.weight = head.weight
         self.register_buffer("scale", head.scale)
 
-    def forward(self, idx):
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
         return self.weight[idx] * self.scale[idx][..., None]                    # (B, L, d_model)
 
 
-def quantize_int8(model):
+def quantize_int8(model: nn.Module) -> nn.Module:
     """
     Turns the weights of a Mamba into int8, in place, and returns it: a quarter of float32's memory,
     half of bfloat16's. What is small or delicate (convolution, dt_proj, A_log, norms) stays as it
