@@ -8,6 +8,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
 
 import common
 from common import Problem
@@ -79,6 +80,31 @@ def average(grads, world):
     dist.all_reduce(flat)
     means = flat.split([grad.numel() for grad in grads])
     torch._foreach_copy_(grads, [mean.view_as(grad) for mean, grad in zip(means, grads)])
+
+def share(model):
+    """--fsdp: from here on each process keeps its share of every parameter, and of what belongs to
+    it, and has a layer whole only while it computes with it. The gradients come averaged."""
+    from torch.distributed.fsdp import fully_shard
+    for layer in model.backbone["layers"]:
+        fully_shard(layer)
+    fully_shard(model)
+
+def whole(tree, keep=True):
+    """The tree with each shared tensor whole, in the memory of a CPU where it is one to keep, else
+    None: all processes have to ask for it. What is not shared stays as it is."""
+    def of_all(t):
+        if not hasattr(t, "full_tensor"):
+            return t
+        t = t.full_tensor()
+        return t.cpu() if keep else None    # one by one, as a GPU need not hold all of them
+    return tree_map(of_all, tree)
+
+def shared_like(tensors, parameter):
+    """{name: tensor} of an optimizer for this parameter, shared as it is."""
+    from torch.distributed.tensor import distribute_tensor
+    place = parameter.device_mesh, parameter.placements
+    return {name: distribute_tensor(t.to(parameter.device), *place) if t.dim() > 0 else t
+            for name, t in tensors.items()}
 
 def gather(state, world):
     """A state of the rows of all processes, which each have every world-th one, to be saved."""

@@ -4185,7 +4185,7 @@ FLAGS = {
                 "expand=2 d_intermediate=0 dropout=None batch_size block_size gradient_accumulation_steps=1 max_iters "
                 "learning_rate min_lr=0.0 warmup_iters=100 lr_decay_iters=None weight_decay=0.1 beta1=0.9 beta2=0.99 "
                 "grad_clip=1.0 seed=1337 reset_at_eot=None carry_state=False bptt=1 eval_interval=250 eval_iters=50 patience=0 log_interval=10 sample_tokens=200 cache_dir= "
-                "device=auto dtype=auto compile=None scan=auto threads=None checkpointing=False",
+                "device=auto dtype=auto compile=None scan=auto threads=None checkpointing=False fsdp=False",
     "sample.py": "out_dir= pretrained= start= num_samples=1 max_new_tokens=500 temperature=0.8 top_k=None top_p=None "
                  "min_p=None repetition_penalty=None stop= ignore_eos=False seed=None interactive=False show= layer=None channel=None "
                  "html= export= format=mamba_ssm cache_dir= device=auto dtype=auto scan=auto compile=False quantize=",
@@ -6552,6 +6552,25 @@ def test_two_processes_train_as_one(work, call):
     got, expected = ({int(r[0]): float(r[2]) for r in losses(work, name)[1:] if not r[3]} for name in ("run", "one"))
     assert got.keys() == expected.keys() == set(range(1, 25))
     assert all(abs(got[step] - expected[step]) < 1e-4 for step in got)
+
+
+@ON_POSIX
+def test_two_processes_share_a_model(work, call):
+    """--fsdp: the losses and weights of one process; what two save, one goes on with, and the other way round."""
+    flags = [flag for flag in TINY if not flag.startswith("--dropout")] + ["--dropout=0", "--lr_decay_iters=24", "--checkpointing"]
+    for options, needs in (([], "several processes"), (["--compile"], "nor with --compile")):
+        one_line_error(call("train.py", *flags, "--fsdp", *options, cwd=work), "--fsdp", needs)
+    assert not (work / "run").exists()
+    for steps, shares in ((8, True), (16, False), (24, True)):
+        output, statuses = together(*flags, f"--max_iters={steps}", f"--fsdp={shares}", cwd=work)
+        assert statuses == [0, 0] and "[rank" not in output and "Warning" not in output, output
+    succeeded(call("train.py", *flags, "--max_iters=24", "--out_dir=one", cwd=work))
+    got, expected = ({int(r[0]): float(r[2]) for r in losses(work, name)[1:] if not r[3]} for name in ("run", "one"))
+    assert got == pytest.approx(expected, abs=1e-4) and len(got) == 24
+    got, expected = (load(work / name / "ckpt.pt") for name in ("run", "one"))
+    assert same([got["model"], got["optimizer"]["state"]], [expected["model"], expected["optimizer"]["state"]], 1e-3)
+    assert got["optimizer"]["state"].keys() == expected["optimizer"]["state"].keys()
+    succeeded(call("sample.py", "--out_dir=run", "--max_new_tokens=5", cwd=work))
 
 
 @ON_POSIX

@@ -135,6 +135,8 @@ class Config:
     checkpointing: bool = flag(False, "keep what enters each layer and compute the rest again for "
                                "the gradients: with 12 layers 0.4 of the memory, 1.4 times the "
                                "time")
+    fsdp: bool = flag(False, "under torchrun, each process keeps a share of weights and optimizer, "
+                      "for a model that one GPU does not hold")
 
 def fill_in(cfg, device, pretrained):
     """Replaces each None whose default depends on the device; the shape of pretrained weights, and
@@ -324,6 +326,10 @@ def train(cfg, given, at_end):
     if not of_weights:      # a problem with the model comes before a text is prepared
         common.pick_scan(cfg.scan, device, dtype, cfg.d_state, cfg.layer)
         config_of(cfg, 1)
+    if cfg.fsdp and (world == 1 or dtype == "float16" or given.get("compile")):
+        raise Problem("--fsdp needs several processes, as torchrun starts them, and goes neither "
+                      "with float16 nor with --compile")
+    cfg.compile = cfg.compile and not cfg.fsdp
     if cfg.batch_size % world:
         raise Problem(f"--batch_size={cfg.batch_size} cannot be shared evenly by {world} processes")
 
@@ -362,6 +368,8 @@ def train(cfg, given, at_end):
         f"validate, vocabulary of {meta['vocab_size']:,}")
 
     # The optimizer, and where the run stands
+    if cfg.fsdp:
+        processes.share(model)
     optimizer = model.configure_optimizers(cfg.learning_rate, cfg.weight_decay,
                                            (cfg.beta1, cfg.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
@@ -369,6 +377,9 @@ def train(cfg, given, at_end):
     if checkpoint:
         run = runs.Run(**{f.name: checkpoint.get(f.name, f.default) for f in fields(runs.Run)})
         moments = checkpoint["optimizer"]["state"]      # its learning rate, ... come from the flags
+        if cfg.fsdp:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            moments = {i: processes.shared_like(moments[i], parameters[i]) for i in moments}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         if scaler.is_enabled() and checkpoint["scaler"]:    # empty after steps in another dtype
             scaler.load_state_dict(checkpoint["scaler"])
@@ -409,7 +420,7 @@ def train(cfg, given, at_end):
             calls = compiled
     # A graph can hold neither the scaler of float16, which the first loss makes, nor checkpointing,
     # which sets the random state.
-    if scan == "triton" and dtype != "float16" and not cfg.checkpointing:
+    if scan == "triton" and dtype != "float16" and not cfg.checkpointing and not cfg.fsdp:
         needed, graphs = calls[:cfg.gradient_accumulation_steps], []
         if common.works_here("a CUDA graph", lambda: graphs.extend(fast.replayed(needed, *batch))):
             calls = graphs
@@ -422,10 +433,13 @@ def train(cfg, given, at_end):
 
     def everything():
         """All that a run needs to go on from here."""
-        return {"model": model.state_dict(), "model_config": asdict(model.config), "meta": meta,
+        weights, moments = model.state_dict(), optimizer.state_dict()
+        if cfg.fsdp:
+            weights, moments = processes.whole((weights, moments), master)
+        return {"model": weights, "model_config": asdict(model.config), "meta": meta,
                 **asdict(run), "threads": torch.get_num_threads(), "config": asdict(cfg),
                 "carried": carried and processes.gather(carried, world),
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                "optimizer": moments, "scaler": scaler.state_dict()}
 
     # The loop
     if master:
@@ -452,7 +466,7 @@ def train(cfg, given, at_end):
                     runs.save(folder, checkpoint, best)
                 say(f"step {run.step}: val loss {runs.in_words(val_loss, meta)}{', best' * best}")
                 runs.tell_overfitting(run, val_loss)
-                if master and cfg.sample_tokens:
+                if cfg.sample_tokens and (master or cfg.fsdp):      # say does in the first alone
                     prompt = data.val[:1].tolist()
                     say(a_sample(model, data.tokenizer, prompt, cfg, dtype, run.step))
                 saved_step = run.step
@@ -471,7 +485,7 @@ def train(cfg, given, at_end):
             for micro in range(cfg.gradient_accumulation_steps):
                 x, y = get_batch(data.train, cfg, run.step, micro, rank, world, device)
                 total += more_gradients(x, y) if micro else first_gradients(x, y)
-            if world > 1:
+            if world > 1 and not cfg.fsdp:
                 processes.average([p.grad for p in model.parameters() if p.grad is not None], world)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -487,7 +501,8 @@ def train(cfg, given, at_end):
                 run.train_loss = total.item() / world   # waits for the device
                 # a scaler skips a step whose gradients are not finite
                 runs.check_finite(run.step, saved_step, loss=run.train_loss,
-                                  gradient_norm=0 if scaler.is_enabled() else norm.item())
+                                  gradient_norm=0 if scaler.is_enabled()
+                                  else processes.whole(norm).item())
             if log_now and master:
                 log.measure(run.step)
                 log.add(run, learning_rate(run.step - 1, cfg))
