@@ -84,7 +84,10 @@ def average(grads, world):
 def share(model):
     """--fsdp: from here on each process keeps its share of every parameter, and of what belongs to
     it, and has a layer whole only while it computes with it. The gradients come averaged."""
-    from torch.distributed.fsdp import fully_shard
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:
+        raise Problem(f"--fsdp needs PyTorch 2.6; this is {torch.__version__}") from None
     for layer in model.backbone["layers"]:
         fully_shard(layer)
     fully_shard(model)
