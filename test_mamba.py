@@ -6556,21 +6556,19 @@ def test_two_processes_train_as_one(work, call):
 
 @ON_POSIX
 def test_two_processes_share_a_model(work, call):
-    """--fsdp: the losses and weights of one process; what two save, one goes on with, and the other way round."""
-    flags = [flag for flag in TINY if not flag.startswith("--dropout")] + ["--dropout=0", "--lr_decay_iters=24", "--checkpointing"]
-    for options, needs in (([], "several processes"), (["--compile"], "nor with --compile")):
-        one_line_error(call("train.py", *flags, "--fsdp", *options, cwd=work), "--fsdp", needs)
-    assert not (work / "run").exists()
-    for steps, shares in ((8, True), (16, False), (24, True)):
-        output, statuses = together(*flags, f"--max_iters={steps}", f"--fsdp={shares}", cwd=work)
+    """--fsdp: the losses and weights of one process, which can go on with what the two have saved."""
+    flags = [flag for flag in TINY if not flag.startswith("--dropout")] + ["--dropout=0", "--lr_decay_iters=18", "--checkpointing"]
+    for steps in (6, 12):
+        output, statuses = together(*flags, f"--max_iters={steps}", "--fsdp", cwd=work)
         assert statuses == [0, 0] and "[rank" not in output and "Warning" not in output, output
-    succeeded(call("train.py", *flags, "--max_iters=24", "--out_dir=one", cwd=work))
+    one_line_error(call("train.py", *flags, "--max_iters=18", cwd=work), "--fsdp", "several processes")
+    succeeded(call("train.py", *flags, "--max_iters=18", "--fsdp=False", cwd=work))
+    succeeded(call("train.py", *flags, "--max_iters=18", "--out_dir=one", cwd=work))
     got, expected = ({int(r[0]): float(r[2]) for r in losses(work, name)[1:] if not r[3]} for name in ("run", "one"))
-    assert got == pytest.approx(expected, abs=1e-4) and len(got) == 24
+    assert got == pytest.approx(expected, abs=1e-4) and len(got) == 18
     got, expected = (load(work / name / "ckpt.pt") for name in ("run", "one"))
     assert same([got["model"], got["optimizer"]["state"]], [expected["model"], expected["optimizer"]["state"]], 1e-3)
     assert got["optimizer"]["state"].keys() == expected["optimizer"]["state"].keys()
-    succeeded(call("sample.py", "--out_dir=run", "--max_new_tokens=5", cwd=work))
 
 
 @ON_POSIX

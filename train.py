@@ -328,7 +328,7 @@ def train(cfg, given, at_end):
         config_of(cfg, 1)
     if cfg.fsdp and (world == 1 or dtype == "float16" or given.get("compile")):
         raise Problem("--fsdp needs several processes, as torchrun starts them, and goes neither "
-                      "with float16 nor with --compile")
+                      "with float16 nor with --compile; --fsdp=False does without it")
     cfg.compile = cfg.compile and not cfg.fsdp
     if cfg.batch_size % world:
         raise Problem(f"--batch_size={cfg.batch_size} cannot be shared evenly by {world} processes")
