@@ -571,7 +571,7 @@ def build(name, vocab_size, d_model, n_layer, layer):
 
 
 def models_among(bench):
-    """The peers that are language models of our kind of layers: all but mamba_ssm, of Mamba-1."""
+    """The peers that are language models, as mamba_ssm is not here; for Mamba-1 alone."""
     return [name for name in bench.peers if name != "mamba_ssm" and bench.cfg.layer == "mamba"]
 
 

@@ -3206,7 +3206,8 @@ SHAPES = ({}, {"d_state": 5, "dt_rank": 7, "conv_bias": False, "bias": True, "d_
           {"d_model": 33, "d_conv": 3, "tie_embeddings": False, "residual_in_fp32": True},
           {"layer": "mamba2", "headdim": 20, "d_state": 12},
           {"layer": "mamba2", "headdim": 8, "d_state": 16, "ngroups": 2, "rmsnorm": False, "dt_limit": (0.01, 0.1), "bias": True,
-           "d_conv": 2, "conv_bias": False})
+           "d_conv": 2, "conv_bias": False},
+          {"d_model": 512, "d_state": 4, "vocab_size": 60, "n_layer": 1})     # fewer logits than x_proj has outputs
 
 
 @torch.no_grad()
@@ -3269,6 +3270,10 @@ for rows, dtype, shape in ((1, torch.float32, 0), (1, torch.bfloat16, 1), (1, to
                            (3, torch.int8, 0), (17, torch.float32, 2), (1, torch.float32, 3), (3, torch.float32, 4),
                            (1, torch.bfloat16, 3), (17, torch.float16, 3)):
     tests.check_fused_step({"n_layer": 1, **tests.SHAPES[shape]}, dtype, rows, "cpu", length=4)
+
+from mamba_fast.step_triton import _tiles
+few = torch.zeros(3, 512, dtype=torch.float16)      # only x_proj's sums may be cut, not those of a head of few outputs
+assert _tiles(few, 512, 60)["PARTS"] == 1 < _tiles(few, 512, 60, cut=True)["PARTS"]
 
 def over_channels(p, q, row, EXACT):
     sums = np.stack([t.handle.data for t in (*p, *q)]).reshape(2, 8, 4, -1, 8).sum(-1)       # (p or q, step, segment, warp)
@@ -3495,7 +3500,7 @@ def test_model_with_triton_equals_chunked(compiled):
 def test_fused_step_equals_one_call():
     for rows, dtype, shape in ((1, torch.float32, 0), (1, torch.bfloat16, 1), (1, torch.int8, 2), (2, torch.int8, 0),
                                (17, torch.float16, 0), (40, torch.float32, 2), (100, torch.bfloat16, 1), (1, torch.float32, 3),
-                               (1, torch.bfloat16, 4), (3, torch.int8, 3), (40, torch.bfloat16, 3)):
+                               (1, torch.bfloat16, 4), (3, torch.int8, 3), (40, torch.bfloat16, 3), (3, torch.bfloat16, 5)):
         check_fused_step(SHAPES[shape], dtype, rows, "cuda")
 
 

@@ -466,7 +466,7 @@ def train(cfg, given, at_end):
                     runs.save(folder, checkpoint, best)
                 say(f"step {run.step}: val loss {runs.in_words(val_loss, meta)}{', best' * best}")
                 runs.tell_overfitting(run, val_loss)
-                if cfg.sample_tokens and (master or cfg.fsdp):      # say does in the first alone
+                if cfg.sample_tokens and (master or cfg.fsdp):  # whose parts all of them have
                     prompt = data.val[:1].tolist()
                     say(a_sample(model, data.tokenizer, prompt, cfg, dtype, run.step))
                 saved_step = run.step

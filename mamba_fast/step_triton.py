@@ -6,7 +6,7 @@ graph of it.
 With few texts a step takes as long as reading the weights once, and the start of every kernel.
 There are four a layer, in Mamba-2 three:
     enter      in_proj and the convolution
-    project    x_proj; for many texts in parts, which are sums over some of the channels each
+    project    x_proj; for several texts in parts, which are sums over some of the channels each
     advance    the step of the scan, and the gate; in Mamba-1 dt_proj before it
     project    out_proj, added to the residual stream; and once, at the end, the head
 The norm before a product is done in two halves: the kernel before multiplies by the norm's weight
@@ -15,7 +15,7 @@ outlives a step, so nothing can become outdated.
 
 Where PDL (programmatic dependent launch) is set, a kernel starts while the one before it still
 runs. It fetches its weights and states, which no other kernel of the step writes, and only then
-waits for it. With many texts it starts later, as one that waits takes room from the one that works.
+waits for it. A product of many texts starts later: one that waits takes room from one that works.
 Sums are in float32 and in a fixed order.
 """
 from __future__ import annotations
@@ -33,7 +33,7 @@ PDL = torch.version.hip is None
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e^x), exact for large negative x too: 2 artanh(e / (2 + e)) of e = e^-|x|."""
+    """log(1 + e^x), accurate for large negative x too: 2 artanh(e / (2 + e)) of e = e^-|x|."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
     f = e / (2 + e)
     v = f * f
@@ -228,7 +228,7 @@ def _advance(parts, dt_proj, dt_bias, A_log, Dw, u, gate, h, y, rows, D: constex
     in_y, of_y = in_r[:, None] & in_d[None, :], r[:, None] * D + d[None, :]
     in_h, in_A = in_y[:, :, None] & in_n[None, None, :], in_d[:, None] & in_n[None, :]
     A_log_d = tl.load(A_log + d[:, None] * N + n[None, :], mask=in_A, other=0)
-    A_2 = -tl.exp2(A_log_d * LOG2E) * LOG2E
+    A_2 = -tl.exp2(A_log_d.to(tl.float32) * LOG2E) * LOG2E
     in_w = in_d[:, None] & in_q[None, :]
     w = tl.load(dt_proj + d[:, None] * R + q[None, :], mask=in_w, other=0)
     bias_d, D_d = tl.load(dt_bias + d, mask=in_d, other=0), tl.load(Dw + d, mask=in_d, other=0)
@@ -278,7 +278,7 @@ def _advance_heads(u, gate, dt_bias, A_log, Dw, norm, h, y, squares, rows, H: co
     p, n = tl.program_id(0) % CUTS * BP + tl.arange(0, BP), tl.arange(0, BN)
     d, in_p, in_n = head * P + p, p < P, n < N
     in_h = in_p[:, None] & in_n[None, :]
-    A_2 = -tl.exp2(tl.load(A_log + head) * LOG2E) * LOG2E
+    A_2 = -tl.exp2(tl.load(A_log + head).to(tl.float32) * LOG2E) * LOG2E
     bias, D_h = tl.load(dt_bias + head), tl.load(Dw + head)
     h += (r.to(tl.int64) * D + d)[:, None] * N + n[None, :]
     h_d = tl.load(h, mask=in_h, other=0)                                        # (BP, BN)
@@ -361,9 +361,9 @@ def decode(backbone, head, config, state, token):
 
 
 def _channels(config, project, rows, u, gate, y, pdl):
-    """advance(block, h) for blocks of Mamba-1: it fills y."""
+    """advance(block, h) for blocks of Mamba-1: it fills y, and returns None, for it has no norm."""
     (D, N, R), power = (config.d_inner, config.d_state, config.dt_rank), triton.next_power_of_2
-    select, BN, BR = _tiles(u, D, R + 2 * N), power(N), max(16, power(R))
+    select, BN, BR = _tiles(u, D, R + 2 * N, cut=True), power(N), max(16, power(R))
     selected = gate.new_empty(select["PARTS"], rows, R + 2 * N)
     if rows == 1:
         BM, BD, warps = 1, min(256, max(16, power(D // 128)), 4096 // BN, 16384 // BR), 4
@@ -380,7 +380,7 @@ def _channels(config, project, rows, u, gate, y, pdl):
     return advance
 
 
-def _heads(config, _, rows, u, gate, y, pdl):
+def _heads(config, project, rows, u, gate, y, pdl):
     """advance(block, h) for blocks of Mamba-2: it fills y, and returns the squares of the norm, if
     there is one."""
     H, P, N = config.nheads, config.headdim, config.d_state
@@ -402,12 +402,12 @@ def _weights(linear):
     return linear.weight, getattr(linear, "scale", None), linear.bias
 
 
-def _tiles(x, K, N):
+def _tiles(x, K, N, cut=False):
     """
     How a program of _product works that makes N numbers of K: BM texts, BN outputs, BK inputs at
-    once; and into how many PARTS the sums are cut. SWAP: the outputs are the rows of the product
-    on the matrix units, which takes 64 of them at least. As measured on an H100, with the sizes of
-    mamba-130m for 1, 64 and 256 texts, and those of mamba-2.8b for 1 and 16.
+    once; and into how many PARTS the sums are cut, if they may be. SWAP: the outputs are the rows
+    of the product on the matrix units, which takes 64 of them at least. As measured on an H100,
+    with the sizes of mamba-130m for 1, 64 and 256 texts, and those of mamba-2.8b for 1 and 16.
     """
     rows, power, parts = len(x), triton.next_power_of_2, 1
     if rows == 1:
@@ -423,7 +423,7 @@ def _tiles(x, K, N):
         BM, BN, BK = min(128 if N > 16 * K else 64, max(16, power(rows))), 64, 64 if N > K else 128
         if N < K // 4:
             BM, BN = min(BM, 16 if rows <= 64 else 32), 16
-            while parts < 8 and programs() < 64 and K % (2 * parts * BK) == 0:
+            while cut and parts < 8 and programs() < 64 and K % (2 * parts * BK) == 0:
                 parts *= 2
         while BN == 64 and BM > 16 and programs() < 96:
             BM //= 2
