@@ -55,6 +55,7 @@ from bench_compare import GPT, HEADS, MODELS, compare, compare_what, tasks
 from common import (
     Problem,
     autocast,
+    compiled,
     flag,
     nearest,
     pick_device,
@@ -587,7 +588,7 @@ def training_step(bench, name, x, y, remarks):
     remarks.append(f"{name}: {parameters / 1e6:.2f}M parameters")
     model = model.to(bench.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    network = torch.compile(model) if name.endswith("compiled") else model
+    network = compiled(model) if name.endswith("compiled") else model
 
     def gradients(x, y):
         optimizer.zero_grad(set_to_none=True)

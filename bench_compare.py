@@ -45,7 +45,16 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from common import Problem, autocast, nearest, repeatable, say, seed_of, usual_headdim
+from common import (
+    Problem,
+    autocast,
+    compiled,
+    nearest,
+    repeatable,
+    say,
+    seed_of,
+    usual_headdim,
+)
 from mamba import Mamba, MambaBlock, MambaConfig
 from prepare_data import open_data
 
@@ -185,7 +194,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(bench.device.type, enabled=bench.dtype == "float16")
         # an expert gets another number of tokens each time, which a recorded graph cannot give it
         one_shape = not getattr(model, "sparse", False)
-        self.network = torch.compile(self.model) if bench.cfg.compile and one_shape else self.model
+        self.network = compiled(self.model) if bench.cfg.compile and one_shape else self.model
         if fast and one_shape and bench.device.type == "cuda" and bench.dtype != "float16":
             self.gradients = fast.replayed([self.gradients], *batch(0))[0]  # as train.py does it
         self.gradients(*batch(0))   # what the first time takes longer is no time of training

@@ -6,6 +6,7 @@ torch and mamba.py are imported only in the functions that need them: prepare_da
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import errno
@@ -305,18 +306,27 @@ def pick_dtype(name, device):
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
-def pick_scan(name, device, dtype, d_state, layer="mamba"):
-    """The scan that runs there for this --scan. Problem: one that cannot run."""
+def compiled(model):
+    """The model by torch.compile: on a GPU a twin with the same parameters, compiled layer by
+    layer, for the code of one serves all; on a CPU as one, which takes longer and runs faster."""
+    import torch
+    if not hasattr(model, "backbone") or model.device.type != "cuda":
+        return torch.compile(model)
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    for layer in twin.backbone["layers"]:
+        layer.compile()
+    return twin
+
+def pick_scan(name, device, dtype, d_state, headdim=0):
+    """The scan that runs there for this --scan; headdim: of layers with heads. Problem: one that
+    cannot run."""
     import torch
 
     from mamba import scan_method
     try:
-        if layer != "mamba":
-            if name == "triton":
-                raise ValueError("only for layers of Mamba-1 are there such kernels")
-            device = "cpu"      # where "auto" is what it is for these layers everywhere
         example = torch.empty(0, device=device, dtype=getattr(torch, dtype))
-        return scan_method(name, example, d_state)
+        return scan_method(name, example, d_state, headdim)
     except ValueError as error:
         raise Problem(f"--scan={name}: {error}") from None
 

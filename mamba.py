@@ -188,11 +188,11 @@ def beginnings(seq_idx: Tensor, mask: Maybe) -> Tensor:
     begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
     return begins if mask is None else begins & mask
 
-def scan_method(method: str, u: Tensor, d_state: int) -> str:
-    """The method that runs for u, with "auto" resolved. ValueError: there is none such here."""
+def scan_method(method: str, u: Tensor, d_state: int, headdim=0) -> str:
+    """The method for u, with "auto" resolved; headdim: of layers with heads. ValueError: none."""
     if method not in SCAN_METHODS:
         raise ValueError(f"method must be one of {', '.join(SCAN_METHODS)}, not {method!r}")
-    able = method in ("auto", "triton") and fast is not None and fast.has_triton(u, d_state)
+    able = method in ("auto", "triton") and fast and fast.has_triton(u, d_state, headdim)
     if method == "triton" and not able:
         raise ValueError("scan 'triton' needs mamba_fast/, CUDA on Ampere or later, Triton 3.6 (of "
                          "torch 2.11), d_state <= 256, no float64; 'auto' takes the best there is")
@@ -632,8 +632,8 @@ class Stream(Iterator):
 
     @torch.no_grad()
     def _make(self, model, prompts, max_new_tokens, draw, stop, seen, compile):
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
+        for module in (training := [m for m in model.modules() if m.training]):
+            module.training = False
         try:
             self._step = model.decoder(prompts, self.state, compile)
             token, ended = torch.stack([p[-1] for p in prompts]), None
@@ -648,8 +648,8 @@ class Stream(Iterator):
                     if (token.device.type == "cpu" or left % 16 == 0) and ended.all():
                         return
         finally:
-            for module, mode in modes.items():
-                module.training = mode
+            for module in training:
+                module.training = True
 
 def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None,
                    generator=None):

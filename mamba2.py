@@ -38,10 +38,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba import PLAIN, Linear, MambaConfig, Maybe, Mixer, beginnings, conv_silu
+import mamba
+from mamba import PLAIN, Linear, MambaConfig, Maybe, Mixer, beginnings, conv_silu, scan_method
 
 __all__ = ["Mamba2Block", "Mamba2Config", "Mamba2State", "ssd"]
-METHODS = ("auto", "sequential", "chunked")
 FORGET = -1024.0    # a delta * A after which nothing is left: its exp is 0, in float64 too
 
 
@@ -79,8 +79,7 @@ class Mamba2Config(MambaConfig):
                 ("chunk_size", self.chunk_size <= 256, "at most 256"),
                 ("layer", self.layer == type(self).layer, f"{type(self).layer} for this class"),
                 ("A_init_range", 0 < low <= high < math.inf, "two numbers above 0, in order"),
-                ("dt_limit", 0 <= least <= most, "two numbers from 0 on, in order"),
-                ("scan", self.scan in METHODS, f"one of {', '.join(METHODS)} for Mamba-2")):
+                ("dt_limit", 0 <= least <= most, "two numbers from 0 on, in order")):
             if not right:
                 raise ValueError(f"{name} must be {need}, not {getattr(self, name)!r}")
 
@@ -104,8 +103,9 @@ def ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe = No
     and from which a later call goes on. Computes in float32 (float64 if u is float64) whatever the
     inputs are. Differentiable in every tensor, any number of times.
     method: "sequential" (the loop) | "chunked" (matrix products, in chunks of chunk_size steps, up
-    to 256) | "auto", the loop for one step and chunks for more.  mask, seq_idx: (B, L), as in
-    selective_scan of mamba.py.  ValueError: inputs that do not fit, or an unknown method."""
+    to 256) | "triton" (the same as kernels of mamba_fast/, on CUDA, which multiply in the type of
+    u) | "auto", the fastest that can run.  mask, seq_idx: (B, L), as in selective_scan of mamba.py.
+    ValueError: inputs that do not fit; a method that cannot run here."""
     if u.dim() != 4 or B.dim() != 4 or u.shape[1] == 0 or u.shape[2] % B.shape[2] != 0:
         raise ValueError("u must be (B, L, H, P) and B (B, L, G, N), L > 0, G a divisor of H, not "
                          f"{[*u.shape]} and {[*B.shape]}")
@@ -119,14 +119,17 @@ def ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe = No
         if tensor is not None and (tensor.shape != shape or tensor.is_complex()):
             raise ValueError(f"{name} must be {tuple(shape)} to fit u {tuple(u.shape)}, and real, "
                              f"not {tuple(tensor.shape)} {tensor.dtype}")
-    if method not in METHODS or not 1 <= chunk_size <= 256:
-        raise ValueError(f"method must be one of {', '.join(METHODS)} and chunk_size 1 to 256, not "
-                         f"{method!r} and {chunk_size}")
+    if not 1 <= chunk_size <= 256:
+        raise ValueError(f"chunk_size must be 1 to 256, not {chunk_size}")
+    tiny = batch == 0 or (method == "auto" and length == 1)
+    method = "sequential" if tiny else scan_method(method, u, d_state, headdim)
     dtype, number = u.dtype, torch.promote_types(u.dtype, torch.float32)
     if state is None:
         state = u.new_zeros(batch, heads, headdim, d_state, dtype=number)
     with torch.autocast(u.device.type, enabled=False):      # it would run the products in 16 bits
-        u, delta, A, B, C, h = (t.to(number) for t in (u, delta, A, B, C, state))
+        delta, A, h = (t.to(number) for t in (delta, A, state))
+        if method != "triton":      # kernels read what there is
+            u, B, C = (t.to(number) for t in (u, B, C))
         if delta_bias is not None:
             delta = delta + delta_bias
         if delta_softplus:
@@ -137,15 +140,16 @@ def ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe = No
         a = delta * A                                                       # (B, L, H)
         if seq_idx is not None:     # nothing is left of the document before
             a = a.masked_fill(beginnings(seq_idx, mask)[..., None], FORGET)
-        if method == "sequential" or batch == 0 or (method == "auto" and length == 1):
+        if method == "sequential":
             y, h = one_by_one(u, delta, a, B, C, h)
-            direct = D
+            y = y if D is None else y + u * D[:, None]
         else:
-            y, h = in_chunks(u, delta, a, B, C, h, chunk_size)
-            own = of_heads((B * C).sum(-1), heads) * delta      # step t itself, not in in_chunks
-            direct = own if D is None else own + D
-        if direct is not None:
-            y = y + u * direct[..., None]
+            own = of_heads((B.to(number) * C).sum(-1), heads) * delta       # step t itself
+            own = own if D is None else own + D                             # (B, L, H)
+            if method == "triton":
+                y, h = mamba.fast.ssd(u, delta, a, B, C, h, own)
+            else:
+                y, h = in_chunks(u, delta, a, B, C, h, own, chunk_size)
     return (y.to(dtype), h) if return_last_state else y.to(dtype)
 
 def of_heads(t, heads):
@@ -161,19 +165,21 @@ def one_by_one(u, delta, a, B, C, h):
         ys.append((h @ C_t[..., None]).squeeze(-1))                         # (B, H, P)
     return torch.stack(ys, dim=1), h                            # (B, L, H, P), (B, H, P, N)
 
-def in_chunks(u, delta, a, B, C, h, steps):
-    """What one_by_one computes, by matrix products, but y_t without u_t's own part: what step t
-    reads of all before it, C_t . exp(a_t) h_{t-1}. Memory: 64 chunks at a time."""
+def in_chunks(u, delta, a, B, C, h, own, steps):
+    """What one_by_one computes, by matrix products, but with own_t u_t, (B, L, H), in place of
+    u_t's own part: y_t = C_t . exp(a_t) h_{t-1} + own_t u_t. Memory: 64 chunks at a time."""
     if torch.compiler.is_compiling() or u.shape[1] <= 64 * steps:
-        return chunked(u, delta, a, B, C, h, steps)
+        y, h = chunked(u, delta, a, B, C, h, steps)
+        return y + u * own[..., None], h
     ys = []
-    for part in zip(*(t.split(64 * steps, dim=1) for t in (u, delta, a, B, C))):
-        y, h = chunked(*part, h, steps)
+    for *part, own_part in zip(*(t.split(64 * steps, dim=1) for t in (u, delta, a, B, C, own))):
+        y, h = in_chunks(*part, h, own_part, steps)
         ys.append(y)
     return torch.cat(ys, dim=1), h
 
 def chunked(u, delta, a, B, C, h, steps):
-    """in_chunks for some chunks at once, in the four steps of the paper's listing 1."""
+    """in_chunks for some chunks at once, in the four steps of the paper's listing 1, and without
+    own."""
     (batch, length, heads, headdim), (groups, d_state) = u.shape, B.shape[2:]
     any_length = torch.compiler.is_compiling()      # what it compiles is to serve all of them
     steps = steps if any_length else min(steps, length)
@@ -233,13 +239,17 @@ class Mamba2State(NamedTuple):
 
 class GatedRMSNorm(nn.Module):
     """RMSNorm of y * silu(z), or RMSNorm of y, times silu(z); both (B, L, D). In float32, and for
-    each of the groups of channels by itself."""
+    each of the groups of channels by itself.  scan: the method, by which there may be kernels."""
     def __init__(self, d_inner, groups, eps, norm_before_gate):
         super().__init__()
         self.groups, self.eps, self.norm_before_gate = groups, eps, norm_before_gate
         self.weight = nn.Parameter(torch.ones(d_inner))
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+    def forward(self, y: Tensor, z: Tensor, scan="auto") -> Tensor:
+        if mamba.fast and not self.norm_before_gate:
+            fused = mamba.fast.gated_norm(y, z, self.weight, self.groups, self.eps, scan)
+            if fused is not None:
+                return fused
         dtype, number = y.dtype, torch.promote_types(y.dtype, torch.float32)
         y, gate = y.to(number), F.silu(z.to(number))
         y = y if self.norm_before_gate else y * gate
@@ -301,7 +311,7 @@ class Mamba2Block(Mixer):
         y, h = ssd(u, delta, -torch.exp(self.A_log), B, C, self.D, self.dt_bias, True, h, True,
                    self.scan, mask, seq_idx, config.dt_limit, config.chunk_size)
         y = y.flatten(2)                                                    # (B, L, D)
-        y = self.out_proj(self.norm(y, z) if config.rmsnorm else y * F.silu(z))
+        y = self.out_proj(self.norm(y, z, self.scan) if config.rmsnorm else y * F.silu(z))
         return y, Mamba2State(conv, h)
 
 Mamba2Config.block = Mamba2Block

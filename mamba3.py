@@ -39,7 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mamba import PLAIN, Linear, Mixer, beginnings
+import mamba
+from mamba import PLAIN, Linear, Mixer, beginnings, scan_method
 from mamba2 import FORGET, Mamba2Config, in_chunks, of_heads
 
 __all__ = ["Mamba3Block", "Mamba3Config", "Mamba3State"]
@@ -86,8 +87,9 @@ def outer(x, k):
     """(B, R, H, P), (B, R, H, N) -> (B, H, P, N), the sum over R."""
     return torch.einsum("brhp,brhn->bhpn", x, k)
 
-def chunked(x, k, q, gamma, late, a, h, x_before, k_before, steps):
-    """What one_by_one computes, by the scan of Mamba-2, of R steps for each one."""
+def chunked(x, k, q, gamma, late, a, h, x_before, k_before, scan):
+    """What one_by_one computes, by the scan of Mamba-2, of R steps for each one.
+    scan: (u, delta, a, B, C, h, own) -> y, last h, as in_chunks of mamba2.py."""
     rank = x.shape[2]
     weight = gamma + F.pad(late[:, 1:], (0, 0, 0, 1))                       # (B, L, H)
     # what the step before the first one adds late decays with the first
@@ -95,12 +97,17 @@ def chunked(x, k, q, gamma, late, a, h, x_before, k_before, steps):
     # of the R steps the first one alone decays, and each reads those before it, with their weight
     a = F.pad(a[:, :, None], (0, 0, 0, rank - 1))                           # (B, L, R, H)
     weights = weight[:, :, None].expand(a.shape)
-    y, h = in_chunks(*(t.flatten(1, 2) for t in (x, weights, a, k, q)), h, steps)
-    # of the same step they are to read all R, with gamma
-    read = torch.ones(rank, rank, device=x.device, dtype=x.dtype).tril(-1)
-    own = gamma[..., None, None] - weight[..., None, None] * read           # (B, L, H, R, R)
-    own = own * torch.einsum("blrhn,blshn->blhrs", q, k)
-    return y.view(x.shape) + torch.einsum("blhrs,blshp->blrhp", own, x), h
+    own = gamma[:, :, None] * (q * k).sum(-1)                               # (B, L, R, H)
+    u, weights, a, k_all, q_all, own = (t.flatten(1, 2) for t in (x, weights, a, k, q, own))
+    y, h = scan(u, weights, a, k_all, q_all, h, own)
+    y = y.view(x.shape)
+    if rank > 1:    # of the same step each is to read all R, with gamma
+        ones = torch.ones(rank, rank, device=x.device, dtype=x.dtype)
+        factor = gamma[..., None, None] * (ones - ones.diag().diag())       # (B, L, H, R, R)
+        factor = factor - weight[..., None, None] * ones.tril(-1)
+        factor = factor * torch.einsum("blrhn,blshn->blhrs", q, k)
+        y = y + torch.einsum("blhrs,blshp->blrhp", factor, x)
+    return y, h
 
 def turned(t, theta, pairs_apart):
     """t (B, L, R, H, N) with pairs of its numbers rotated by theta (B, L, H, S): numbers i and
@@ -222,10 +229,13 @@ class Mamba3Block(Mixer):
         x_before = ranks(state.x[:, None], "mimo_x")[:, 0]                  # (B, R, H, P)
         inputs = xs, k, q, gamma, late, a, state.h, x_before, state.k
         short = x.shape[0] == 0 or (self.scan == "auto" and x.shape[1] == 1)
-        if self.scan == "sequential" or short:
+        method = "sequential" if short else scan_method(self.scan, x, c.d_state, c.headdim)
+        if method == "sequential":
             y, h = one_by_one(*inputs)
+        elif method == "triton":
+            y, h = chunked(*inputs, functools.partial(mamba.fast.ssd, dtype=parts[0].dtype))
         else:
-            y, h = chunked(*inputs, c.chunk_size)
+            y, h = chunked(*inputs, functools.partial(in_chunks, steps=c.chunk_size))
         y = y + xs * self.D[:, None]
         y = y * F.silu(ranks(z, "mimo_z"))
         y = y[:, :, 0] if c.mimo_rank == 1 else (y * self.mimo_o.transpose(0, 1).to(number)).sum(2)

@@ -112,7 +112,8 @@ def main(cfg, given):
 
     generator = make_generator(cfg, device)
     config = model.config
-    scan = common.pick_scan(cfg.scan, device, dtype, config.d_state, config.layer)
+    scan = common.pick_scan(cfg.scan, device, dtype, config.d_state,
+                            getattr(config, "headdim", 0))
     int8, seed = ", int8 weights" * bool(cfg.quantize), f", seed {cfg.seed}" * (not cfg.show)
     print(f"{source}: {model.num_params() / 1e6:.2f}M parameters; {device}, {dtype}{int8}, "
           f"scan {scan}{seed}", file=sys.stderr)

@@ -72,7 +72,7 @@ import show
 import texts
 import train
 from mamba import Mamba, MambaBlock, MambaConfig, MambaState, selective_scan
-from mamba2 import Mamba2Block, Mamba2Config, ssd
+from mamba2 import GatedRMSNorm, Mamba2Block, Mamba2Config, ssd
 from mamba3 import Mamba3Block, Mamba3Config
 from mamba_files import read_whole
 from tokens import (
@@ -150,8 +150,6 @@ def scan(request):
 def layer(request, monkeypatch):
     """Each kind of layer: within a test MambaBlock, MambaConfig and what a model is made of are those of this kind."""
     if request.param != "mamba":
-        if "scan" in request.fixturenames and request.getfixturevalue("scan") == "triton":
-            pytest.skip("only Mamba-1 has a Triton kernel")
         kind, mimo = request.param[:6], {"mimo_rank": 3} if "MIMO" in request.param else {}
         defaults, config = {"layer": kind, "headdim": 8, "d_state": 16, "chunk_size": 8, **mimo}, MambaConfig
         absent, even = type(MambaConfig(layer=kind)).absent, lambda name, n: n // 2 * 2 if name == "d_state" else n     # as Mamba-3 needs it
@@ -2257,10 +2255,10 @@ def test_what_ssd_refuses():
     inputs = {k: v.detach() for k, v in ssd_inputs(2, 9, 4, 3, 2, 5).items()}
     for name, wrong in (("u", torch.ones(2, 9, 12)), ("delta", torch.ones(2, 9, 12)), ("A", torch.ones(4, 5)), ("B", torch.ones(2, 9, 3, 5)),
                         ("C", torch.ones(2, 9, 2, 4)), ("D", torch.ones(12)), ("state", torch.ones(2, 4, 5, 3)), ("mask", torch.ones(2, 8)),
-                        ("seq_idx", torch.ones(9)), ("C", torch.ones(2, 9, 2, 5) * 1j), ("method", "triton"), ("chunk_size", 257)):
+                        ("seq_idx", torch.ones(9)), ("C", torch.ones(2, 9, 2, 5) * 1j), ("method", "fast"), ("chunk_size", 257)):
         with pytest.raises(ValueError, match=rf"\b{name} "):
             ssd(**{**inputs, name: wrong})
-    for changes in ({"headdim": 7}, {"ngroups": 3}, {"chunk_size": 500}, {"scan": "triton"}, {"A_init_range": (0, 1)}, {"dt_limit": (1, 0.5)}):
+    for changes in ({"headdim": 7}, {"ngroups": 3}, {"chunk_size": 500}, {"scan": "fast"}, {"A_init_range": (0, 1)}, {"dt_limit": (1, 0.5)}):
         with pytest.raises(ValueError, match=f"{next(iter(changes))} must be"):
             Mamba2Config(d_model=32, **changes)
 
@@ -3192,6 +3190,66 @@ def check_conv(batch, length, d_inner, width, dtype=torch.float32, device="cuda"
             assert (ours - exact).norm() <= limit * exact.norm(), (options, relative(ours, exact))
 
 
+def inputs_of_ssd(*shape, dtype=torch.float32, device="cuda", strong=False):
+    """Those of ssd_inputs; strong: all heads but one forget nearly all in a step."""
+    inputs = {k: v.detach().to(device, dtype if k in "uBC" else torch.float32) for k, v in ssd_inputs(*shape).items()}
+    inputs["A"][1:] *= 40 if strong else 1
+    return inputs
+
+
+def all_of_ssd(inputs, method, seq_idx=None):
+    """[y, last state and the gradient of each input], for a loss that depends on all of them."""
+    inputs = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+    y, last = ssd(**inputs, delta_softplus=True, return_last_state=True, method=method, seq_idx=seq_idx)
+    g = torch.Generator().manual_seed(1)
+    weights = [torch.randn(t.shape, generator=g).to(inputs["u"].dtype).to(t) for t in (y, last)]
+    return [y, last, *torch.autograd.grad((y, last), list(inputs.values()), weights)]
+
+
+def check_kernels_of_ssd(inputs, documents=False):
+    """The kernels against float64, by the size of the type in which they multiply; and the same bits again."""
+    u = inputs["u"]
+    seq_idx = (torch.rand(u.shape[:2], device=u.device) < 0.1).cumsum(1) if documents else None
+    exact = all_of_ssd({k: v.double() for k, v in inputs.items()}, "sequential", seq_idx)
+    ours, again = (all_of_ssd(inputs, "triton", seq_idx) for _ in range(2))
+    limit = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[u.dtype]
+    # what that of A is a sum of, and may cancel in
+    of_delta = (exact[2 + list(inputs).index("delta")] * F.softplus(inputs["delta"] + inputs["delta_bias"])).norm().item()
+    for name, *results in zip(("y", "last", *inputs), ours, again, exact):
+        error = relative(results[0], results[2], of_delta if name == "A" else 0)
+        assert error < limit, (name, error)
+        assert torch.equal(*results[:2]), f"{name} is not the same bits again"
+
+
+def check_gated_norm(batch, length, d_inner, groups, dtype=torch.float32, device="cuda"):
+    """The fused norm against the plain one in float64: of a view, gradients included."""
+    from mamba_fast.rows_triton import gated_norm
+    y, wide, gout = (torch.randn(batch, length, n, device=device).to(dtype) for n in (d_inner, 2 * d_inner + 4, d_inner))
+    weight, results = torch.randn(d_inner, device=device), []
+    for kind in (None, torch.float64):
+        y_, wide_, w = (t.detach().to(kind or t.dtype).requires_grad_() for t in (y, wide, weight))
+        norm = GatedRMSNorm(d_inner, groups, 1e-5, False)
+        norm.weight = torch.nn.Parameter(w)
+        z = wide_[..., 3:3 + d_inner]
+        out = gated_norm(y_, z, norm.weight, groups, 1e-5) if kind is None else norm(y_, z, "sequential")
+        results.append([out, *torch.autograd.grad(out, [y_, wide_, norm.weight], gout.to(out.dtype))])
+    for ours, exact in zip(*results):
+        assert relative(ours, exact) < {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+
+
+def check_softmax_gradient(vocab_size, padded, dtype=torch.float32, device="cuda"):
+    """Loss and gradient of logits with padding at the end of a row, and with a target that is to be ignored."""
+    from mamba_fast.rows_triton import softmax_gradient
+    logits = (torch.randn(7, padded, device=device) * 5).to(dtype)
+    targets = torch.tensor([3, -100, vocab_size - 1, 0, 7, -100, 11], device=device)
+    exact = logits[:, :vocab_size].double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="sum")
+    expected.backward()
+    loss, gradient = softmax_gradient(logits.clone(), targets, vocab_size)
+    assert abs(loss.item() / expected.item() - 1) < 1e-5 and not gradient[:, vocab_size:].any()
+    assert relative(gradient[:, :vocab_size], exact.grad) < {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+
+
 def awkward(changes, dtype=torch.float32, device=None):
     """A small model none of whose sizes is a power of two, with weights that are nowhere 0 or 1; int8: quantized."""
     model = small(**{"d_model": 40, "vocab_size": 71, **changes}).eval()
@@ -3216,7 +3274,7 @@ def check_fused_step(changes, dtype, rows, device, length=20):
     from mamba_fast import step_triton
     model = awkward(changes, dtype, device)
     exact = awkward(changes) if dtype == torch.int8 else awkward(changes, dtype).float()
-    state, idx = model.init_state(rows), tokens(rows, length)
+    state, idx = model.init_state(rows), tokens(rows, length) % model.config.vocab_size
     whole, _, last = exact(idx, state=exact.init_state(rows))
     got = torch.stack([step_triton.decode(model.backbone, model.lm_head, model.config, state, token).clone()
                        for token in idx.to(device).unbind(1)], 1)
@@ -3281,9 +3339,18 @@ def over_channels(p, q, row, EXACT):
     picked = (sums[d % 4 // 2, d % 2 * 4 + d % 8 // 4 * 2 + i, s, d // 8] for i in range(2))
     return tuple(tl.tensor(TensorHandle(x, tl.float32), p[0].type) for x in picked)
 
+ssd_triton = importlib.import_module("mamba_fast.ssd_triton")
+mamba_fast.ssd_triton, ssd_triton.shared_memory = ssd_triton, lambda device: 2 ** 17
+sys.modules["mamba2"].scan_method = lambda method, *others: method       # it would refuse a CPU
+for shape, dtype in (((1, 70, 2, 16, 1, 16), torch.float32), ((2, 37, 4, 20, 2, 5), torch.float32), ((1, 33, 3, 70, 3, 12), torch.float16)):
+    tests.check_kernels_of_ssd(tests.inputs_of_ssd(*shape, dtype=dtype, device="cpu", strong=True), documents=True)
+tests.check_gated_norm(2, 5, 40, 2, device="cpu")
+tests.check_gated_norm(1, 600, 20, 1, device="cpu")
+tests.check_softmax_gradient(5001, 5008, device="cpu")
+
 scan_triton._over_channels, scan_triton._reciprocal = over_channels, lambda x: 1 / x
 scan_triton.gather, scan_triton.tl = lambda *args: tl.gather(*args), tl
-mamba.scan_method = lambda method, u, d_state: method       # it would refuse a CPU
+mamba.scan_method = lambda method, *others: method     # it would refuse a CPU
 scan_triton.SHORTEST = 1
 for scan_triton.FILL, scan_triton.FILL_BACK, *shape in ((1, 1, 1, 1, 40, 1), (1, 1, 2, 66, 5, 3), (100, 100, 1, 66, 10, 17),
                                                         (8, 4, 1, 200, 8, 9), (4, 8, 1, 200, 8, 9)):
@@ -3360,6 +3427,52 @@ def test_triton_conv_equals_float64(dtype):
     if dtype == torch.float32:
         for shape in ((1, 1, 3, 4), (1, 17, 5, 1), (3, 1031, 64, 2), (2, 200, 256, 7)):
             check_conv(*shape, some=OF_CONV[2:])
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ssd_by_kernels_equals_float64(dtype):
+    for i, shape in enumerate(((2, 300, 4, 64, 1, 128), (1, 77, 6, 20, 3, 12), (1, 200, 2, 128, 1, 16), (2, 1, 3, 5, 1, 7), (1, 64, 2, 64, 2, 64),
+                               (1, 45, 2, 16, 1, 100))):
+        check_kernels_of_ssd(inputs_of_ssd(*shape, dtype=dtype, strong=i % 2 > 0), documents=i % 3 > 0)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ssd_by_kernels_takes_views_and_any_split(dtype):
+    inputs = inputs_of_ssd(2, 150, 4, 24, 2, 16, dtype=dtype)
+    wide = torch.cat([inputs[name].flatten(2) for name in ("u", "B", "C")], -1)
+    views = dict(zip("uBC", (t.unflatten(-1, inputs[name].shape[2:]) for name, t in zip("uBC", wide.split([96, 32, 32], -1)))))
+    turned = {k: inputs[k].transpose(-1, -2).contiguous().transpose(-1, -2) for k in "uBC"}
+    shifted = {k: torch.cat([v.new_zeros(1), v.flatten()])[1:].view_as(v) for k, v in inputs.items()}
+    expected, limit = all_of_ssd(inputs, "triton"), 1e-5 if dtype == torch.float32 else 1e-2
+    for others in (views, turned, shifted, {}):
+        for one, other in zip(all_of_ssd({**inputs, **others}, "triton"), expected):
+            assert relative(one, other) < limit
+    settings = {"delta_softplus": True, "return_last_state": True}
+    state, ys = inputs["state"], []
+    for k in range(0, 150, 31):
+        part = {n: v[:, k:k + 31] if n in ("u", "delta", "B", "C") else v for n, v in inputs.items()}
+        y, state = ssd(**{**part, "state": state}, **settings)
+        ys.append(y)
+    assert relative(torch.cat(ys, 1), expected[0]) < limit and relative(state, expected[1]) < limit
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_loss_by_kernels_equal_float64(dtype):
+    for shape in ((2, 40, 1536, 1), (3, 5, 60, 4), (1, 1, 33, 1)):
+        check_gated_norm(*shape, dtype)
+    for sizes in ((50277, 50288), (50280, 50280), (65, 65)):
+        check_softmax_gradient(*sizes, dtype)
+
+
+@on_gpu
+def test_ssd_is_a_well_made_operator():
+    inputs = inputs_of_ssd(2, 50, 4, 16, 2, 16)
+    u, delta, A, B, C = (inputs[name].requires_grad_() for name in ("u", "delta", "A", "B", "C"))
+    own, a = torch.randn_like(delta).requires_grad_(), (delta.abs() * A).detach().requires_grad_()
+    torch.library.opcheck(torch.ops.ssd.forward.default, (u, delta, a, B, C, own, inputs["state"].requires_grad_(), True))
 
 
 @on_gpu
@@ -6077,7 +6190,7 @@ BAD_TEXTS = {"empty.txt": b"", "binary.txt": bytes(range(256)) * 20, "latin.txt"
     (["--layer=mamba2", "--d_model=16", "--headdim=7"], ["--layer=mamba2: headdim must be a divisor of 32, not 7"]),
     (["--layer=mamba3", "--d_conv=3"], ["d_conv means nothing for the layer 'mamba3'"]),
     (["--layer=mamba3", "--d_state=5"], ["d_state must be even, not 5"]),
-    (["--layer=mamba2", "--scan=triton"], ["--scan=triton: only for layers of Mamba-1"]),
+    (["--layer=mamba2", "--scan=triton"], ["--scan=triton: scan 'triton' needs mamba_fast"]),
     (["--init_from=nothing"], ["--init_from takes"]),
     (["--init_from=/no/such/folder"], ["--init_from takes"]),
     (["--eval_only"], ["--eval_only needs a checkpoint"]),
@@ -6479,14 +6592,30 @@ def test_training_compiled(work, call):
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("changes, compiled", [
-    ({"max_iters": 999}, False), ({"max_iters": 1000}, True), ({"max_iters": 1000, "d_state": 12}, False), ({}, True),
-    ({"scan": "sequential"}, False), ({"eval_only": True}, False), ({"compile": False}, False)])
+@pytest.mark.parametrize("changes, device, compiled", [
+    ({"max_iters": 999}, "AVX512", False), ({"max_iters": 1000}, "AVX512", True), ({"max_iters": 1000}, "AVX2", False),
+    ({"max_iters": 5000}, "AVX2", True), ({"max_iters": 5000, "d_state": 12}, "AVX512", False), ({}, "AVX512", True), ({}, "AVX2", False),
+    ({"max_iters": 5000, "scan": "sequential"}, "AVX512", False), ({"max_iters": 5000, "eval_only": True}, "AVX512", False),
+    ({"compile": False}, "AVX512", False), ({"max_iters": 5000, "layer": "mamba2"}, "AVX512", False), ({"max_iters": 4999}, "cuda", False),
+    ({"max_iters": 5000}, "cuda", True), ({"max_iters": 1000, "layer": "mamba3"}, "cuda", True)])
 @fast
-def test_a_run_on_a_cpu_is_compiled_where_it_pays(changes, compiled):
+def test_a_run_is_compiled_where_it_pays(monkeypatch, changes, device, compiled):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: device)
     cfg = train.Config(**changes)
-    train.fill_in(cfg, torch.device("cpu"), pretrained=False)
+    train.fill_in(cfg, torch.device("cuda" if device == "cuda" else "cpu"), pretrained=False)
     assert cfg.compile == compiled
+
+
+def test_compiled_for_a_gpu_layer_by_layer(monkeypatch):
+    """A twin with the very parameters of the model, to which the gradients come; the model itself stays as it was."""
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(Mamba, "device", torch.device("cuda"))
+    model = small(n_layer=3, dropout=0.1)
+    twin = common.compiled(model)
+    assert compiled == [*twin.backbone["layers"]] and not set(compiled) & set(model.modules())
+    assert all(a is b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
+    assert twin.lm_head.weight is twin.backbone["embedding"].weight
 
 
 @pytest.mark.parametrize("device", train.PRESETS)

@@ -126,8 +126,8 @@ class Config:
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16 (mixed precision); by default bfloat16 "
                       "on CUDA, else float32")
-    compile: bool | None = flag(None, "torch.compile, up to a minute; by default on CUDA from 5000 "
-                                "steps on, on a CPU from 1000")
+    compile: bool | None = flag(None, "torch.compile, up to a minute; by default from 5000 steps, "
+                                "on a CPU with AVX-512, and Mamba-3 on CUDA, from 1000")
     scan: str = flag("auto", "auto, triton (fused kernels, on CUDA), chunked or sequential")
     threads: int | None = flag(None, "of a CPU; by default all, but fewer as long as other "
                                "programs use the cores: the threads would mostly wait for each "
@@ -150,9 +150,11 @@ def fill_in(cfg, device, pretrained):
         cfg.headdim = common.usual_headdim(cfg.expand * cfg.d_model)
     if cfg.compile is None and cfg.d_state is not None:
         # it takes up to a minute, which only many steps bring back
+        on_cuda = 1000 if cfg.layer == "mamba3" else 5000
+        on_cpu = 1000 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 5000
         compiles = (fast and fast.compiles_well(device, cfg.d_state) and cfg.scan != "sequential"
                     and not has_heads)
-        pays_from = 5000 if device.type == "cuda" else 1000 if compiles else math.inf
+        pays_from = on_cuda if device.type == "cuda" else on_cpu if compiles else math.inf
         cfg.compile = cfg.max_iters >= pays_from and not cfg.eval_only
 
 def usual_dropout(cfg, tokens):
@@ -324,7 +326,7 @@ def train(cfg, given, at_end):
     pretrained = of_weights and not checkpoint
     fill_in(cfg, device, pretrained)
     if not of_weights:      # a problem with the model comes before a text is prepared
-        common.pick_scan(cfg.scan, device, dtype, cfg.d_state, cfg.layer)
+        common.pick_scan(cfg.scan, device, dtype, cfg.d_state, cfg.headdim or 0)
         config_of(cfg, 1)
     if cfg.fsdp and (world == 1 or dtype == "float16" or given.get("compile")):
         raise Problem("--fsdp needs several processes, as torchrun starts them, and goes neither "
@@ -342,7 +344,7 @@ def train(cfg, given, at_end):
         elif of_weights and not cfg.new_vocabulary:
             with common.reading(checkpoint["path"], "a checkpoint"):
                 tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
-        scan = common.pick_scan(cfg.scan, device, dtype, cfg.d_state, cfg.layer)
+        scan = common.pick_scan(cfg.scan, device, dtype, cfg.d_state, cfg.headdim or 0)
         data = open_data(cfg.dataset, cfg.data_dir, cfg.block_size, first_here, tokenizer)
     meta, eot = data.meta, end_of_text(cfg, data)
     dropout, times = usual_dropout(cfg, meta["train_tokens"])
@@ -414,7 +416,7 @@ def train(cfg, given, at_end):
     calls = gradients_by(model, *of_this_run)
     if cfg.compile:
         say("compiling, up to a minute ...")
-        compiled, began = gradients_by(torch.compile(model), *of_this_run), time.perf_counter()
+        compiled, began = gradients_by(common.compiled(model), *of_this_run), time.perf_counter()
         if common.works_here("torch.compile", lambda: compiled[0](*batch)):
             say(f"compiled in {time.perf_counter() - began:.0f} s")
             calls = compiled

@@ -6,12 +6,14 @@ mamba.py does it in its own way:
 
     Linear             a class, never None: nn.Linear, but on some CPUs a faster one
     has_triton(...)    True or False: whether the kernels of scan can run here
-    scan(...)          never None, and asked only where has_triton says True
+    scan, ssd          never None, and asked only where has_triton says True
     recurrence(...)    a function, never None
     softplus, gated    never None: the same with backward passes that keep less
     conv_silu(...)     None for the sequential scan, which can be differentiated twice, and in what
                        torch.compile compiles, unless has_triton
     cross_entropy(...) None if all logits fit at once
+    gated_norm(...)    None for the sequential scan, in what torch.compile compiles, and where its
+                       kernels cannot run
     decoder(...)       None if a module of the model is not just as our files made it
 
 What scripts use: quantize_int8 (of int8.py), recorded and replayed (CUDA graphs, of decode.py),
@@ -23,20 +25,24 @@ import torch
 import torch.nn.functional as F
 
 from . import scan_side_by_side, scan_tiles
-from .decode import decoder, recorded, replayed, scan_triton
+from .decode import decoder, recorded, replayed
 from .int8 import quantize_int8
+from .kernels import rows_triton, scan_triton, ssd_triton
 from .layers import Linear, causal_conv, cross_entropy, gated, softplus
 
 __all__ = ["Linear", "compiles_well", "conv_silu", "cross_entropy", "decoder", "gated",
-           "has_triton", "quantize_int8", "recorded", "recurrence", "replayed", "scan", "softplus"]
+           "gated_norm", "has_triton", "quantize_int8", "recorded", "recurrence", "replayed",
+           "scan", "softplus", "ssd"]
 
 COMPILES = hasattr(torch.compiler, "nested_compile_region")     # torch 2.8
 
 
-def has_triton(u, d_state):
-    """Whether scan can run for tensors like u, by its device and dtype, and for this d_state."""
-    return (scan_triton is not None and u.device.type == "cuda" and scan_triton.runs_on(u.device)
+def has_triton(u, d_state, headdim=0):
+    """Whether scan, or with a headdim ssd, can run for tensors like u, by its device and dtype, and
+    for this d_state."""
+    able = (scan_triton is not None and u.device.type == "cuda" and scan_triton.runs_on(u.device)
             and u.dtype != torch.float64 and d_state <= 256)
+    return able and (headdim == 0 or ssd_triton.fits(u, headdim, d_state))
 
 
 def scan(u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softplus=False):
@@ -46,6 +52,24 @@ def scan(u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softpl
     """
     return scan_triton.selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus,
                                              state)
+
+
+def ssd(u, delta, a, B, C, state, own, dtype=None):
+    """
+    in_chunks of mamba2.py by kernels, where has_triton; arguments and shapes as there.
+    dtype: to multiply in, that of u by default.  Returns y (B, L, H, P), in the type of u, and the
+    last state (B, H, P, N).
+    """
+    y, last = ssd_triton.scan(u if dtype is None else u.to(dtype), delta, a, B, C, own, state)
+    return y.to(u.dtype), last
+
+
+def gated_norm(y, z, weight, groups, eps, scan):
+    """RMSNorm of y silu(z), both (B, L, D), as in GatedRMSNorm of mamba2.py; scan: the method."""
+    if (scan not in ("auto", "triton") or torch.compiler.is_compiling() or y.numel() == 0
+            or not has_triton(y, 1)):
+        return None
+    return rows_triton.gated_norm(y, z, weight, groups, eps)
 
 
 def compiles_well(device, d_state):

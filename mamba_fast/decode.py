@@ -18,14 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .int8 import Int8Embedding, Int8Linear
+from .kernels import scan_triton, step_triton
 from .layers import Linear, at_least_float32
-
-try:
-    if not torch.cuda.is_available():       # then Triton is not worth the time of its import
-        raise ImportError
-    from . import scan_triton, step_triton
-except ImportError:
-    scan_triton = step_triton = None
 
 # what may stand in which place of a model, by the last part of its name
 LINEARS = ("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2", "lm_head")
@@ -415,8 +409,9 @@ class GraphDecoder:
 
     def __init__(self, model, prompts, state):
         rows, fused = len(prompts), fuses(model)
-        weights = (*model.parameters(), *model.buffers())
-        made_for = [rows, *((t.data_ptr(), t.dtype) for t in weights)]
+        weights = [t for module in model.modules()
+                   for t in (*module._parameters.values(), *module._buffers.values())]
+        made_for = [rows, *((t.data_ptr(), t.dtype) for t in weights if t is not None)]
         self.graph = GRAPHS.get(model)
         if self.graph is None or not fused or self.graph.made_for != made_for:
             if self.graph is not None:

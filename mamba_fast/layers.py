@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .kernels import rows_triton
+
 LOGITS = 2 ** 28    # numbers that are computed at once for a loss; as float32, 1 GB
 
 
@@ -160,7 +162,11 @@ def cross_entropy(x, head, plain, targets, vocab_size):
     if rows >= len(x):
         return None
     if plain and head.bias is None and torch.is_grad_enabled():
-        return LinearCrossEntropy.apply(x, head.weight[:vocab_size], targets, rows)
+        fused = (rows_triton is not None and x.device.type == "cuda" and x.dtype != torch.float64
+                 and not torch.compiler.is_compiling())
+        # all rows, if that does no harm: products of an odd number of them take three times as long
+        weight = head.weight if fused else head.weight[:vocab_size]
+        return LinearCrossEntropy.apply(x, weight, targets, rows, vocab_size, fused)
 
     def of_part(x, targets):
         logits = head(x)[:, :vocab_size].float()
@@ -168,29 +174,36 @@ def cross_entropy(x, head, plain, targets, vocab_size):
     return sum(of_part(*part) for part in zip(x.split(rows), targets.split(rows)))
 
 
+def softmax_gradient(logits, targets, vocab_size):
+    """The sum of the cross-entropies of logits (R, vocab_size) for targets (R,), where a negative
+    one is ignored, and the gradient of it: the probabilities, less 1 at the target."""
+    target = targets[:, None]                                                   # (R, 1)
+    counts, target = target >= 0, target.clamp(min=0)
+    logp = F.log_softmax(logits, dim=-1, dtype=at_least_float32(logits))
+    logp_target = logp.gather(1, target)                                        # (R, 1)
+    at_target = (logp_target.exp() - 1).to(logits.dtype)
+    gradient = logp.exp_().to(logits.dtype).scatter_(1, target, at_target)
+    return -(logp_target * counts).sum(), gradient.masked_fill_(~counts, 0)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The gradients are computed with the losses: logits are neither kept nor computed twice."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, rows):
+    def forward(ctx, x, weight, targets, rows, vocab_size, fused):
         losses, gx, gweight = [], [], 0
         for x_p, targets_p in zip(x.split(rows), targets.split(rows)):
             logits = F.linear(x_p, weight)                                      # (rows, V)
-            target = targets_p[:, None]                                         # (rows, 1)
-            counts, target = target >= 0, target.clamp(min=0)
-            logp = F.log_softmax(logits, dim=-1, dtype=at_least_float32(logits))
-            logp_target = logp.gather(1, target)                                # (rows, 1)
-            losses.append((logp_target * counts).sum())
-            # the gradient of the logits: the probabilities, less 1 at the target
-            at_target = (logp_target.exp() - 1).to(logits.dtype)
-            glogits = logp.exp_().to(logits.dtype).scatter_(1, target, at_target)
-            gx.append((glogits @ weight) * counts)
-            gweight = gweight + (glogits.t() @ (x_p * counts)).to(weight.dtype)
+            loss_and_gradient = rows_triton.softmax_gradient if fused else softmax_gradient
+            loss, glogits = loss_and_gradient(logits, targets_p, vocab_size)
+            losses.append(loss)
+            gx.append(glogits @ weight)
+            gweight = gweight + (glogits.t() @ x_p).to(weight.dtype)
         ctx.save_for_backward(torch.cat(gx).to(x.dtype), gweight)
-        return -torch.stack(losses).sum()
+        return torch.stack(losses).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gloss):
         gx, gweight = ctx.saved_tensors
-        return gx * gloss, gweight * gloss, None, None
+        return gx * gloss, gweight * gloss, None, None, None, None

@@ -1,0 +1,153 @@
+"""
+What goes row by row on CUDA, as Triton kernels, so that each number is read and written once: the
+gated norm behind the scan of Mamba-2, and the loss and gradient of the logits.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from .scan_triton import Kernel, _dtypes, _facts, _wants_gradients
+
+PROGRAMS = 528      # of the backward pass of the norm: 4 for each multiprocessor of an H100
+
+
+@triton.jit
+def _gate(y, z, row, z_row, d, D):
+    """y silu(z), y, z and sigmoid(z) of a row, in float32."""
+    y_d = tl.load(y + row * D + d, mask=d < D, other=0).to(tl.float32)
+    z_d = tl.load(z + z_row + d, mask=d < D, other=0).to(tl.float32)
+    sigmoid = tl.sigmoid(z_d)
+    return y_d * z_d * sigmoid, y_d, z_d, sigmoid
+
+
+@triton.jit(do_not_specialize=("rows",))
+def _norm(y, z, weight, out, rows, z_l, G: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr,
+          BD: tl.constexpr):
+    """out = gated / sqrt(mean of gated^2 + EPS) weight, of rows of G groups of D numbers."""
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
+    gated, _, _, _ = _gate(y, z, row, row // G * z_l + row % G * D, d, D)
+    size = tl.rsqrt(tl.sum(gated * gated, 0) / D + EPS)
+    weight_d = tl.load(weight + row % G * D + d, mask=d < D, other=0).to(tl.float32)
+    tl.store(out + row * D + d, gated * size * weight_d, mask=d < D)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def _norm_gradients(y, z, weight, gout, gy, gz, gweight, rows, z_l, G: tl.constexpr,
+                    D: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr):
+    """gy, gz, and gweight (programs, G D), which is to be added up: of a group's rows each program
+    takes every so many."""
+    group, d = tl.program_id(1), tl.arange(0, BD)
+    weight_d = tl.load(weight + group * D + d, mask=d < D, other=0).to(tl.float32)
+    total = tl.zeros((BD,), tl.float32)
+    for first in range(tl.program_id(0), rows // G, tl.num_programs(0)):
+        place = tl.full((), 1, tl.int64) * first
+        row = place * G + group
+        gated, y_d, z_d, sigmoid = _gate(y, z, row, place * z_l + group * D, d, D)
+        size = tl.rsqrt(tl.sum(gated * gated, 0) / D + EPS)
+        gout_d = tl.load(gout + row * D + d, mask=d < D, other=0).to(tl.float32)
+        total += gout_d * gated * size
+        gout_d *= weight_d
+        ggated = size * (gout_d - gated * (size * size * tl.sum(gout_d * gated, 0) / D))
+        tl.store(gy + row * D + d, ggated * z_d * sigmoid, mask=d < D)
+        tl.store(gz + row * D + d, ggated * y_d * sigmoid * (1 + z_d * (1 - sigmoid)), mask=d < D)
+    tl.store(gweight + (tl.program_id(0) * G + group) * D + d, total, mask=d < D)
+
+
+@triton.jit
+def _softmax_gradient(logits, targets, losses, V: tl.constexpr, stride: tl.constexpr,
+                      BV: tl.constexpr):
+    """losses (R,) and, in place of logits (R, stride), of which the first V count, the gradients;
+    both 0 without a target."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    target = tl.load(targets + row)
+    most, total = tl.full((BV,), -1e30, tl.float32), tl.zeros((BV,), tl.float32)
+    for first in range(0, V, BV):
+        v = first + tl.arange(0, BV)
+        # not only to V: masks by odd numbers make for small reads
+        x = tl.where(v < V, tl.load(logits + v, mask=v < stride, other=0).to(tl.float32), -1e30)
+        more = tl.maximum(most, x)
+        total = total * tl.exp(most - more) + tl.exp(x - more)
+        most = more
+    largest = tl.max(most, 0)
+    log_sum = tl.log(tl.sum(total * tl.exp(most - largest), 0)) + largest
+    counts = target >= 0
+    at_target = tl.load(logits + tl.where(counts, target, 0)).to(tl.float32)
+    tl.store(losses + row, tl.where(counts, log_sum - at_target, 0.0))
+    for first in range(0, stride, BV):
+        v = first + tl.arange(0, BV)
+        x = tl.load(logits + v, mask=v < stride, other=0).to(tl.float32)
+        gradient = tl.exp(x - log_sum) - tl.where(v == target, 1.0, 0.0)
+        tl.store(logits + v, tl.where(counts & (v < V), gradient, 0.0), mask=v < stride)
+
+
+_start_norm = Kernel(_norm, num_warps=4)
+_start_norm_gradients, _start_softmax_gradient = (
+    Kernel(function, num_warps=8) for function in (_norm_gradients, _softmax_gradient))
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, z, weight, groups, eps):
+        ctx.save_for_backward(y, z, weight)
+        ctx.groups, ctx.eps = groups, eps
+        return _run_norm(y, z, weight, groups, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gout):
+        y, z, weight = ctx.saved_tensors
+        sizes, tensors = _sizes(y, z, ctx.groups, ctx.eps), (y, z, weight, gout.contiguous())
+        gy, gz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (y, z))
+        programs = min(PROGRAMS, y.shape[0] * y.shape[1])
+        gweight = weight.new_empty(programs, y.shape[-1], dtype=torch.float32)
+        with torch.cuda.device_of(y):
+            _start_norm_gradients((programs, ctx.groups, 1), _version(sizes, *tensors), *tensors,
+                                  gy, gz, gweight, *sizes)
+        return gy, gz, gweight.sum(0).to(weight.dtype), None, None
+
+
+def _sizes(y, z, groups, eps):
+    """rows, z_l, G, D, EPS, BD, as the kernels of the norm have them."""
+    D = y.shape[-1] // groups
+    return y.numel() // D, z.stride(1), groups, D, eps, triton.next_power_of_2(D)
+
+
+def _version(sizes, *tensors):
+    facts = _facts(sizes[1], *(t.data_ptr() for t in tensors))
+    return tensors[0].device.index, *sizes[2:], *_dtypes(*tensors), *facts
+
+
+def _run_norm(y, z, weight, groups, eps):
+    out, sizes = torch.empty_like(y), _sizes(y, z, groups, eps)
+    with torch.cuda.device_of(y):
+        _start_norm((sizes[0], 1, 1), _version(sizes, y, z, weight), y, z, weight, out, *sizes)
+    return out
+
+
+def gated_norm(y, z, weight, groups, eps):
+    """RMSNorm of y silu(z), each of the groups of channels by itself, as GatedRMSNorm of mamba2.py:
+    y, z (B, L, D) -> (B, L, D)."""
+    y = y.contiguous()
+    if z.stride(2) != 1 or z.stride(0) != z.stride(1) * z.shape[1]:     # the rows are evenly apart
+        z = z.contiguous()
+    norm = _GatedNorm.apply if _wants_gradients(y, z, weight) else _run_norm
+    return norm(y, z, weight, groups, eps)
+
+
+def softmax_gradient(logits, targets, vocab_size):
+    """
+    The sum of the cross-entropies of logits (R, V), of which the first vocab_size count, for
+    targets (R,), where a negative one is ignored, and the gradient of it, which takes the place of
+    the logits.
+    """
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    sizes = vocab_size, logits.shape[1], 4096
+    version = (logits.device.index, *sizes, *_dtypes(logits, targets),
+               *_facts(logits.data_ptr(), targets.data_ptr()))
+    with torch.cuda.device_of(logits):
+        _start_softmax_gradient((len(logits), 1, 1), version, logits, targets, losses, *sizes)
+    return losses.sum(), logits
