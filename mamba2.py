@@ -101,7 +101,7 @@ def ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe = No
     the G groups serves H / G heads.  D, delta_bias: (H,).  state: (B, H, P, N).
     Returns y (B, L, H, P) in the type of u, or (y, last_state), which is (B, H, P, N) in float32,
     and from which a later call goes on. Computes in float32 (float64 if u is float64) whatever the
-    inputs are. Differentiable in every tensor, any number of times.
+    inputs are. Differentiable in every tensor, any number of times, but by "triton" once.
     method: "sequential" (the loop) | "chunked" (matrix products, in chunks of chunk_size steps, up
     to 256) | "triton" (the same as kernels of mamba_fast/, on CUDA, which multiply in the type of
     u) | "auto", the fastest that can run.  mask, seq_idx: (B, L), as in selective_scan of mamba.py.
