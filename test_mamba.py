@@ -4314,7 +4314,7 @@ FLAGS = {
 }
 BY_DEVICE = {   # on a CPU, on MPS, on CUDA
     "d_model": (160, 256, 320), "n_layer": (3, 6, 12), "d_state": (8, 16, 16),
-    "batch_size": (12, 32, 64), "block_size": (128, 256, 256), "max_iters": (1100, 2000, 1200),
+    "batch_size": (8, 32, 64), "block_size": (128, 256, 256), "max_iters": (1100, 2000, 1200),
     "learning_rate": (0.004, 0.002, 0.003)}
 
 

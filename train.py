@@ -57,7 +57,7 @@ except ImportError:     # everything works without it, slower
     fast = None
 
 PRESETS = {     # what trains in minutes on such a device
-    "cpu": {"d_model": 160, "n_layer": 3, "d_state": 8, "batch_size": 12, "block_size": 128,
+    "cpu": {"d_model": 160, "n_layer": 3, "d_state": 8, "batch_size": 8, "block_size": 128,
             "max_iters": 1100, "learning_rate": 4e-3},
     "mps": {"d_model": 256, "n_layer": 6, "d_state": 16, "batch_size": 32, "block_size": 256,
             "max_iters": 2000, "learning_rate": 2e-3},
