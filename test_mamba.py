@@ -3224,8 +3224,8 @@ def check_kernels_of_ssd(inputs, documents=False):
 def check_gated_norm(batch, length, d_inner, groups, dtype=torch.float32, device="cuda"):
     """The fused norm against the plain one in float64: of a view, gradients included."""
     from mamba_fast.rows_triton import gated_norm
-    y, wide, gout = (torch.randn(batch, length, n, device=device).to(dtype) for n in (d_inner, 2 * d_inner + 4, d_inner))
-    weight, results = torch.randn(d_inner, device=device), []
+    y, wide, gout = (torch.randn(length, batch, n, device=device).to(dtype).transpose(0, 1) for n in (d_inner, 2 * d_inner + 4, d_inner))
+    weight, results = torch.randn(2 * d_inner, device=device)[::2], []
     for kind in (None, torch.float64):
         y_, wide_, w = (t.detach().to(kind or t.dtype).requires_grad_() for t in (y, wide, weight))
         norm = GatedRMSNorm(d_inner, groups, 1e-5, False)
@@ -3247,6 +3247,7 @@ def check_softmax_gradient(vocab_size, padded, dtype=torch.float32, device="cuda
     expected.backward()
     loss, gradient = softmax_gradient(logits.clone(), targets, vocab_size)
     assert abs(loss.item() / expected.item() - 1) < 1e-5 and not gradient[:, vocab_size:].any()
+    assert softmax_gradient(logits.clone(), targets + vocab_size, vocab_size)[0].isnan()    # there are no such tokens
     assert relative(gradient[:, :vocab_size], exact.grad) < {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
 
 
@@ -3346,6 +3347,7 @@ for shape, dtype in (((1, 70, 2, 16, 1, 16), torch.float32), ((2, 37, 4, 20, 2, 
     tests.check_kernels_of_ssd(tests.inputs_of_ssd(*shape, dtype=dtype, device="cpu", strong=True), documents=True)
 tests.check_gated_norm(2, 5, 40, 2, device="cpu")
 tests.check_gated_norm(1, 600, 20, 1, device="cpu")
+tests.check_gated_norm(3, 1, 20, 1, device="cpu")
 tests.check_softmax_gradient(5001, 5008, device="cpu")
 
 scan_triton._over_channels, scan_triton._reciprocal = over_channels, lambda x: 1 / x
@@ -3461,7 +3463,7 @@ def test_ssd_by_kernels_takes_views_and_any_split(dtype):
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_and_loss_by_kernels_equal_float64(dtype):
-    for shape in ((2, 40, 1536, 1), (3, 5, 60, 4), (1, 1, 33, 1)):
+    for shape in ((2, 40, 1536, 1), (3, 5, 60, 4), (1, 1, 33, 1), (5, 1, 33, 1)):
         check_gated_norm(*shape, dtype)
     for sizes in ((50277, 50288), (50280, 50280), (65, 65)):
         check_softmax_gradient(*sizes, dtype)

@@ -42,7 +42,8 @@ def has_triton(u, d_state, headdim=0):
     for this d_state."""
     able = (scan_triton is not None and u.device.type == "cuda" and scan_triton.runs_on(u.device)
             and u.dtype != torch.float64 and d_state <= 256)
-    return able and (headdim == 0 or ssd_triton.fits(u, headdim, d_state))
+    # int: what torch.compile knows by a symbol becomes a number
+    return able and (headdim == 0 or ssd_triton.fits(u.device, u.dtype, int(headdim), int(d_state)))
 
 
 def scan(u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softplus=False):

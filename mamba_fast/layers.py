@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .kernels import rows_triton
+from .kernels import rows_triton, scan_triton
 
 LOGITS = 2 ** 28    # numbers that are computed at once for a loss; as float32, 1 GB
 
@@ -163,7 +163,7 @@ def cross_entropy(x, head, plain, targets, vocab_size):
         return None
     if plain and head.bias is None and torch.is_grad_enabled():
         fused = (rows_triton is not None and x.device.type == "cuda" and x.dtype != torch.float64
-                 and not torch.compiler.is_compiling())
+                 and scan_triton.runs_on(x.device) and not torch.compiler.is_compiling())
         # all rows, if that does no harm: products of an odd number of them take three times as long
         weight = head.weight if fused else head.weight[:vocab_size]
         return LinearCrossEntropy.apply(x, weight, targets, rows, vocab_size, fused)

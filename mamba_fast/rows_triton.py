@@ -37,8 +37,8 @@ def _norm(y, z, weight, out, rows, z_l, G: tl.constexpr, D: tl.constexpr, EPS: t
 @triton.jit(do_not_specialize=("rows",))
 def _norm_gradients(y, z, weight, gout, gy, gz, gweight, rows, z_l, G: tl.constexpr,
                     D: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr):
-    """gy, gz, and gweight (programs, G D), which is to be added up: of a group's rows each program
-    takes every so many."""
+    """gy, gz, and gweight (programs, G D), to be added up: program i takes of its group the rows i,
+    i + programs, ..."""
     group, d = tl.program_id(1), tl.arange(0, BD)
     weight_d = tl.load(weight + group * D + d, mask=d < D, other=0).to(tl.float32)
     total = tl.zeros((BD,), tl.float32)
@@ -64,19 +64,20 @@ def _softmax_gradient(logits, targets, losses, V: tl.constexpr, stride: tl.const
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     target = tl.load(targets + row)
+    counts = target >= 0
+    # before the gradients take the place of the logits; of a target that there is not, NaN
+    at_target = tl.load(logits + target, mask=counts & (target < V), other=float("nan"))
     most, total = tl.full((BV,), -1e30, tl.float32), tl.zeros((BV,), tl.float32)
     for first in range(0, V, BV):
         v = first + tl.arange(0, BV)
-        # not only to V: masks by odd numbers make for small reads
+        # masked by stride, not V: an odd bound would keep Triton from reading 16 bytes at once
         x = tl.where(v < V, tl.load(logits + v, mask=v < stride, other=0).to(tl.float32), -1e30)
         more = tl.maximum(most, x)
         total = total * tl.exp(most - more) + tl.exp(x - more)
         most = more
     largest = tl.max(most, 0)
     log_sum = tl.log(tl.sum(total * tl.exp(most - largest), 0)) + largest
-    counts = target >= 0
-    at_target = tl.load(logits + tl.where(counts, target, 0)).to(tl.float32)
-    tl.store(losses + row, tl.where(counts, log_sum - at_target, 0.0))
+    tl.store(losses + row, tl.where(counts, log_sum - at_target.to(tl.float32), 0.0))
     for first in range(0, stride, BV):
         v = first + tl.arange(0, BV)
         x = tl.load(logits + v, mask=v < stride, other=0).to(tl.float32)
@@ -131,9 +132,9 @@ def _run_norm(y, z, weight, groups, eps):
 def gated_norm(y, z, weight, groups, eps):
     """RMSNorm of y silu(z), each of the groups of channels by itself, as GatedRMSNorm of mamba2.py:
     y, z (B, L, D) -> (B, L, D)."""
-    y = y.contiguous()
+    y, weight = y.contiguous(), weight.contiguous()
     if z.stride(2) != 1 or z.stride(0) != z.stride(1) * z.shape[1]:     # the rows are evenly apart
-        z = z.contiguous()
+        z = z.clone(memory_format=torch.contiguous_format)
     norm = _GatedNorm.apply if _wants_gradients(y, z, weight) else _run_norm
     return norm(y, z, weight, groups, eps)
 

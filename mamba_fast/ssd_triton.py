@@ -10,10 +10,10 @@ by the same matrix products, but without its large tensors in memory.
                 chunk of a group of heads, whose gradients of B or of C it adds up, always in the
                 same order.
 
-Products of bfloat16 are in bfloat16, sums in float32; other types are multiplied as float32, by the
-tensor cores, float16 with the 10 bits of tf32. Chunks have 64 steps only where no product has fewer
-columns: with 64 rows and fewer than 64 columns, what Triton 3.6 makes for Hopper's tensor cores
-reads beyond the shared memory. All kernels have 4 warps for the same reason.
+bfloat16 is multiplied as bfloat16; other types as float32 on the tensor cores, float16 by tf32,
+which keeps its 10 bits. Sums are in float32. A chunk has 64 steps only where every product has at
+least 64 columns: with fewer, what Triton 3.6 makes for Hopper's tensor cores reads beyond the
+shared memory. All kernels have 4 warps for the same reason.
 """
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ SIZES = ("L", "K")              # for which no kernel is compiled anew
 @triton.jit(do_not_specialize=SIZES)
 def _pack(delta, a, packed, L, K, H: constexpr, T: constexpr, HB: constexpr):
     """
-    delta and, in two parts, the sums of a from each chunk's start through each step, by powers of
-    2: packed (3, B, H, K T). A small difference of large sums is inexact; sums of multiples of 1/32
-    are not, nor those of the small rest (see `chunked` of mamba2.py).
+    packed (3, B, H, K T): delta, then the sums of a from each chunk's start through each step, over
+    log 2, so that exp2 of a sum is a decay. A sum is kept as two, of multiples of 1/32, which add
+    up exactly, and of the small rest: differences of large sums would be inexact.
     """
-    k, b, batch = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    k, b, batch = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.num_programs(2).to(tl.int64)
     t, head = k * T + tl.arange(0, T)[:, None], tl.program_id(1) * HB + tl.arange(0, HB)[None, :]
     there, at = (t < L) & (head < H), (b * L + t) * H + head
-    each = tl.maximum(tl.load(a + at, mask=there, other=0) * LOG2E, SMALLEST)
+    each = tl.load(a + at, mask=there, other=0) * LOG2E
+    each = tl.where(each < SMALLEST, SMALLEST, each)        # which keeps NaN
     coarse = tl.floor(each * 32 + 0.5) / 32
     to, apart = packed + (b * H + head) * K * T + t, batch * H * K * T
     tl.store(to, tl.load(delta + at, mask=there, other=0), mask=head < H)
@@ -53,8 +54,8 @@ def _pack(delta, a, packed, L, K, H: constexpr, T: constexpr, HB: constexpr):
 
 @triton.jit
 def _decays(packed, of_head, apart, k, K, T: constexpr):
-    """Of a chunk: delta; the sums through each step, in two parts; how much is left of its start at
-    each step and at its end; and at its end of each step."""
+    """Of a chunk: delta; the sums, in two parts; the decay since its start to each step, through
+    all of it, and from each step until its end."""
     chunk = packed + of_head * K * T + k * T
     t = tl.arange(0, T)
     coarse, rest = tl.load(chunk + apart + t), tl.load(chunk + 2 * apart + t)
@@ -84,7 +85,7 @@ def _forward(u, packed, B, C, own, state, y, states, last, L, K, H: constexpr, P
              N: constexpr, G: constexpr, u_b, u_l, u_h, B_b, B_l, B_g, C_b, C_l, C_g, T: constexpr,
              PB: constexpr, NB: constexpr, TYPE: constexpr, DOT: constexpr, KEEP: constexpr):
     """y (B, L, H, P), states (B, H, K, N, P), those before each chunk, and last (B, H, P, N)."""
-    head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     of_head, apart = b * H + head, tl.num_programs(2).to(tl.int64) * H * K * T
     p, n = tl.program_id(0) * PB + tl.arange(0, PB)[None, :], tl.arange(0, NB)[:, None]
     there, turned = (n < N) & (p < P), of_head * P * N + p * N + n          # a state is (N, P) here
@@ -120,7 +121,7 @@ def _adjoint(gy, packed, C, glast, gstates, gstate, L, K, H: constexpr, P: const
              NB: constexpr, TYPE: constexpr, DOT: constexpr):
     """gstates (B, H, K, N, P), the gradients of the states after each chunk, and gstate (B, H, P,
     N), that of the first one."""
-    head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     of_head, apart = b * H + head, tl.num_programs(2).to(tl.int64) * H * K * T
     p, n = tl.program_id(0) * PB + tl.arange(0, PB)[None, :], tl.arange(0, NB)[:, None]
     there, turned = (n < N) & (p < P), of_head * P * N + p * N + n
@@ -154,8 +155,8 @@ def _of_heads(u, packed, B, C, own, gy, states, gstates, gu, gdelta, ga, gown, L
               P: constexpr, N: constexpr, G: constexpr, u_b, u_l, u_h, B_b, B_l, B_g, C_b, C_l, C_g,
               gy_b, gy_l, gy_h, T: constexpr, PB: constexpr, NB: constexpr, TYPE: constexpr,
               DOT: constexpr):
-    """The gradients of what each head has for itself."""
-    k, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """A chunk of one head: the gradients of u, delta, a and own."""
+    k, head, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     of_head, apart = b * H + head, tl.num_programs(2).to(tl.int64) * H * K * T
     t, p, n = k * T + tl.arange(0, T), tl.arange(0, PB), tl.arange(0, NB)
     group, at, there = head // (H // G), (b * L + t) * H + head, t < L
@@ -194,10 +195,11 @@ def _of_groups(u, packed, other, gy, states, sums, L, K, H: constexpr, P: conste
                G: constexpr, u_b, u_l, u_h, o_b, o_l, o_g, gy_b, gy_l, gy_h, PARTS: constexpr,
                OF_C: constexpr, T: constexpr, PB: constexpr, NB: constexpr, TYPE: constexpr,
                DOT: constexpr):
-    """Those of C or of B, each added up over 1 / PARTS of the heads of a group: sums (PARTS, B, L,
-    G, N). other: B or C, the other one; states: h_0 or gh."""
+    """A chunk of one group: the gradient of C (OF_C) or of B, added up over 1 / PARTS of its heads,
+    sums (PARTS, B, L, G, N). other: B, or else C.  states: those before each chunk, or else the
+    gradients of those after it."""
     k, batch, b = tl.program_id(0), tl.num_programs(2).to(tl.int64), tl.program_id(2).to(tl.int64)
-    group, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
+    group, part = tl.program_id(1).to(tl.int64) // PARTS, tl.program_id(1) % PARTS
     t, p, n = k * T + tl.arange(0, T), tl.arange(0, PB), tl.arange(0, NB)
     gscores, total = tl.zeros((T, T), tl.float32), tl.zeros((T, NB), tl.float32)
     for i in range(H // G // PARTS):
@@ -235,7 +237,7 @@ def _power_of_2(n):
 
 
 def shared_memory(device):
-    """Bytes that a program can have."""
+    """Bytes of it that one program can use."""
     key = "shared memory", device
     if key not in CAPABLE:
         properties = torch.cuda.get_device_properties(device)
@@ -244,12 +246,17 @@ def shared_memory(device):
 
 
 def steps_of(device, dtype, headdim, d_state):
-    """Steps of a chunk: as many as go into shared memory with all that _of_heads multiplies; 0 if
-    these are too few."""
+    """Steps of a chunk: as many as go into shared memory with all that is multiplied; 0 if these
+    are too few."""
     P, N = _power_of_2(headdim), _power_of_2(d_state)
     numbers = shared_memory(device) // (2 if dtype == torch.bfloat16 else 4)
     wide = min(P, N) >= 64 and dtype == torch.bfloat16 and shared_memory(device) >= 2 ** 17
-    return next((T for T in (64, 32, 16)[not wide:] if 2 * (T * N + T * P + N * P) <= numbers), 0)
+    part = 64 if N >= 64 else min(P, 64)        # of the channels, for _forward
+
+    def needed(T):      # by _of_heads, _of_groups, _forward
+        return 512 + max(2 * (T * N + T * P + N * P), 2 * (2 * T * P + N * P),
+                         2 * N * part + T * N + T * part)
+    return next((T for T in (64, 32, 16)[not wide:] if needed(T) <= numbers), 0)
 
 
 def _sizes(u, B):
@@ -282,7 +289,7 @@ def _strides(*tensors):
 
 
 def _version(sizes, tensors, *others):
-    """All that the compiler is told, for Kernel."""
+    """All for which Triton would compile another kernel; see Kernel."""
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     return tensors[0].device.index, *sizes[2:], *_dtypes(*tensors), *_facts(*addresses), *others
 
@@ -396,9 +403,9 @@ def _(gy, glast, u, packed, B, C, own, states):
             packed.new_empty(batch, H, P, N))
 
 
-def fits(u, headdim, d_state):
-    """Whether a program has the shared memory for tensors like u and these sizes."""
-    return steps_of(u.device, u.dtype, headdim, d_state) > 0
+def fits(device, dtype, headdim, d_state):
+    """Whether a program has the shared memory for these sizes."""
+    return steps_of(device, dtype, headdim, d_state) > 0
 
 
 fits._dynamo_marked_constant = True     # as runs_on of scan_triton.py
@@ -407,8 +414,8 @@ fits._dynamo_marked_constant = True     # as runs_on of scan_triton.py
 def scan(u, delta, a, B, C, own, state):
     """
     What in_chunks of mamba2.py computes, arguments as there. u may have 16 bits; B and C are taken
-    in its type, the others in float32. Differentiable once; the gradients are the same bits each
-    time.
+    in its type; the others must be float32. Differentiable once; the gradients are the same bits
+    each time.
     """
     B, C = (t.to(u.dtype) for t in (B, C))
     delta, a, own = (t.contiguous() for t in (delta, a, own))
