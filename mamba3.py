@@ -228,8 +228,8 @@ class Mamba3Block(Mixer):
         xs = ranks(x, "mimo_x")                                             # (B, L, R, H, P)
         x_before = ranks(state.x[:, None], "mimo_x")[:, 0]                  # (B, R, H, P)
         inputs = xs, k, q, gamma, late, a, state.h, x_before, state.k
-        short = x.shape[0] == 0 or (self.scan == "auto" and x.shape[1] == 1)
-        method = "sequential" if short else scan_method(self.scan, parts[0], c.d_state, c.headdim)
+        tiny = x.shape[0] == 0 or (self.scan == "auto" and x.shape[1] == 1)
+        method = "sequential" if tiny else scan_method(self.scan, parts[0], c.d_state, c.headdim)
         if method == "sequential":
             y, h = one_by_one(*inputs)
         elif method == "triton":

@@ -3341,7 +3341,7 @@ def over_channels(p, q, row, EXACT):
     return tuple(tl.tensor(TensorHandle(x, tl.float32), p[0].type) for x in picked)
 
 ssd_triton = importlib.import_module("mamba_fast.ssd_triton")
-mamba_fast.ssd_triton, ssd_triton.shared_memory = ssd_triton, lambda device: 2 ** 17
+ssd_triton.shared_memory = lambda device: 2 ** 17
 sys.modules["mamba2"].scan_method = lambda method, *others: method       # it would refuse a CPU
 for shape, dtype in (((1, 70, 2, 16, 1, 16), torch.float32), ((2, 37, 4, 20, 2, 5), torch.float32), ((1, 33, 3, 70, 3, 12), torch.float16)):
     tests.check_kernels_of_ssd(tests.inputs_of_ssd(*shape, dtype=dtype, device="cpu", strong=True), documents=True)

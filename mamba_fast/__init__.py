@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from . import scan_side_by_side, scan_tiles
 from .decode import decoder, recorded, replayed
 from .int8 import quantize_int8
-from .kernels import rows_triton, scan_triton, ssd_triton
+from .kernels import can_run, rows_triton, scan_triton, ssd_triton
 from .layers import Linear, causal_conv, cross_entropy, gated, softplus
 
 __all__ = ["Linear", "compiles_well", "conv_silu", "cross_entropy", "decoder", "gated",
@@ -40,10 +40,10 @@ COMPILES = hasattr(torch.compiler, "nested_compile_region")     # torch 2.8
 def has_triton(u, d_state, headdim=0):
     """Whether scan, or with a headdim ssd, can run for tensors like u, by its device and dtype, and
     for this d_state."""
-    able = (scan_triton is not None and u.device.type == "cuda" and scan_triton.runs_on(u.device)
-            and u.dtype != torch.float64 and d_state <= 256)
+    if not can_run(u) or d_state > 256:
+        return False
     # int: what torch.compile knows by a symbol becomes a number
-    return able and (headdim == 0 or ssd_triton.fits(u.device, u.dtype, int(headdim), int(d_state)))
+    return headdim == 0 or ssd_triton.fits(u.device, u.dtype, int(headdim), int(d_state))
 
 
 def scan(u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softplus=False):
@@ -68,7 +68,7 @@ def ssd(u, delta, a, B, C, state, own, dtype=None):
 def gated_norm(y, z, weight, groups, eps, scan):
     """RMSNorm of y silu(z), both (B, L, D), as in GatedRMSNorm of mamba2.py; scan: the method."""
     if (scan not in ("auto", "triton") or torch.compiler.is_compiling() or y.numel() == 0
-            or not has_triton(y, 1)):
+            or not can_run(y)):
         return None
     return rows_triton.gated_norm(y, z, weight, groups, eps)
 
@@ -101,7 +101,7 @@ def conv_silu(x, weight, bias, state, scan):
     """
     if scan == "sequential":    # plain, so that it can be differentiated twice
         return None
-    if scan in ("auto", "triton") and has_triton(x, 1):
+    if scan in ("auto", "triton") and can_run(x):
         return scan_triton.conv_silu_triton(x, weight, bias, state)
     y = causal_conv(x, weight, bias, state)
     return None if y is None else F.silu(y)

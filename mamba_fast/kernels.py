@@ -1,4 +1,5 @@
-"""The files of Triton kernels, or None for each of them where there is no CUDA or no Triton."""
+"""The files of Triton kernels, or None for each of them where there is no CUDA or no Triton; and
+whether they can run."""
 from __future__ import annotations
 
 import torch
@@ -10,4 +11,10 @@ try:
 except ImportError:
     rows_triton = scan_triton = ssd_triton = step_triton = None
 
-__all__ = ["rows_triton", "scan_triton", "ssd_triton", "step_triton"]
+__all__ = ["can_run", "rows_triton", "scan_triton", "ssd_triton", "step_triton"]
+
+
+def can_run(x):
+    """Whether they can run for tensors like x, by its device and dtype."""
+    return (scan_triton is not None and x.device.type == "cuda" and scan_triton.runs_on(x.device)
+            and x.dtype != torch.float64)

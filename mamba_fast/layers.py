@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .kernels import rows_triton, scan_triton
+from .kernels import can_run, rows_triton
 
 LOGITS = 2 ** 28    # numbers that are computed at once for a loss; as float32, 1 GB
 
@@ -162,9 +162,9 @@ def cross_entropy(x, head, plain, targets, vocab_size):
     if rows >= len(x):
         return None
     if plain and head.bias is None and torch.is_grad_enabled():
-        fused = (rows_triton is not None and x.device.type == "cuda" and x.dtype != torch.float64
-                 and scan_triton.runs_on(x.device) and not torch.compiler.is_compiling())
-        # all rows, if that does no harm: products of an odd number of them take three times as long
+        fused = can_run(x) and not torch.compiler.is_compiling()
+        # with the padding of the vocabulary, which the kernel leaves out of the loss: products with
+        # an odd number of rows take a GPU three times as long
         weight = head.weight if fused else head.weight[:vocab_size]
         return LinearCrossEntropy.apply(x, weight, targets, rows, vocab_size, fused)
 
@@ -191,10 +191,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, rows, vocab_size, fused):
+        loss_and_gradient = rows_triton.softmax_gradient if fused else softmax_gradient
         losses, gx, gweight = [], [], 0
         for x_p, targets_p in zip(x.split(rows), targets.split(rows)):
             logits = F.linear(x_p, weight)                                      # (rows, V)
-            loss_and_gradient = rows_triton.softmax_gradient if fused else softmax_gradient
             loss, glogits = loss_and_gradient(logits, targets_p, vocab_size)
             losses.append(loss)
             gx.append(glogits @ weight)

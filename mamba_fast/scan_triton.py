@@ -823,18 +823,20 @@ def _gradients_of(back, ctx, gy, glast, _gkept=None):
             None if delta_bias is None else gbias, gstate.transpose(1, 2) if ctx.has_state else None, None, None)
 
 
-class _Scan(torch.autograd.Function):
-    """What the operator does, without what an operator costs: where no compiler has to see one."""
+def _as_function(run, setup, gradients):
+    """What an operator of a scan does, without what an operator costs: where no compiler has to see one."""
+    class Scan(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = run(*inputs)
+            setup(ctx, inputs, output)
+            return output[:2]
 
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _run(*inputs)
-        _setup(ctx, inputs, output)
-        return output[:2]
-
-    backward = staticmethod(once_differentiable(partial(_gradients_of, _run_back)))
+        backward = staticmethod(once_differentiable(gradients))
+    return Scan
 
 
+_Scan = _as_function(_run, _setup, partial(_gradients_of, _run_back))
 _forward = library.custom_op("selective_scan::forward", _run, mutates_args=(), schema=FORWARD)
 _backward = library.custom_op("selective_scan::backward", _run_back, mutates_args=(), schema=BACKWARD)
 _forward.register_autograd(partial(_gradients_of, torch.ops.selective_scan.backward), setup_context=_setup)

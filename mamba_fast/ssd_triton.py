@@ -23,10 +23,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import library
-from torch.autograd.function import once_differentiable
 from triton.language import constexpr
 
-from .scan_triton import CAPABLE, Kernel, _dtypes, _facts, _wants_gradients
+from .scan_triton import CAPABLE, Kernel, _as_function, _dtypes, _facts, _wants_gradients
 
 LOG2E = constexpr(1.4426950408889634)
 SMALLEST = constexpr(-1500.0)   # of delta A log2(e): the exp2 of it is 0
@@ -268,9 +267,14 @@ def _sizes(u, B):
 def _tiles(u, P, N):
     """T, PB, NB, TYPE, DOT."""
     PB, NB = _power_of_2(P), _power_of_2(N)
-    numbers = tl.bfloat16 if u.dtype == torch.bfloat16 else tl.float32
+    kind = tl.bfloat16 if _kept_as(u) == torch.bfloat16 else tl.float32
     precision = "tf32" if u.dtype == torch.float16 else "tf32x3"
-    return steps_of(u.device, u.dtype, P, N), PB, NB, numbers, precision
+    return steps_of(u.device, u.dtype, P, N), PB, NB, kind, precision
+
+
+def _kept_as(u):
+    """The dtype of the states that are kept, and of what is multiplied."""
+    return torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
 
 
 def _tiles_of_states(u, P, N):
@@ -304,8 +308,7 @@ def _run(u, delta, a, B, C, own, state, keep):
     batch, tiles = len(u), _tiles_of_states(u, P, N)
     y, last = u.new_empty(u.shape), delta.new_empty(batch, H, P, N)
     packed = delta.new_empty(3, batch, H, K * tiles[0])
-    kind = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
-    states = u.new_empty((batch, H, K, N, P) if keep else 0, dtype=kind)
+    states = u.new_empty((batch, H, K, N, P) if keep else 0, dtype=_kept_as(u))
     strides = _strides(u, B, C)
     with torch.cuda.device_of(u):
         _start_pack((K, -(-H // 32), batch), _version(sizes, (delta, a), tiles[0]), delta, a,
@@ -362,18 +365,7 @@ def _gradients_of(back, ctx, gy, glast, *_kept):
     return *others, gstate if ctx.has_state else None, None
 
 
-class _Scan(torch.autograd.Function):
-    """What the operator does, without what an operator costs: where no compiler has to see one."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _run(*inputs)
-        _setup(ctx, inputs, output)
-        return output[:2]
-
-    backward = staticmethod(once_differentiable(partial(_gradients_of, _run_back)))
-
-
+_Scan = _as_function(_run, _setup, partial(_gradients_of, _run_back))
 _operator = library.custom_op(
     "ssd::forward", _run, mutates_args=(),
     schema=f"({INPUTS}, bool keep) -> ({', '.join(['Tensor'] * 4)})")
@@ -389,10 +381,9 @@ def _(u, delta, a, B, C, own, state, keep):
     (batch, L, H, P), N = u.shape, B.shape[3]
     T = steps_of(u.device, u.dtype, P, N)
     K = (L + T - 1) // T
-    kind = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
     return (u.new_empty(u.shape), delta.new_empty(batch, H, P, N),
             delta.new_empty(3, batch, H, K * T),
-            u.new_empty((batch, H, K, N, P) if keep else 0, dtype=kind))
+            u.new_empty((batch, H, K, N, P) if keep else 0, dtype=_kept_as(u)))
 
 
 @_backward.register_fake
