@@ -4,6 +4,7 @@ Several processes of torchrun that train as one, on the GPUs of one machine or o
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 
 import torch
@@ -38,6 +39,8 @@ def gpu_of_its_own():
 def join_others(rank, world, device):
     """Problem: the processes do not find each other."""
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)   # what asks for no device in particular, as --fsdp, gets it
     try:
         store, *_ = next(dist.rendezvous("env://"))
         # When torchrun starts all anew, the addresses of those before are still in there.
@@ -83,13 +86,15 @@ def average(grads, world):
 
 def share(model):
     """--fsdp: from here on each process keeps its share of every parameter, and of what belongs to
-    it, and has a layer whole only while it computes with it. The gradients come averaged."""
+    it, and has some layers whole only while it computes with them. The gradients come averaged."""
     try:
         from torch.distributed.fsdp import fully_shard
     except ImportError:
         raise Problem(f"--fsdp needs PyTorch 2.6; this is {torch.__version__}") from None
-    for layer in model.backbone["layers"]:
-        fully_shard(layer)
+    layers = list(model.backbone["layers"])
+    some = math.ceil(len(layers) / 8)   # at once: Python needs milliseconds for each such group
+    for i in range(0, len(layers), some):
+        fully_shard(layers[i:i + some])
     fully_shard(model)
 
 def whole(tree, keep=True):

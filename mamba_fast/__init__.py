@@ -87,7 +87,7 @@ def recurrence(method, u, A):
     if method == "triton":
         return scan
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() or not compiles_well(u.device, A.shape[1]):
+        if not compiles_well(u.device, A.shape[1]) or torch.compiler.is_exporting():
             return scan_tiles.operator
         from . import scan_compiled  # only here, for it takes a while
         return scan_compiled.recurrence

@@ -33,13 +33,22 @@ def mkl_is_slow():
             and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available())
 
 
+def are_many(rows):
+    """Whether there are enough of them. Of what is compiled or exported for any number that is not
+    known: to ask would tie it to what is so now."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes a while
+        return statically_known_true(rows >= 512)
+    return rows >= 512
+
+
 class LinearByConvolution(nn.Linear):
     """nn.Linear, but many float32 rows on a CPU go through a convolution of width 1: PyTorch leaves
     it to oneDNN, which is twice as fast where mkl_is_slow."""
 
     def forward(self, x):
         weight, rows = self.weight, x.numel() // x.shape[-1]
-        if (rows < 512 or x.device.type != "cpu" or x.dtype != torch.float32
+        if (not are_many(rows) or x.device.type != "cpu" or x.dtype != torch.float32
                 or type(weight) is not nn.Parameter or torch.is_autocast_enabled("cpu")):
             return F.linear(x, weight, self.bias)
         image = x.reshape(1, 1, rows, -1).permute(0, 3, 1, 2)   # (1, in, 1, rows), still row by row
