@@ -87,9 +87,9 @@ def outer(x, k):
     """(B, R, H, P), (B, R, H, N) -> (B, H, P, N), the sum over R."""
     return torch.einsum("brhp,brhn->bhpn", x, k)
 
-def chunked(x, k, q, gamma, late, a, h, x_before, k_before, scan):
-    """What one_by_one computes, by the scan of Mamba-2, of R steps for each one.
-    scan: (u, delta, a, B, C, h, own) -> y, last h, as in_chunks of mamba2.py."""
+def chunked(x, k, q, gamma, late, a, h, x_before, k_before, kq, scan):
+    """What one_by_one computes, by the scan of Mamba-2, of R steps for each one.  kq: k . q,
+    (B, L, R, H).  scan: (u, delta, a, B, C, h, own) -> y, last h, as in_chunks of mamba2.py."""
     rank = x.shape[2]
     weight = gamma + F.pad(late[:, 1:], (0, 0, 0, 1))                       # (B, L, H)
     # what the step before the first one adds late decays with the first
@@ -97,7 +97,7 @@ def chunked(x, k, q, gamma, late, a, h, x_before, k_before, scan):
     # of the R steps the first one alone decays, and each reads those before it, with their weight
     a = F.pad(a[:, :, None], (0, 0, 0, rank - 1))                           # (B, L, R, H)
     weights = weight[:, :, None].expand(a.shape)
-    own = gamma[:, :, None] * (q * k).sum(-1)                               # (B, L, R, H)
+    own = gamma[:, :, None] * kq                                            # (B, L, R, H)
     u, weights, a, k_all, q_all, own = (t.flatten(1, 2) for t in (x, weights, a, k, q, own))
     y, h = scan(u, weights, a, k_all, q_all, h, own)
     y = y.view(x.shape)
@@ -217,10 +217,13 @@ class Mamba3Block(Mixer):
             a = a.masked_fill(begins[..., None], FORGET)
             late = late.masked_fill(begins[..., None], 0)
         turns = torch.tanh(angles)[:, :, None] * delta[..., None] / 2       # (B, L, H, S)
-        turns = angles_since(begins, turns, state.theta / (2 * math.pi))
-        theta = turns * (2 * math.pi)
-        k, q = (turned(of_heads_normed(t, norm, bias, c), theta, c.mimo_rank > 1)
-                for t, norm, bias in ((B, self.B_norm, self.B_bias), (C, self.C_norm, self.C_bias)))
+        tiny = x.shape[0] == 0 or (self.scan == "auto" and x.shape[1] == 1)
+        method = "sequential" if tiny else scan_method(self.scan, parts[0], c.d_state, c.headdim)
+        first, sums = state.theta / (2 * math.pi), None
+        if method == "triton" and begins is None:
+            sums = mamba.fast.angles_since(turns, first)
+        theta = (angles_since(begins, turns, first) if sums is None else sums) * (2 * math.pi)
+        k, q, kq = self.keys_and_queries(B, C, theta, method, parts[0].dtype)
         x = torch.unflatten(x, -1, (c.nheads, -1))                          # (B, L, H, P)
         z = torch.unflatten(z, -1, (c.nheads, -1))
         ranks = lambda t, name: (t[:, :, None] if c.mimo_rank == 1 else
@@ -228,14 +231,12 @@ class Mamba3Block(Mixer):
         xs = ranks(x, "mimo_x")                                             # (B, L, R, H, P)
         x_before = ranks(state.x[:, None], "mimo_x")[:, 0]                  # (B, R, H, P)
         inputs = xs, k, q, gamma, late, a, state.h, x_before, state.k
-        tiny = x.shape[0] == 0 or (self.scan == "auto" and x.shape[1] == 1)
-        method = "sequential" if tiny else scan_method(self.scan, parts[0], c.d_state, c.headdim)
         if method == "sequential":
             y, h = one_by_one(*inputs)
         elif method == "triton":
-            y, h = chunked(*inputs, functools.partial(mamba.fast.ssd, dtype=parts[0].dtype))
+            y, h = chunked(*inputs, kq, functools.partial(mamba.fast.ssd, dtype=parts[0].dtype))
         else:
-            y, h = chunked(*inputs, functools.partial(in_chunks, steps=c.chunk_size))
+            y, h = chunked(*inputs, kq, functools.partial(in_chunks, steps=c.chunk_size))
         y = y + xs * self.D[:, None]
         y = y * F.silu(ranks(z, "mimo_z"))
         y = y[:, :, 0] if c.mimo_rank == 1 else (y * self.mimo_o.transpose(0, 1).to(number)).sum(2)
@@ -243,15 +244,25 @@ class Mamba3Block(Mixer):
         last = None if mask is None else mask.sum(1)
         keep = lambda t, first: (t[:, -1].clone() if last is None else torch.cat(
             [first[:, None], t], 1).take_along_dim(last.view(-1, *[1] * (t.dim() - 1)), 1)[:, 0])
-        after = Mamba3State(keep(theta, state.theta), h, keep(k, state.k), keep(x, state.x))
+        k = keep(k, state.k).to(number)     # of kernels it may have 16 bits
+        after = Mamba3State(keep(theta, state.theta), h, k, keep(x, state.x))
         return y.flatten(2), after
 
-def of_heads_normed(t, norm, bias, config):
-    """B or C, (B, L, R * G * N), normed, for each head, with its bias: (B, L, R, H, N)."""
-    t = torch.unflatten(t, -1, (config.mimo_rank, config.ngroups, -1))      # (B, L, R, G, N)
-    t = F.rms_norm(t, t.shape[-1:], norm.weight.to(t.dtype), norm.eps)
-    t = torch.unflatten(of_heads(t.flatten(0, 1), config.nheads), 0, t.shape[:2])
-    return t + bias.transpose(0, 1).to(t.dtype)                             # (R, H, N)
+    def keys_and_queries(self, B, C, theta, method, dtype):
+        """k, q (B, L, R, H, N): B and C (B, L, R * G * N) normed, for each head with its bias, and
+        turned by theta; and k . q.  dtype: of k and q if kernels make them."""
+        heads, rank = self.config.nheads, self.config.mimo_rank
+        B, C = (torch.unflatten(t, -1, (rank, self.config.ngroups, -1)) for t in (B, C))
+        B, C = (F.rms_norm(t, t.shape[-1:], norm.weight.to(t.dtype), norm.eps)
+                for t, norm in ((B, self.B_norm), (C, self.C_norm)))        # (B, L, R, G, N)
+        biases = [bias.transpose(0, 1).to(B.dtype) for bias in (self.B_bias, self.C_bias)]
+        if method == "triton" and rank == 1:
+            of_one = (t.squeeze(-3) for t in (B, C, *biases))
+            return [t[:, :, None] for t in mamba.fast.keys_and_queries(*of_one, theta, dtype)]
+        k, q = (torch.unflatten(of_heads(t.flatten(0, 1), heads), 0, t.shape[:2]) + bias
+                for t, bias in zip((B, C), biases))                         # bias: (R, H, N)
+        k, q = (turned(t, theta, rank > 1) for t in (k, q))
+        return k, q, (k * q).sum(-1)
 
 Mamba3Config.block = Mamba3Block
 PLAIN[Mamba3Block] = Mamba3Block.forward, Mamba3Block.mix

@@ -72,8 +72,9 @@ import show
 import texts
 import train
 from mamba import Mamba, MambaBlock, MambaConfig, MambaState, selective_scan
-from mamba2 import GatedRMSNorm, Mamba2Block, Mamba2Config, ssd
-from mamba3 import Mamba3Block, Mamba3Config
+from mamba2 import GatedRMSNorm, Mamba2Block, Mamba2Config, of_heads, ssd
+from mamba3 import Mamba3Block, Mamba3Config, turned
+from mamba3 import angles_since as sums_of_angles
 from mamba_files import read_whole
 from tokens import (
     BPETokenizer,
@@ -3221,6 +3222,41 @@ def check_kernels_of_ssd(inputs, documents=False):
         assert torch.equal(*results[:2]), f"{name} is not the same bits again"
 
 
+def check_keys(batch, length, groups, heads, d_state, angles, dtype=torch.float32, device="cuda"):
+    """Keys, queries and their products by the kernels against float64, gradients included, and the same bits again."""
+    from mamba_fast.turn_triton import keys_and_queries
+    draw = lambda *shape: torch.randn(*shape, device=device)
+    inputs = [draw(batch, length, 2 * groups, d_state)[:, :, ::2], draw(batch, length, groups, d_state), draw(heads, d_state),
+              draw(heads, d_state), 6 * draw(batch, length, heads, angles).abs()]
+    cotangents = [draw(batch, length, heads, d_state).to(dtype), draw(batch, length, heads, d_state).to(dtype), draw(batch, length, heads)]
+
+    def plain(B, C, B_bias, C_bias, theta, dtype):
+        k, q = (turned((of_heads(t, heads) + bias)[:, :, None], theta, False)[:, :, 0]
+                for t, bias in ((B, B_bias), (C, C_bias)))
+        return k, q, (k * q).sum(-1)
+    results = []
+    for run, kind in ((keys_and_queries, torch.float32), (keys_and_queries, torch.float32), (plain, torch.float64)):
+        leaves = [t.detach().to(kind).requires_grad_() for t in inputs]
+        out = run(*leaves, dtype)
+        results.append([*out, *torch.autograd.grad(out, leaves, [g.to(o) for g, o in zip(cotangents, out)])])
+    assert results[0][0].dtype == dtype and results[0][2].dtype == torch.float32
+    for got, again, expected in zip(*results):
+        assert torch.equal(got, again) and relative(got, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def check_angles(batch, length, heads, angles, device="cuda"):
+    """Their sums by the kernels against float64, gradients included; in a circle 0 and 1 are the same."""
+    from mamba_fast.turn_triton import angles_since
+    turns, first = torch.rand(batch, length, heads, angles, device=device) - 0.3, torch.rand(batch, heads, angles, device=device)
+    g, results = torch.randn_like(turns), []
+    for run, kind in ((angles_since, torch.float32), (lambda *inputs: sums_of_angles(None, *inputs), torch.float64)):
+        leaves = [t.to(kind).requires_grad_() for t in (turns, first)]
+        since = run(*leaves)
+        results.append([torch.view_as_real(torch.exp(2j * math.pi * since)), *torch.autograd.grad(since, leaves, g.to(kind))])
+    for got, expected in zip(*results):
+        assert relative(got, expected) < 3e-5
+
+
 def check_gated_norm(batch, length, d_inner, groups, dtype=torch.float32, device="cuda"):
     """The fused norm against the plain one in float64: of a view, gradients included."""
     from mamba_fast.rows_triton import gated_norm
@@ -3345,6 +3381,11 @@ ssd_triton.shared_memory = lambda device: 2 ** 17
 sys.modules["mamba2"].scan_method = lambda method, *others: method       # it would refuse a CPU
 for shape, dtype in (((1, 70, 2, 16, 1, 16), torch.float32), ((2, 37, 4, 20, 2, 5), torch.float32), ((1, 33, 3, 70, 3, 12), torch.float16)):
     tests.check_kernels_of_ssd(tests.inputs_of_ssd(*shape, dtype=dtype, device="cpu", strong=True), documents=True)
+tests.check_keys(2, 37, 1, 4, 12, 3, device="cpu")
+tests.check_keys(1, 16, 2, 4, 10, 5, device="cpu")
+tests.check_keys(1, 1, 1, 2, 16, 4, dtype=torch.bfloat16, device="cpu")
+tests.check_angles(2, 300, 3, 5, device="cpu")
+tests.check_angles(1, 128, 2, 16, device="cpu")
 tests.check_gated_norm(2, 5, 40, 2, device="cpu")
 tests.check_gated_norm(1, 600, 20, 1, device="cpu")
 tests.check_gated_norm(3, 1, 20, 1, device="cpu")
@@ -3437,6 +3478,15 @@ def test_ssd_by_kernels_equals_float64(dtype):
     for i, shape in enumerate(((2, 300, 4, 64, 1, 128), (1, 77, 6, 20, 3, 12), (1, 200, 2, 128, 1, 16), (2, 1, 3, 5, 1, 7), (1, 64, 2, 64, 2, 64),
                                (1, 45, 2, 16, 1, 100))):
         check_kernels_of_ssd(inputs_of_ssd(*shape, dtype=dtype, strong=i % 2 > 0), documents=i % 3 > 0)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_keys_by_kernels_equal_float64(dtype):
+    for shape in ((2, 300, 3, 5), (1, 128, 2, 16), (3, 1, 2, 7), (1, 5000, 4, 32)):
+        check_angles(*shape)
+    for shape in ((2, 300, 1, 4, 128, 32), (1, 77, 3, 6, 12, 3), (1, 1, 1, 2, 16, 8), (1, 33, 2, 2, 100, 1)):
+        check_keys(*shape, dtype=dtype)
 
 
 @on_gpu

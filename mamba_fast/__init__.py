@@ -6,7 +6,8 @@ mamba.py does it in its own way:
 
     Linear             a class, never None: nn.Linear, but on some CPUs a faster one
     has_triton(...)    True or False: whether the kernels of scan can run here
-    scan, ssd          never None, and asked only where has_triton says True
+    scan, ssd, keys_and_queries     never None, and asked only where has_triton says True
+    angles_since       the same, but None in what torch.compile compiles, for it fuses the plain way
     recurrence(...)    a function, never None
     softplus, gated    never None: the same with backward passes that keep less
     conv_silu(...)     None for the sequential scan, which can be differentiated twice, and in what
@@ -27,12 +28,12 @@ import torch.nn.functional as F
 from . import scan_side_by_side, scan_tiles
 from .decode import decoder, recorded, replayed
 from .int8 import quantize_int8
-from .kernels import can_run, rows_triton, scan_triton, ssd_triton
+from .kernels import can_run, rows_triton, scan_triton, ssd_triton, turn_triton
 from .layers import Linear, causal_conv, cross_entropy, gated, softplus
 
-__all__ = ["Linear", "compiles_well", "conv_silu", "cross_entropy", "decoder", "gated",
-           "gated_norm", "has_triton", "quantize_int8", "recorded", "recurrence", "replayed",
-           "scan", "softplus", "ssd"]
+__all__ = ["Linear", "angles_since", "compiles_well", "conv_silu", "cross_entropy", "decoder",
+           "gated", "gated_norm", "has_triton", "keys_and_queries", "quantize_int8", "recorded",
+           "recurrence", "replayed", "scan", "softplus", "ssd"]
 
 COMPILES = hasattr(torch.compiler, "nested_compile_region")     # torch 2.8
 
@@ -63,6 +64,19 @@ def ssd(u, delta, a, B, C, state, own, dtype=None):
     """
     y, last = ssd_triton.scan(u if dtype is None else u.to(dtype), delta, a, B, C, own, state)
     return y.to(u.dtype), last
+
+
+def angles_since(turns, first):
+    """That of mamba3.py by kernels, for one document."""
+    return None if torch.compiler.is_compiling() else turn_triton.angles_since(turns, first)
+
+
+def keys_and_queries(B, C, B_bias, C_bias, theta, dtype):
+    """
+    Those of Mamba-3 with one step for each token, by kernels: B, C (B, L, G, N) normed, biases (H,
+    N), theta (B, L, H, S). Returns k, q (B, L, H, N) in this dtype, and their scalar products.
+    """
+    return turn_triton.keys_and_queries(B, C, B_bias, C_bias, theta, dtype)
 
 
 def gated_norm(y, z, weight, groups, eps, scan):

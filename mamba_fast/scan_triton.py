@@ -823,17 +823,17 @@ def _gradients_of(back, ctx, gy, glast, _gkept=None):
             None if delta_bias is None else gbias, gstate.transpose(1, 2) if ctx.has_state else None, None, None)
 
 
-def _as_function(run, setup, gradients):
-    """What an operator of a scan does, without what an operator costs: where no compiler has to see one."""
-    class Scan(torch.autograd.Function):
+def _as_function(run, setup, gradients, results=2):
+    """What an operator with so many results does, without what an operator costs: where no compiler has to see one."""
+    class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             output = run(*inputs)
             setup(ctx, inputs, output)
-            return output[:2]
+            return output[:results]
 
         backward = staticmethod(once_differentiable(gradients))
-    return Scan
+    return Operator
 
 
 _Scan = _as_function(_run, _setup, partial(_gradients_of, _run_back))

@@ -1,0 +1,257 @@
+"""
+What Mamba-3 does before its scan on CUDA, as Triton kernels: the sums of the angles, and the keys
+and queries. Those of all heads are made of B and C, which heads share, each with a bias and a
+rotation of its own. In the steps of mamba3.py each is a tensor for itself, H times as large as B;
+here they are written once.
+"""
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import library
+from torch.autograd.function import once_differentiable
+
+from .scan_triton import Kernel, _as_function, _dtypes, _facts, _wants_gradients
+
+# steps of a program, which has all heads of a group; backward it is one warp, so that its sums need
+# no other, and has registers for half as many
+STEPS, STEPS_BACK = 16, 8
+
+
+@triton.jit(do_not_specialize=("L",))
+def _sums(turns, first, since, L, M: tl.constexpr, T: tl.constexpr, BM: tl.constexpr):
+    """since (B, L, M): the fraction of first (B, M) and the sum of turns until each step. The sums
+    are kept as two, as in mamba3.py."""
+    m, b = tl.program_id(0) * BM + tl.arange(0, BM)[None, :], tl.program_id(1).to(tl.int64)
+    first_m = tl.load(first + b * M + m, mask=m < M, other=0)
+    coarse, rest = tl.zeros((1, BM), tl.float32), tl.zeros((1, BM), tl.float32)
+    for t0 in range(0, L, T):
+        t = t0 + tl.arange(0, T)[:, None]
+        at, there = (b * L + t) * M + m, (t < L) & (m < M)
+        turns_t = tl.load(turns + at, mask=there, other=0)
+        coarse_t = tl.floor(turns_t * 1024 + 0.5) / 1024
+        turns_t -= coarse_t
+        exact = coarse + tl.cumsum(coarse_t, 0)
+        total = first_m + (exact - tl.floor(exact)) + (rest + tl.cumsum(turns_t, 0))
+        tl.store(since + at, total - tl.floor(total), mask=there)
+        coarse += tl.sum(coarse_t, 0)[None, :]
+        coarse -= tl.floor(coarse)      # of what is exact only the fraction counts
+        rest += tl.sum(turns_t, 0)[None, :]
+
+
+@triton.jit(do_not_specialize=("L",))
+def _sums_back(gsince, gturns, gfirst, L, M: tl.constexpr, T: tl.constexpr, BM: tl.constexpr):
+    """gturns: for each step the sum of gsince from there to the end; gfirst: the sum of all."""
+    m, b = tl.program_id(0) * BM + tl.arange(0, BM)[None, :], tl.program_id(1).to(tl.int64)
+    after = tl.zeros((1, BM), tl.float32)
+    for i in range((L + T - 1) // T):
+        t = ((L + T - 1) // T - 1 - i) * T + tl.arange(0, T)[:, None]
+        at, there = (b * L + t) * M + m, (t < L) & (m < M)
+        g_t = tl.load(gsince + at, mask=there, other=0)
+        tl.store(gturns + at, after + tl.cumsum(g_t, 0, reverse=True), mask=there)
+        after += tl.sum(g_t, 0)[None, :]
+    tl.store(gfirst + b * M + m, after, mask=m < M)
+
+
+@triton.jit
+def _angles(theta, at, S, BP: tl.constexpr):
+    """cos and sin, (T, BP), of the angles of a head; 1 and 0 from the S-th on."""
+    s = tl.arange(0, BP)[None, :]
+    angle = tl.load(theta + at[:, None] * S + s, mask=(at >= 0)[:, None] & (s < S), other=0)
+    return tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
+def _pairs(x, T: tl.constexpr, BP: tl.constexpr):
+    """(T, 2 BP) -> the first and the second of each two, (T, BP)."""
+    return tl.split(tl.reshape(x, (T, BP, 2)))
+
+
+@triton.jit
+def _rotated(one, other, cos, sin):
+    return tl.interleave(one * cos - other * sin, one * sin + other * cos)
+
+
+@triton.jit(do_not_specialize=("L",))
+def _turn(B, C, B_bias, C_bias, theta, k, q, dots, L, G: tl.constexpr, H: tl.constexpr,
+          N: tl.constexpr, S: tl.constexpr, T: tl.constexpr, BP: tl.constexpr):
+    """k, q (B, L, H, N) and dots (B, L, H), their scalar products."""
+    t, n = tl.program_id(0) * T + tl.arange(0, T), tl.arange(0, 2 * BP)
+    row, group = tl.program_id(2).to(tl.int64) * L + t, tl.program_id(1)
+    there = (t < L)[:, None] & (n < N)[None, :]
+    of_group = (row * G + group)[:, None] * N + n[None, :]
+    B_t = tl.load(B + of_group, mask=there, other=0)
+    C_t = tl.load(C + of_group, mask=there, other=0)
+    for i in range(H // G):
+        head = group * (H // G) + i
+        k_t = B_t + tl.load(B_bias + head * N + n, mask=n < N, other=0)[None, :]
+        q_t = C_t + tl.load(C_bias + head * N + n, mask=n < N, other=0)[None, :]
+        at = tl.where(t < L, row * H + head, -1)
+        tl.store(dots + at, tl.sum(k_t * q_t, 1), mask=t < L)
+        cos, sin = _angles(theta, at, S, BP)
+        one, other = _pairs(k_t, T, BP)
+        tl.store(k + at[:, None] * N + n[None, :], _rotated(one, other, cos, sin), mask=there)
+        one, other = _pairs(q_t, T, BP)
+        tl.store(q + at[:, None] * N + n[None, :], _rotated(one, other, cos, sin), mask=there)
+
+
+@triton.jit(do_not_specialize=("L",))
+def _turn_gradients(B, C, B_bias, C_bias, theta, gk, gq, gdots, gB, gC, gtheta, sums, L,
+                    G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
+                    T: tl.constexpr, BP: tl.constexpr):
+    """gB, gC (B, L, G, N), gtheta (B, L, H, S), and sums (2, B, programs, H, N), of which those of
+    B_bias and C_bias are sums."""
+    t, n, s = tl.program_id(0) * T + tl.arange(0, T), tl.arange(0, 2 * BP), tl.arange(0, BP)
+    b, group = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    row, there = b * L + t, (t < L)[:, None] & (n < N)[None, :]
+    of_group = (row * G + group)[:, None] * N + n[None, :]
+    of_B, of_C = tl.zeros((T, 2 * BP), tl.float32), tl.zeros((T, 2 * BP), tl.float32)
+    sums += (b * tl.num_programs(0) + tl.program_id(0)) * H * N
+    for i in range(H // G):
+        head = group * (H // G) + i
+        # B and C are read again for each head: there are too few registers to keep them
+        k_t = tl.load(B + of_group, mask=there, other=0)
+        k_t += tl.load(B_bias + head * N + n, mask=n < N, other=0)[None, :]
+        q_t = tl.load(C + of_group, mask=there, other=0)
+        q_t += tl.load(C_bias + head * N + n, mask=n < N, other=0)[None, :]
+        at = tl.where(t < L, row * H + head, -1)
+        cos, sin = _angles(theta, at, S, BP)
+        to = at[:, None] * N + n[None, :]
+        gdots_t = tl.load(gdots + at, mask=t < L, other=0)[:, None]
+        # turned back, they are the gradients of what was not turned yet
+        gk_one, gk_other = _pairs(tl.load(gk + to, mask=there, other=0).to(tl.float32), T, BP)
+        gk_t = _rotated(gk_one, gk_other, cos, -sin)
+        gq_one, gq_other = _pairs(tl.load(gq + to, mask=there, other=0).to(tl.float32), T, BP)
+        gq_t = _rotated(gq_one, gq_other, cos, -sin)
+        k_one, k_other = _pairs(k_t, T, BP)
+        q_one, q_other = _pairs(q_t, T, BP)
+        gk_one, gk_other = _pairs(gk_t, T, BP)
+        gq_one, gq_other = _pairs(gq_t, T, BP)
+        gangle = k_one * gk_other - k_other * gk_one + q_one * gq_other - q_other * gq_one
+        tl.store(gtheta + at[:, None] * S + s[None, :], gangle,
+                 mask=(t < L)[:, None] & (s < S)[None, :])
+        gk_t += gdots_t * q_t
+        gq_t += gdots_t * k_t
+        of_B += gk_t
+        of_C += gq_t
+        to_sum = sums + head * N + n
+        tl.store(to_sum, tl.sum(tl.where(there, gk_t, 0), 0), mask=n < N)
+        to_sum += tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * H * N
+        tl.store(to_sum, tl.sum(tl.where(there, gq_t, 0), 0), mask=n < N)
+    tl.store(gB + of_group, of_B, mask=there)
+    tl.store(gC + of_group, of_C, mask=there)
+
+
+_start_sums, _start_sums_back = Kernel(_sums), Kernel(_sums_back)
+_start_turn, _start_turn_gradients = (
+    Kernel(_turn, num_warps=8), Kernel(_turn_gradients, num_warps=1))
+
+
+def _sum_up(kernel, x, *tensors):
+    (batch, L), M = x.shape[:2], x[0, 0].numel()
+    version = x.device.index, M, *_facts(*(t.data_ptr() for t in (x, *tensors)))
+    with torch.cuda.device_of(x):
+        kernel((-(-M // 32), batch, 1), version, x, *tensors, L, M, 128, 32)
+
+
+class _Since(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, turns, first):
+        since = torch.empty_like(turns)
+        _sum_up(_start_sums, turns, first, since)
+        return since
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gsince):
+        gsince = gsince.contiguous()
+        gturns, gfirst = torch.empty_like(gsince), torch.empty_like(gsince[:, 0])
+        _sum_up(_start_sums_back, gsince, gturns, gfirst)
+        return gturns, gfirst
+
+
+def angles_since(turns, first):
+    """angles_since of mamba3.py for one document: turns (B, L, H, S), first (B, H, S), float32.
+    Differentiable once; the gradients are the same bits each time."""
+    return _Since.apply(turns.contiguous(), first.contiguous())
+
+
+def _sizes(B, theta, steps):
+    """L, G, H, N, S, T, BP, as the kernels have them."""
+    (_, L, G, N), (H, S) = B.shape, theta.shape[2:]
+    return L, G, H, N, S, steps, triton.next_power_of_2(N // 2)
+
+
+def _start(kernel, sizes, *tensors):
+    L, G, *_, steps, _ = sizes
+    device, addresses = tensors[0].device, [t.data_ptr() for t in tensors]
+    version = device.index, *sizes[1:], *_dtypes(*tensors), *_facts(*addresses)
+    with torch.cuda.device_of(tensors[0]):
+        kernel((-(-L // steps), G, len(tensors[0])), version, *tensors, *sizes)
+
+
+def _run(B, C, B_bias, C_bias, theta, dtype):
+    """k, q and dots."""
+    sizes, (batch, L, H, _) = _sizes(B, theta, STEPS), theta.shape
+    k, q = (B.new_empty(batch, L, H, B.shape[3], dtype=dtype) for _ in range(2))
+    dots = B.new_empty(batch, L, H)
+    _start(_start_turn, sizes, B, C, B_bias, C_bias, theta, k, q, dots)
+    return k, q, dots
+
+
+def _run_back(gk, gq, gdots, B, C, B_bias, C_bias, theta):
+    """The gradients of B, C, B_bias, C_bias and theta."""
+    sizes = _sizes(B, theta, STEPS_BACK)
+    gB, gC, gtheta = map(torch.empty_like, (B, C, theta))
+    programs = -(-sizes[0] // STEPS_BACK)
+    sums = B.new_empty(2, len(B) * programs, *B_bias.shape)
+    gk, gq, gdots = (t.contiguous() for t in (gk, gq, gdots))
+    _start(_start_turn_gradients, sizes, B, C, B_bias, C_bias, theta, gk, gq, gdots, gB, gC, gtheta,
+           sums)
+    return gB, gC, sums[0].sum(0), sums[1].sum(0), gtheta
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _gradients_of(back, ctx, *gradients):
+    return *back(*gradients, *ctx.saved_tensors), None
+
+
+_Turn = _as_function(_run, _setup, partial(_gradients_of, _run_back), results=3)
+INPUTS = "Tensor B, Tensor C, Tensor B_bias, Tensor C_bias, Tensor theta"
+_operator = library.custom_op(
+    "turn::forward", _run, mutates_args=(),
+    schema=f"({INPUTS}, ScalarType dtype) -> (Tensor, Tensor, Tensor)")
+_backward = library.custom_op(
+    "turn::backward", _run_back, mutates_args=(),
+    schema=f"(Tensor gk, Tensor gq, Tensor gdots, {INPUTS}) -> ({', '.join(['Tensor'] * 5)})")
+_operator.register_autograd(partial(_gradients_of, torch.ops.turn.backward), setup_context=_setup)
+
+
+@_operator.register_fake
+def _(B, C, B_bias, C_bias, theta, dtype):
+    shape = *theta.shape[:3], B.shape[3]
+    return (*(B.new_empty(shape, dtype=dtype) for _ in range(2)), B.new_empty(shape[:3]))
+
+
+@_backward.register_fake
+def _(gk, gq, gdots, B, C, B_bias, C_bias, theta):
+    return *map(torch.empty_like, (B, C, B_bias, C_bias)), torch.empty_like(theta)
+
+
+def keys_and_queries(B, C, B_bias, C_bias, theta, dtype):
+    """
+    B, C: (B, L, G, N).  B_bias, C_bias: (H, N).  theta: (B, L, H, S), all float32.
+    Returns k and q (B, L, H, N), in this dtype: B and C of each head's group and its bias, where
+    the numbers 2 i and 2 i + 1 are turned by theta_i; and their scalar products (B, L, H), float32.
+    Differentiable once; the gradients are the same bits each time.
+    """
+    inputs = [t.contiguous() for t in (B, C, B_bias, C_bias, theta)]
+    if torch.compiler.is_compiling():
+        return torch.ops.turn.forward(*inputs, dtype)
+    return (_Turn.apply if _wants_gradients(*inputs) else _run)(*inputs, dtype)
