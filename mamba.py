@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 fast = files = None
 with suppress(ImportError):
-    import mamba_fast as fast  # each of its answers is None where it has nothing faster
+    import mamba_fast as fast  # its first page says which of its answers may be None
 with suppress(ImportError):
     import mamba_files as files  # released weights: names on Hugging Face, other layouts
 
@@ -59,12 +59,12 @@ class MambaConfig:
     d_conv: int = 4                     # width of the causal convolution in front of the scan
     expand: int = 2                     # d_inner = expand * d_model
     dt_rank: int | str = "auto"         # of the projection that makes delta; auto: d_model / 16
-    dt_min: float = 0.001               # at initialisation delta lies in [dt_min, dt_max] ...
+    dt_min: float = 0.001               # softplus of delta's first bias: in [dt_min, dt_max] ...
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4         # ... and never below this
     conv_bias: bool = True
     bias: bool = False                  # biases in in_proj and out_proj
-    dropout: float = 0.0                # on the embedding, and on what enters and leaves each mixer
+    dropout: float = 0.0                # on the embedding, a mixer's input, its or an MLP's output
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     pad_vocab_size_multiple: int = 8    # rows of the embedding are rounded up, for matrix units
@@ -123,8 +123,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     float32 (float64 if u is float64) whatever the inputs are. Differentiable in every tensor.
     method: "sequential" (the loop) | "chunked" (tiles) | "triton" (kernels of mamba_fast/, on
     CUDA) | "auto", the fastest that can run.  mask: (B, L) bool, False is padding, which leaves the
-    state as it is.  seq_idx: (B, L) int; where it changes at a real token, the state begins anew.
-    ValueError: inputs that do not fit; a method that cannot run here. Names are as in mamba_ssm."""
+    state as it is.  seq_idx: (B, L) int; where it changes within a call, at a real token, the state
+    begins anew.  ValueError: what does not fit, or cannot run here. Names are as in mamba_ssm."""
     if u.dim() != 3 or A.dim() != 2 or u.shape[1] == 0:
         raise ValueError(f"u must be (B, L, D), L > 0, A (D, N), not {[*u.shape]}, {[*A.shape]}")
     wide, (batch, length, d_inner), d_state = tuple(u.shape), u.shape, A.shape[1]
@@ -163,13 +163,13 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         u, delta, A, B, C, state = (t.to(number) for t in (u, delta, A, B, C, state))
         if delta_bias is not None:
             delta = delta + delta_bias
-        ours = fast if method == "chunked" else None    # whose backward passes keep less
+        ours = fast if method == "chunked" else None    # functions that keep less for backward
         if delta_softplus:
             delta = (ours or F).softplus(delta)
         if mask is not None:
             delta = delta.masked_fill(~mask[..., None], 0)
         x = u
-        if seq_idx is not None:     # a step so long that nothing is left of the state before it
+        if seq_idx is not None:     # FOREVER leaves nothing of the state; x makes up for it in x B
             begins = beginnings(seq_idx, mask)[..., None]                   # (B, L, 1)
             x = torch.where(begins, delta * u / FOREVER, u)
             delta = delta.masked_fill(begins, FOREVER)
@@ -381,7 +381,7 @@ class MambaBlock(Mixer):
         dt, B, C = parts
         if is_plain(self.dt_proj):      # then its bias is added in the scan, in float32
             delta, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias      # (B, L, D)
-        else:       # in 16 bits autocast rounds the bias, which F.linear would not take as it is
+        else:       # its bias is in float32: with an input of 16 bits only autocast can take both
             with torch.autocast(dt.device.type, dt.dtype, enabled=dt.element_size() == 2):
                 delta, bias = self.dt_proj(dt), None
         y, h = selective_scan(x, delta, -torch.exp(self.A_log), B, C, self.D, z, bias, True, h,
@@ -450,8 +450,8 @@ class Mamba(nn.Module):
                 num_last_tokens=0, mask: Maybe = None, seq_idx: Maybe = None) -> tuple:
         """idx: (B, L) token ids.  targets: (B, L), negative ones are ignored.  state: init_state's
         or what a call returned: any split of a text gives the same.  mask, seq_idx: as for Mixer.
-        Returns logits (B, L, vocab_size), or of the last num_last_tokens, and None; with targets
-        None and the mean cross-entropy in nats; with a state the next one as a third."""
+        Returns (logits, None), logits (B, L, vocab_size) or of the last num_last_tokens, 0: of all;
+        with targets (None, mean cross-entropy in nats); with a state the next one as a third."""
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets must be {[*idx.shape]} as idx, not {[*targets.shape]}")
         x = self.hidden(idx, state, mask, seq_idx)
@@ -591,7 +591,7 @@ class Mamba(nn.Module):
         torch.save(weights, Path(folder, "pytorch_model.bin"))
         Path(folder, "config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
 
-# what mamba_fast/ may take over: objects of these very classes (take out one that you change)
+# what mamba_fast/ may take over in generate: take out a class that you edit, or it runs as it was
 PLAIN = {c: (c.forward, getattr(c, "mix", None)) for c in (Mamba, Layer, MambaBlock, GatedMLP)}
 
 def read_folder(folder, _):
@@ -613,18 +613,18 @@ class Stream(Iterator):
                  compile=False, **sampling):
         check_sampling(**sampling)
         vocab_size, device = model.config.vocab_size, model.device
-        if not all(0 <= token < vocab_size for token in stop):
-            raise ValueError(f"stop must be token ids below {vocab_size}, not {list(stop)}")
-        prompts = [torch.as_tensor(p, dtype=torch.long, device=device) for p in prompts]
-        if min((len(p) for p in prompts), default=0) == 0:
+        stop, *prompts = (torch.as_tensor(ids, dtype=torch.long, device=device)
+                          for ids in (stop, *prompts))
+        if min(map(len, prompts), default=0) == 0:
             raise ValueError("each prompt needs at least one token")
+        if (ids := torch.cat([stop, *prompts])).min() < 0 or ids.max() >= vocab_size:
+            raise ValueError(f"prompts and stop must be token ids from 0 to {vocab_size - 1}")
         if seen is None and sampling.get("repetition_penalty") is not None:
             seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
         for row, prompt in zip(() if seen is None else seen, prompts):
             row.scatter_(0, prompt, True)
         draw = functools.partial(sample, seen=seen, **sampling)
         self._step = SimpleNamespace(state=state or model.init_state(len(prompts)))   # until next()
-        stop = torch.tensor(stop, dtype=torch.long, device=device) if len(stop) > 0 else None
         self._tokens = self._make(model, prompts, max_new_tokens, draw, stop, seen, compile)
 
     __next__ = lambda self: next(self._tokens)
@@ -643,7 +643,7 @@ class Stream(Iterator):
                 if seen is not None:
                     seen.scatter_(1, token[:, None], True)
                 yield token
-                if stop is not None:
+                if len(stop) > 0:
                     ended = (token[:, None] == stop).any(1)   # isin may wait for a GPU
                     if (token.device.type == "cpu" or left % 16 == 0) and ended.all():
                         return
@@ -688,7 +688,7 @@ def sample(logits: Tensor, temperature=1.0, top_k: int | None = None, top_p: flo
         if top_p is not None:
             ordered, order = probs.sort(descending=True)
             enough = ordered.cumsum(-1) - ordered >= top_p      # those before already sum to it
-            probs = probs.masked_fill(enough.scatter(-1, order, enough), 0)
+            probs = probs.masked_fill(enough.scatter(-1, order, enough), 0)      # back in order
         if min_p is not None:
             probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
         logits = logits.masked_fill(probs == 0, -math.inf)

@@ -250,7 +250,7 @@ class Mamba3Block(Mixer):
 
     def keys_and_queries(self, B, C, theta, method, dtype):
         """k, q (B, L, R, H, N): B and C (B, L, R * G * N) normed, for each head with its bias, and
-        turned by theta; and k . q.  dtype: of k and q if kernels make them."""
+        turned by theta; and k . q for chunked.  dtype: of k and q if kernels make them."""
         heads, rank = self.config.nheads, self.config.mimo_rank
         B, C = (torch.unflatten(t, -1, (rank, self.config.ngroups, -1)) for t in (B, C))
         B, C = (F.rms_norm(t, t.shape[-1:], norm.weight.to(t.dtype), norm.eps)
@@ -262,7 +262,7 @@ class Mamba3Block(Mixer):
         k, q = (torch.unflatten(of_heads(t.flatten(0, 1), heads), 0, t.shape[:2]) + bias
                 for t, bias in zip((B, C), biases))                         # bias: (R, H, N)
         k, q = (turned(t, theta, rank > 1) for t in (k, q))
-        return k, q, (k * q).sum(-1)
+        return k, q, None if method == "sequential" else (k * q).sum(-1)
 
 Mamba3Config.block = Mamba3Block
 PLAIN[Mamba3Block] = Mamba3Block.forward, Mamba3Block.mix

@@ -3240,21 +3240,21 @@ def check_keys(batch, length, groups, heads, d_state, angles, dtype=torch.float3
         out = run(*leaves, dtype)
         results.append([*out, *torch.autograd.grad(out, leaves, [g.to(o) for g, o in zip(cotangents, out)])])
     assert results[0][0].dtype == dtype and results[0][2].dtype == torch.float32
-    for got, again, expected in zip(*results):
-        assert torch.equal(got, again) and relative(got, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+    for got, again, expected in zip(*results):      # in 16 bits are the keys and the queries alone
+        assert torch.equal(got, again) and relative(got, expected) < (1e-5 if got.dtype == torch.float32 else 1e-2)
 
 
 def check_angles(batch, length, heads, angles, device="cuda"):
     """Their sums by the kernels against float64, gradients included; in a circle 0 and 1 are the same."""
     from mamba_fast.turn_triton import angles_since
-    turns, first = torch.rand(batch, length, heads, angles, device=device) - 0.3, torch.rand(batch, heads, angles, device=device)
+    turns, first = torch.rand(length, batch, heads, angles, device=device).transpose(0, 1) - 0.3, torch.rand(batch, heads, angles, device=device)
     g, results = torch.randn_like(turns), []
-    for run, kind in ((angles_since, torch.float32), (lambda *inputs: sums_of_angles(None, *inputs), torch.float64)):
+    for run, kind in ((angles_since, torch.float32), (angles_since, torch.float32), (lambda *inputs: sums_of_angles(None, *inputs), torch.float64)):
         leaves = [t.to(kind).requires_grad_() for t in (turns, first)]
         since = run(*leaves)
         results.append([torch.view_as_real(torch.exp(2j * math.pi * since)), *torch.autograd.grad(since, leaves, g.to(kind))])
-    for got, expected in zip(*results):
-        assert relative(got, expected) < 3e-5
+    for got, again, expected in zip(*results):
+        assert torch.equal(got, again) and relative(got, expected) < 3e-5
 
 
 def check_gated_norm(batch, length, d_inner, groups, dtype=torch.float32, device="cuda"):
@@ -4016,6 +4016,29 @@ def test_recorded_gradients_equal_those_launched_one_by_one(request):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # mamba_fast: layers
+
+
+@fast
+def test_a_second_derivative_is_right_or_an_error(monkeypatch):
+    """Also of what the incoming gradients do not depend on: then PyTorch's once_differentiable lets zeros pass for it."""
+    from mamba_fast import layers, scan_side_by_side, scan_tiles
+    inputs = {k: v.double().detach() for k, v in scan_inputs(2, 11, 6, 4).items() if k not in ("z", "delta_bias")}
+    weight, x, targets = torch.randn(6, 6).double(), torch.randn(2, 11, 6).double(), torch.randint(6, (22,))
+
+    def second(function):
+        leaf = x.clone().requires_grad_()
+        g, = torch.autograd.grad(function(leaf.sin() @ weight).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), leaf)[0]
+    scan = lambda u, method="chunked": selective_scan(u, F.softplus(u), *[inputs[k] for k in "ABC"], method=method)
+    assert same(second(lambda u: scan(u, "sequential")), second(lambda u: mamba.one_by_one(u, F.softplus(u), *[inputs[k] for k in "ABC"], u.new_zeros(2, 6, 4))[0]), 1e-9)
+    head, conv = nn.Linear(6, 6, bias=False).double(), torch.randn(6, 1, 4).double()
+    calls = {"softplus": layers.softplus, "gate": lambda u: layers.gated(u, u.cos()), "convolution": lambda u: layers.causal_conv(u.sin(), conv, None, None),
+             "loss": lambda u: layers.LinearCrossEntropy.apply(u.flatten(0, 1), head.weight, targets, 5, 6, False), "scan": scan}
+    for recurrence in (scan_tiles.recurrence, scan_side_by_side.recurrence):
+        monkeypatch.setattr(mamba.fast, "recurrence", lambda *_, recurrence=recurrence: recurrence)
+        for name, call in calls.items():
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                pytest.fail(f"{name}: {second(call)}")
 
 
 @fast
@@ -6645,16 +6668,14 @@ def test_training_compiled(work, call):
 
 
 @pytest.mark.parametrize("changes, device, compiled", [
-    ({"max_iters": 999}, "AVX512", False), ({"max_iters": 1000}, "AVX512", True), ({"max_iters": 1000}, "AVX2", False),
-    ({"max_iters": 5000}, "AVX2", True), ({"max_iters": 5000, "d_state": 12}, "AVX512", False), ({}, "AVX512", True), ({}, "AVX2", False),
-    ({"max_iters": 5000, "scan": "sequential"}, "AVX512", False), ({"max_iters": 5000, "eval_only": True}, "AVX512", False),
-    ({"compile": False}, "AVX512", False), ({"max_iters": 5000, "layer": "mamba2"}, "AVX512", False), ({"max_iters": 4999}, "cuda", False),
-    ({"max_iters": 5000}, "cuda", True), ({"max_iters": 1000, "layer": "mamba3"}, "cuda", True)])
+    ({}, "cpu", False), ({"max_iters": 4999}, "cpu", False), ({"max_iters": 5000}, "cpu", True), ({"max_iters": 5000, "d_state": 12}, "cpu", False),
+    ({"max_iters": 5000, "scan": "sequential"}, "cpu", False), ({"max_iters": 5000, "eval_only": True}, "cpu", False),
+    ({"max_iters": 5000, "compile": False}, "cpu", False), ({"max_iters": 5000, "layer": "mamba2"}, "cpu", False),
+    ({"max_iters": 4999, "layer": "mamba3"}, "cuda", False), ({"max_iters": 5000, "layer": "mamba3"}, "cuda", True), ({"max_iters": 5000}, "mps", False)])
 @fast
-def test_a_run_is_compiled_where_it_pays(monkeypatch, changes, device, compiled):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: device)
+def test_a_run_is_compiled_where_it_pays(changes, device, compiled):
     cfg = train.Config(**changes)
-    train.fill_in(cfg, torch.device("cuda" if device == "cuda" else "cpu"), pretrained=False)
+    train.fill_in(cfg, torch.device(device), pretrained=False)
     assert cfg.compile == compiled
 
 

@@ -126,8 +126,7 @@ class Config:
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16 (mixed precision); by default bfloat16 "
                       "on CUDA, else float32")
-    compile: bool | None = flag(None, "torch.compile, up to a minute; by default from 5000 steps, "
-                                "on a CPU with AVX-512, and Mamba-3 on CUDA, from 1000")
+    compile: bool | None = flag(None, "torch.compile, up to a minute; by default from 5000 steps")
     scan: str = flag("auto", "auto, triton (fused kernels, on CUDA), chunked or sequential")
     threads: int | None = flag(None, "of a CPU; by default all, but fewer as long as other "
                                "programs use the cores: the threads would mostly wait for each "
@@ -150,12 +149,9 @@ def fill_in(cfg, device, pretrained):
         cfg.headdim = common.usual_headdim(cfg.expand * cfg.d_model)
     if cfg.compile is None and cfg.d_state is not None:
         # it takes up to a minute, which only many steps bring back
-        on_cuda = 1000 if cfg.layer == "mamba3" else 5000
-        on_cpu = 1000 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 5000
-        compiles = (fast and fast.compiles_well(device, cfg.d_state) and cfg.scan != "sequential"
-                    and not has_heads)
-        pays_from = on_cuda if device.type == "cuda" else on_cpu if compiles else math.inf
-        cfg.compile = cfg.max_iters >= pays_from and not cfg.eval_only
+        compiles = device.type == "cuda" or (fast and fast.compiles_well(device, cfg.d_state)
+                                             and cfg.scan != "sequential" and not has_heads)
+        cfg.compile = bool(compiles) and cfg.max_iters >= 5000 and not cfg.eval_only
 
 def usual_dropout(cfg, tokens):
     """(the dropout for a training text of so many tokens, how many times the run sees them all):

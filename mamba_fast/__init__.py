@@ -30,12 +30,11 @@ from .decode import decoder, recorded, replayed
 from .int8 import quantize_int8
 from .kernels import can_run, rows_triton, scan_triton, ssd_triton, turn_triton
 from .layers import Linear, causal_conv, cross_entropy, gated, softplus
+from .operators import COMPILES
 
 __all__ = ["Linear", "angles_since", "compiles_well", "conv_silu", "cross_entropy", "decoder",
            "gated", "gated_norm", "has_triton", "keys_and_queries", "quantize_int8", "recorded",
            "recurrence", "replayed", "scan", "softplus", "ssd"]
-
-COMPILES = hasattr(torch.compiler, "nested_compile_region")     # torch 2.8
 
 
 def has_triton(u, d_state, headdim=0):
@@ -68,7 +67,9 @@ def ssd(u, delta, a, B, C, state, own, dtype=None):
 
 def angles_since(turns, first):
     """That of mamba3.py by kernels, for one document."""
-    return None if torch.compiler.is_compiling() else turn_triton.angles_since(turns, first)
+    if torch.compiler.is_compiling() or turns.numel() == 0:
+        return None
+    return turn_triton.angles_since(turns, first)
 
 
 def keys_and_queries(B, C, B_bias, C_bias, theta, dtype):

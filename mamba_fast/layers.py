@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .kernels import can_run, rows_triton
+from .operators import COMPILES, differentiable_once
 
 LOGITS = 2 ** 28    # numbers that are computed at once for a loss; as float32, 1 GB
 
@@ -36,7 +37,7 @@ def mkl_is_slow():
 def are_many(rows):
     """Whether there are enough of them. Of what is compiled or exported for any number that is not
     known: to ask would tie it to what is so now."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and COMPILES:
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes a while
         return statically_known_true(rows >= 512)
     return rows >= 512
@@ -91,7 +92,7 @@ class CausalConv(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, gy):
         (x, taps, state), gy = ctx.saved_tensors, gy.to(at_least_float32(gy))
         before, length = state.shape[1], x.shape[1]
@@ -130,7 +131,7 @@ class Softplus(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, g):
         (y,) = ctx.saved_tensors
         return torch.expm1(-y).neg_().mul_(g)       # sigmoid(x) is 1 - exp(-softplus(x))
@@ -148,7 +149,7 @@ class Gate(torch.autograd.Function):
         return F.silu(z).mul_(y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, g):
         y, z = ctx.saved_tensors
         gz = torch.ops.aten.silu_backward(g * y, z)
@@ -212,7 +213,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return torch.stack(losses).sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, gloss):
         gx, gweight = ctx.saved_tensors
         return gx * gloss, gweight * gloss, None, None, None, None

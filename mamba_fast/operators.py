@@ -1,12 +1,15 @@
 """
 A recurrence of mamba.py as an operator, which torch.compile and torch.export take as it is: they do
-not look into it, and are told the shapes of what comes out.
+not look into it, and are told the shapes of what comes out. And what every backward pass here has
+in common: it cannot be differentiated again.
 """
 from __future__ import annotations
 
 import functools
 
 import torch
+
+COMPILES = hasattr(torch.compiler, "nested_compile_region")     # torch 2.8: what is asked of it
 
 INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C"
 
@@ -26,7 +29,8 @@ def as_operator(name, function, channels_first=False):
     def backward(gy, glast, *inputs_and_kept):
         ctx = Context()
         ctx.save_for_backward(*inputs_and_kept[:5], *inputs_and_kept[5])
-        return function.backward(ctx, gy, glast)[:6]
+        with torch.no_grad():
+            return function.backward(ctx, gy, glast)[:6]
 
     run = define(name, forward, schema=(
         f"({INPUTS}, Tensor state, bool keep) -> (Tensor, Tensor, Tensor)"))
@@ -55,6 +59,36 @@ def as_operator(name, function, channels_first=False):
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
         return run(*inputs, keep)[:2]
     return operator
+
+
+def differentiable_once(backward):
+    """Decorator of a backward pass: to differentiate what it returns is an error. PyTorch's own,
+    once_differentiable, is silent where only what was saved depends on a parameter."""
+    @functools.wraps(backward)
+    def run(ctx, *gradients):
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():    # not create_graph=True
+            return results
+        inputs = [t for t in (*ctx.saved_tensors, *gradients) if t is not None and t.requires_grad]
+        if not inputs:      # what was saved is a result itself: nobody can tell what it depends on
+            NoSecond.backward(ctx)
+        results = results if isinstance(results, tuple) else (results,)
+        return tuple(t if t is None else NoSecond.apply(t, *inputs) for t in results)
+    return run
+
+
+class NoSecond(torch.autograd.Function):
+    """A tensor that depends on inputs, but in a way that nobody knows."""
+
+    @staticmethod
+    def forward(ctx, x, *inputs):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("there is no second derivative of this; with the sequential scan there "
+                           "is, and without mamba_fast/")
 
 
 class Context:

@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
+from .operators import differentiable_once
 from .scan_triton import Kernel, _dtypes, _facts, _wants_gradients
 
 PROGRAMS = 528      # of the backward pass of the norm: 4 for each multiprocessor of an H100
@@ -98,7 +98,7 @@ class _GatedNorm(torch.autograd.Function):
         return _run_norm(y, z, weight, groups, eps)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, gout):
         y, z, weight = ctx.saved_tensors
         sizes, tensors = _sizes(y, z, ctx.groups, ctx.eps), (y, z, weight, gout.contiguous())

@@ -17,6 +17,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .operators import differentiable_once
+
 STEPS = 32              # of a tile, at most
 NUMBERS = 2 ** 26       # in a buffer, at most, unless one tile has more: 256 MB
 
@@ -49,7 +51,7 @@ class ScanSideBySide(torch.autograd.Function):
         return y, h.transpose(1, 2).contiguous()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, gy, glast):
         u, delta, A, B, C, *starts = ctx.saved_tensors
         tiles = Tiles(u, A, ctx.steps, "ahg")

@@ -19,7 +19,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .operators import as_operator
+from .operators import as_operator, differentiable_once
 
 ONE_THREAD = 2 ** 15    # numbers up to which PyTorch runs a call on one thread
 
@@ -64,7 +64,7 @@ class TiledScan(torch.autograd.Function):
         return y, last_state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, gy, glast):
         u, delta, A, B, C, *kept = ctx.saved_tensors
         tiles, carry, i = Tiles(u, delta, A, 3), glast.transpose(1, 2), -1

@@ -35,11 +35,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import library
-from torch.autograd.function import once_differentiable
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import constexpr, gather
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from .operators import differentiable_once
 
 S, LANES = constexpr(4), constexpr(8)       # a warp: segments of a tile, and channels
 WARPS, BD = constexpr(4), constexpr(32)     # a program: warps, and channels
@@ -832,7 +833,7 @@ def _as_function(run, setup, gradients, results=2):
             setup(ctx, inputs, output)
             return output[:results]
 
-        backward = staticmethod(once_differentiable(gradients))
+        backward = staticmethod(differentiable_once(gradients))
     return Operator
 
 
@@ -1046,7 +1047,7 @@ class _Conv(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         return _run_conv(*inputs)
 
-    backward = staticmethod(once_differentiable(partial(_gradients_of_conv, _run_conv_back)))
+    backward = staticmethod(differentiable_once(partial(_gradients_of_conv, _run_conv_back)))
 
 
 OF_CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? state"

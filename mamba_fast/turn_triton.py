@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import library
-from torch.autograd.function import once_differentiable
 
+from .operators import differentiable_once
 from .scan_triton import Kernel, _as_function, _dtypes, _facts, _wants_gradients
 
 # steps of a program, which has all heads of a group; backward it is one warp, so that its sums need
@@ -165,7 +165,7 @@ class _Since(torch.autograd.Function):
         return since
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, gsince):
         gsince = gsince.contiguous()
         gturns, gfirst = torch.empty_like(gsince), torch.empty_like(gsince[:, 0])
