@@ -223,7 +223,7 @@ class Mamba3Block(Mixer):
         if method == "triton" and begins is None:
             sums = mamba.fast.angles_since(turns, first)
         theta = (angles_since(begins, turns, first) if sums is None else sums) * (2 * math.pi)
-        k, q, kq = self.keys_and_queries(B, C, theta, method, parts[0].dtype)
+        k, q, kq = self._keys_and_queries(B, C, theta, method, parts[0].dtype)
         x = torch.unflatten(x, -1, (c.nheads, -1))                          # (B, L, H, P)
         z = torch.unflatten(z, -1, (c.nheads, -1))
         ranks = lambda t, name: (t[:, :, None] if c.mimo_rank == 1 else
@@ -248,7 +248,7 @@ class Mamba3Block(Mixer):
         after = Mamba3State(keep(theta, state.theta), h, k, keep(x, state.x))
         return y.flatten(2), after
 
-    def keys_and_queries(self, B, C, theta, method, dtype):
+    def _keys_and_queries(self, B, C, theta, method, dtype):
         """k, q (B, L, R, H, N): B and C (B, L, R * G * N) normed, for each head with its bias, and
         turned by theta; and k . q for chunked.  dtype: of k and q if kernels make them."""
         heads, rank = self.config.nheads, self.config.mimo_rank
