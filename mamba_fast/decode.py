@@ -53,7 +53,8 @@ def decoder(model, prompts, state, compile, plain):
 def is_plain(model, plain):
     """Whether every module is of the class that belongs in its place, without hooks, and has plain
     parameters."""
-    if nn.modules.module._has_any_global_hook():
+    of_all = nn.modules.module
+    if of_all._global_forward_hooks or of_all._global_forward_pre_hooks:
         return False
     for name, module in model.named_modules():
         kind, known = type(module), PLACES.get(name.rpartition(".")[2], ())
