@@ -19,13 +19,13 @@ import sys
 
 if __name__ == "__main__":
     if not hasattr(sys, "ps1"):     # in a notebook Ctrl-C must not end the process
-        # Until main begins it does, without a traceback: importing torch takes long.
+        # Until main begins Ctrl-C ends it, without a traceback: importing torch takes long.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))   # python -P leaves it out
-    # torch reads all three once. Large pages, on Linux, make fresh memory cost a CPU less.
+    # All three are read once. Large pages, on Linux, make fresh memory cost a CPU less.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # A thread that waits for others checks so often whether they are done, then sleeps. 300,000
-    # times are usual: where other programs use the cores too, threads would do little else.
+    # A thread that waits for others checks this many times whether they are done, then sleeps.
+    # 300,000 are usual: where other programs use the cores too, threads would do little else.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # For common.repeatable: cuBLAS repeats itself only with a workspace of a fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -80,7 +80,7 @@ class Config:
                                 "above 1e-4, the default with weights, helps)")
     eval_only: bool = flag(False, "train nothing; print the loss that training prints, and that of "
                            "the whole validation text, read once with the state carried on")
-    # the model; None, here and below: by device
+    # the model; None, here and below: see --help
     presets = PRESETS   # for --help
     layer: str = flag("mamba", "kind of the layers: mamba, mamba2 or mamba3")
     d_model: int | None = flag(None, "width of the model", 1)
@@ -98,8 +98,8 @@ class Config:
     block_size: int | None = flag(None, "tokens in a sequence", 1)
     gradient_accumulation_steps: int = flag(1, "batches whose gradients make one step", 1)
     max_iters: int | None = flag(None, "steps in all", 1)
-    learning_rate: float | None = flag(None, "its highest value", 0)
-    min_lr: float | None = flag(0.0, "its last value; None is learning_rate / 10", 0)
+    learning_rate: float | None = flag(None, "the highest", 0)
+    min_lr: float | None = flag(0.0, "the last learning rate; None is learning_rate / 10", 0)
     warmup_iters: int = flag(100, "steps until the learning rate has risen", 0)
     lr_decay_iters: int | None = flag(None, "steps until it has fallen; max_iters by default", 1)
     weight_decay: float = flag(0.1, "on matrices only", 0)
@@ -116,8 +116,8 @@ class Config:
                      "over all of it", 1)
     # what is told and kept on the way
     eval_interval: int = flag(250, "steps between evaluations; each saves a checkpoint", 1)
-    eval_iters: int = flag(50, "batches in an evaluation, at most the whole validation text: "
-                          "a row of each reads on where that of the last one ended", 1)
+    eval_iters: int = flag(50, "batches in an evaluation, at most the whole validation text; each "
+                          "reads on where the one before ended", 1)
     patience: int = flag(0, "evaluations without an improvement that end the run; 0: none do", 0)
     log_interval: int = flag(10, "steps between rows of log.csv", 1)
     sample_tokens: int = flag(200, "tokens of the sample shown at an evaluation", 0)
@@ -163,7 +163,7 @@ def usual_dropout(cfg, tokens):
 def config_of(cfg, vocab_size):
     """The MambaConfig of a new model. Problem: the flags fit no such model."""
     options = {f.name: getattr(cfg, f.name) for f in fields(MambaConfig) if hasattr(cfg, f.name)}
-    options["dropout"] = cfg.dropout or 0.0     # not known before the data is
+    options["dropout"] = cfg.dropout or 0.0     # None before the data is known
     if cfg.headdim is not None:
         options["headdim"] = cfg.headdim
     try:
@@ -254,8 +254,8 @@ def put(state, other):
 @torch.no_grad()
 def evaluate(model, data, rows, part, dtype, eot, most=math.inf, stop=False):
     """Mean loss over the data, read in so many rows, part by part with the state carried on, as the
-    model writes: memory does not grow with the length. Of each row it takes at most so many parts,
-    and it has at least one. Returns None if told to stop."""
+    model writes: memory does not grow with the length. Of each row it reads `most` parts at most.
+    Returns None once stop, a runs.Stop, is true."""
     rows = max(1, min(rows, (len(data) - 1) // part))
     length = (len(data) - 1) // rows
     starts = np.arange(rows) * length
@@ -287,8 +287,9 @@ def learning_rate(step, cfg):
 
 def main(cfg, given):
     """Trains as cfg, a Config, says. given: {name: value} of the flags that the person gave: these
-    a run that goes on takes over, and all else is as in its checkpoint. Returns the status to exit
-    with: 0, or 128 and the number of the signal that stopped it."""
+    a run that goes on takes over; what else it needs is as in its checkpoint, but for what belongs
+    to the machine, as device and dtype. Returns the status to exit with: 0, or 128 and the number
+    of the signal that stopped it."""
     with contextlib.ExitStack() as at_end:
         return train(cfg, given, at_end)
 
@@ -318,7 +319,7 @@ def train(cfg, given, at_end):
             at_end.enter_context(folder)
         return runs.settings(cfg, given, folder.path)
     cfg, checkpoint = processes.of_first(open_run, rank, world, device)
-    of_weights = cfg.init_from not in ("resume", "scratch")     # the run begins, or once began
+    of_weights = cfg.init_from not in ("resume", "scratch")     # the run began with, or does now
     pretrained = of_weights and not checkpoint
     fill_in(cfg, device, pretrained)
     if not of_weights:      # a problem with the model comes before a text is prepared
@@ -327,7 +328,6 @@ def train(cfg, given, at_end):
     if cfg.fsdp and (world == 1 or dtype == "float16" or given.get("compile")):
         raise Problem("--fsdp needs several processes, as torchrun starts them, and goes neither "
                       "with float16 nor with --compile; --fsdp=False does without it")
-    cfg.compile = cfg.compile and not cfg.fsdp
     if cfg.batch_size % world:
         raise Problem(f"--batch_size={cfg.batch_size} cannot be shared evenly by {world} processes")
 
@@ -340,6 +340,7 @@ def train(cfg, given, at_end):
         elif of_weights and not cfg.new_vocabulary:
             with common.reading(checkpoint["path"], "a checkpoint"):
                 tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
+        cfg.compile = cfg.compile and not cfg.fsdp
         scan = common.pick_scan(cfg.scan, device, dtype, cfg.d_state, cfg.headdim or 0)
         data = open_data(cfg.dataset, cfg.data_dir, cfg.block_size, first_here, tokenizer)
     meta, eot = data.meta, end_of_text(cfg, data)
@@ -416,7 +417,7 @@ def train(cfg, given, at_end):
         if common.works_here("torch.compile", lambda: compiled[0](*batch)):
             say(f"compiled in {time.perf_counter() - began:.0f} s")
             calls = compiled
-    # A graph can hold neither the scaler of float16, which the first loss makes, nor checkpointing,
+    # A graph can hold neither float16's scale, which is made at the first loss, nor checkpointing,
     # which sets the random state.
     if scan == "triton" and dtype != "float16" and not cfg.checkpointing and not cfg.fsdp:
         needed, graphs = calls[:cfg.gradient_accumulation_steps], []
@@ -450,8 +451,9 @@ def train(cfg, given, at_end):
     with runs.Stop(world) as stop, bar:
         while True:
             if run.evaluation_is_due(cfg):
+                # with --fsdp all processes have to read all of it: a layer needs them all
                 val_loss = evaluate(model, data.val, *rows_and_part, dtype, eot, cfg.eval_iters,
-                                    stop)
+                                    not cfg.fsdp and stop)
                 if stop.agreed(device):
                     break
                 runs.check_finite(run.step, saved_step, val_loss=val_loss)
@@ -464,7 +466,7 @@ def train(cfg, given, at_end):
                     runs.save(folder, checkpoint, best)
                 say(f"step {run.step}: val loss {runs.in_words(val_loss, meta)}{', best' * best}")
                 runs.tell_overfitting(run, val_loss)
-                if cfg.sample_tokens and (master or cfg.fsdp):  # whose parts all of them have
+                if cfg.sample_tokens and (master or cfg.fsdp):  # in which all must take part
                     prompt = data.val[:1].tolist()
                     say(a_sample(model, data.tokenizer, prompt, cfg, dtype, run.step))
                 saved_step = run.step
