@@ -155,7 +155,7 @@ GENERATE = '''\
 """Continues a text by 200 tokens, at temperature 0.8: python generate.py "ROMEO:" 200 0.8"""
 %(imports)s
 
-start, length, temperature = sys.argv[1:]
+start, length, temperature = sys.argv[1:] if len(sys.argv) == 4 else sys.exit(__doc__)
 %(open)s
 %(graphs)s
 ids = %(encode)s

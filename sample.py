@@ -82,7 +82,7 @@ class Config:
     dtype: str = flag("auto", "float32, bfloat16, float16; auto: bfloat16 on CUDA, else float32")
     scan: str = flag("auto", "auto, triton (fused kernels, on CUDA), chunked or sequential")
     compile: bool = flag(False, "on a CPU: compiled in 10 to 25 s, then 1.2 to 2 times as fast")
-    quantize: str = flag("", "int8: a quarter of float32's memory; on a CPU several times faster")
+    quantize: str = flag("", "int8: a quarter of float32's memory, and for large models faster")
 
 CHOICES = {"scan": SCAN_METHODS, "quantize": ("", "int8"),
            "show": ("", "delta", "loss", "attention"),
