@@ -337,10 +337,10 @@ def usual_headdim(channels):
 def pick_threads(most):
     """How many threads of at most so many compute fastest on the CPU now. Threads wait for each
     other, and where other programs use the cores, they do little else, but not all the time: of
-    five looks the second worst counts, and a moment's load changes nothing."""
+    20 short looks the third worst counts, and a moment's load changes nothing."""
     counts = {most // 2 ** i for i in range(most.bit_length())}
-    looks = [{count: additions_per_second(count) for count in counts} for _ in range(5)]
-    speeds = {count: sorted(look[count] for look in looks)[1] for count in counts}
+    looks = [{count: additions_per_second(count) for count in counts} for _ in range(20)]
+    speeds = {count: sorted(look[count] for look in looks)[2] for count in counts}
     fastest = max(speeds, key=speeds.get)
     return fastest if speeds[fastest] >= 3 * speeds[most] else most
 
@@ -362,7 +362,7 @@ def use_threads(wanted, before, most):
         say(f"threads: {number}, not {' or '.join(map(str, others))}, {why}; --threads={most} takes"
             f" {most}. The last bits of all sums depend on their number")
 
-def additions_per_second(threads, seconds=0.02):
+def additions_per_second(threads, seconds=0.005):
     import torch
     before, x = torch.get_num_threads(), torch.zeros(2 ** 19)   # enough for 16 threads
     torch.set_num_threads(threads)

@@ -6157,8 +6157,8 @@ def test_threads_are_those_of_before(finished, call, monkeypatch, cores, said):
     ({4: 10, 2: 9, 1: 5}, 4), ({4: 1, 2: 2, 1: 2.9}, 4), ({4: 1, 2: 20, 1: 10}, 2), ({4: 1, 2: 2, 1: 100}, 1)])
 def test_fewer_threads_where_other_programs_use_the_cores(work, call, monkeypatch, speeds, expected):
     """Only if that is far faster, and not for a moment's load; --threads takes what it is told."""
-    for looks, number in ((5, expected), (2, expected), (1, 4)):
-        left = {count: [speeds[count]] * looks + [1000] * (5 - looks) for count in speeds}
+    for looks, number in ((20, expected), (3, expected), (2, 4)):
+        left = {count: [speeds[count]] * looks + [1000] * (20 - looks) for count in speeds}
         monkeypatch.setattr(common, "additions_per_second", lambda count, left=left: left[count].pop())
         assert common.pick_threads(4) == number
     monkeypatch.setattr(common, "pick_threads", lambda most: expected)
