@@ -688,7 +688,7 @@ def sample(logits: Tensor, temperature=1.0, top_k: int | None = None, top_p: flo
         if top_p is not None:
             ordered, order = probs.sort(descending=True)
             enough = ordered.cumsum(-1) - ordered >= top_p      # those before already sum to it
-            probs = probs.masked_fill(enough.scatter(-1, order, enough), 0)      # back in order
+            probs = probs.masked_fill(enough.scatter(-1, order, enough), 0)     # back in order
         if min_p is not None:
             probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
         logits = logits.masked_fill(probs == 0, -math.inf)
