@@ -318,6 +318,17 @@ def compiled(model):
         layer.compile()
     return twin
 
+def pick_compile(cfg, device):
+    """Whether a run of train.py is compiled. If --compile leaves it open, this is where it pays: it
+    takes up to a minute, which only many steps bring back."""
+    if cfg.compile is not None:
+        return cfg.compile
+    from mamba import fast
+    on_cpu = (fast is not None and fast.compiles_well(device, cfg.d_state)
+              and cfg.layer == "mamba" and cfg.scan != "sequential")
+    sooner = device.type == "cuda" or on_cpu
+    return sooner and cfg.max_iters >= 5000 and not (cfg.eval_only or cfg.fsdp)
+
 def pick_scan(name, device, dtype, d_state, headdim=0):
     """The scan that runs there for this --scan; headdim: of layers with heads. Problem: one that
     cannot run."""

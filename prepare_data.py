@@ -227,6 +227,10 @@ class Tokens:
         start, stop, step = part.indices(self.count)
         return self.windows([start], max(stop - start, 0))[0, ::step]
 
+    def __contains__(self, token):
+        parts = (self[i:i + 2 ** 24] for i in range(0, self.count, 2 ** 24))
+        return any(np.any(part == token) for part in parts)
+
     def windows(self, starts, length):
         """(len(starts), length): the tokens from each start on. After the last comes the first."""
         width, rows = self.dtype.itemsize, []

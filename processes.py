@@ -29,8 +29,11 @@ def rank_and_world():
                       f"torchrun sets all of {', '.join(names)}. Start with it, or unset these")
     return int(rank), int(world)
 
-def gpu_of_its_own():
-    """The name of the GPU of this process. Problem: there are fewer than processes."""
+def own_device(name, world):
+    """What --device says, and for one of several processes that may choose, a GPU of its own.
+    Problem: there are fewer than processes."""
+    if world == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return name
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if here > gpus:
         raise Problem(f"{here} processes need as many GPUs; torch {torch.__version__} finds {gpus}")
@@ -50,6 +53,14 @@ def join_others(rank, world, device):
     except (RuntimeError, ValueError) as error:
         raise Problem("the processes do not find each other at MASTER_ADDR, MASTER_PORT: "
                       f"{error}") from None
+
+def check_flags(cfg, world, dtype):
+    """Problem: flags that do not go with so many processes."""
+    if cfg.fsdp and (world == 1 or dtype == "float16" or cfg.compile):
+        raise Problem("--fsdp needs several processes, as torchrun starts them, and goes neither "
+                      "with float16 nor with --compile; --fsdp=False does without it")
+    if cfg.batch_size % world:
+        raise Problem(f"--batch_size={cfg.batch_size} cannot be shared evenly by {world} processes")
 
 def of_first(make, rank, world, device):
     """What make() returns in the first process, in all of them: machines need not share a disk.
@@ -107,8 +118,17 @@ def whole(tree, keep=True):
         return t.cpu() if keep else None    # one by one, as a GPU need not hold all of them
     return tree_map(of_all, tree)
 
+def load_moments(optimizer, moments):
+    """Gives an optimizer the moments of a checkpoint, {number of a parameter: {name: tensor}}, each
+    shared as its parameter is. All else of the optimizer, as its learning rate, the flags say."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {i: shared_like(of_one, parameters[i]) for i, of_one in moments.items()}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
 def shared_like(tensors, parameter):
     """{name: tensor} of an optimizer for this parameter, shared as it is."""
+    if not hasattr(parameter, "device_mesh"):
+        return tensors
     from torch.distributed.tensor import distribute_tensor
     place = parameter.device_mesh, parameter.placements
     return {name: distribute_tensor(t.to(parameter.device), *place) if t.dim() > 0 else t

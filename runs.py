@@ -35,6 +35,8 @@ ONE_OFF = ("eval_only", "out_dir", "cache_dir", "device", "dtype", "compile", "s
            "checkpointing", "threads")
 # where in the text a step is with --carry_state: if one of these changes, the state begins anew
 PLACE = ("carry_state", "bptt", "batch_size", "block_size", "gradient_accumulation_steps")
+HEADS = {"d_state": 64}     # for layers with heads, mamba2 and mamba3: their states can be larger
+FINE_TUNING = {"dropout": 0.0, "learning_rate": 1e-4}   # for weights that are already good
 START_OVER = "start over with --init_from=scratch, or use another --out_dir"
 
 # ---- How it begins -------------------------------------------------------------------------------
@@ -91,6 +93,55 @@ def go_on_as(given, checkpoint, out_dir, Config):
     for k in changed:
         say(f"{k}: {before[k]} -> {given[k]}")
     return Config(**{**before, **given})
+
+# ---- What its flags leave open -------------------------------------------------------------------
+
+def fill_in(cfg, device, pretrained):
+    """Replaces each None whose default depends on the device. pretrained: whether the run begins
+    with weights that are good already; load_pretrained then replaces the shape of the model too."""
+    has_heads = cfg.layer != "mamba"
+    usual = {**cfg.presets[device.type], **(HEADS if has_heads else {}),
+             **(FINE_TUNING if pretrained else {})}
+    for name, value in usual.items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+    if has_heads and cfg.headdim is None:
+        cfg.headdim = common.usual_headdim(cfg.expand * cfg.d_model)
+
+def tokens_per_step(cfg):
+    return cfg.batch_size * cfg.block_size * cfg.bptt * cfg.gradient_accumulation_steps
+
+def usual_dropout(cfg, tokens):
+    """(the dropout for a training text of so many tokens, how many times the run sees them all):
+    what is seen often is learned by heart, and for what is seen rarely dropout is a loss."""
+    times = cfg.max_iters * tokens_per_step(cfg) / tokens
+    return round(min(0.35, max(0.0, 0.05 * (times - 2))), 2), times
+
+def end_of_text(cfg, data):
+    """The token at which --reset_at_eot resets, or None where there is nothing to reset.
+    Problem: it is asked for, and the tokenizer has no such token."""
+    token = data.tokenizer.end_of_text
+    if cfg.reset_at_eot and token is None:
+        raise Problem("--reset_at_eot needs a token that ends a text, which the tokenizer of "
+                      f"{data.folder} has not")
+    if cfg.reset_at_eot is None:
+        cfg.reset_at_eot = token is not None
+    # A step takes longer with it: not for a text that does not have the token.
+    return token if cfg.reset_at_eot and (token in data.train or token in data.val) else None
+
+def config_of(cfg, vocab_size):
+    """The MambaConfig of a new model. Problem: the flags fit no such model."""
+    names = [field.name for field in dataclasses.fields(MambaConfig)]
+    options = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
+    options["dropout"] = cfg.dropout or 0.0     # None before the data is known
+    if cfg.headdim is not None:
+        options["headdim"] = cfg.headdim
+    try:
+        return MambaConfig(vocab_size=vocab_size, **options)
+    except ValueError as error:
+        raise Problem(f"--layer={cfg.layer}: {error}") from None
+
+# ---- With weights to begin with ------------------------------------------------------------------
 
 def load_pretrained(cfg, given, device):
     """(model, tokenizer) of --init_from; cfg takes over the shape of the model. With
@@ -293,6 +344,20 @@ def check_training(checkpoint, model, Config):
         if shapes[0] != shapes[1]:
             raise ValueError("the carried state has other shapes")
 
+def tokenizer_of(checkpoint):
+    """Its tokenizer. Problem: it is damaged."""
+    with reading(checkpoint["path"], "a checkpoint"):
+        return load_tokenizer(checkpoint["meta"]["tokenizer"])
+
+def check_data(data, meta_of_first, checkpoint, out_dir):
+    """Problem: the data are not those of the first process, or not those of the checkpoint."""
+    for key, what in (("tokenizer", "another vocabulary"), ("sha256", "another text")):
+        if data.meta[key] != meta_of_first[key]:
+            raise Problem(f"{data.folder} of this machine has {what} than that of the first one")
+        if checkpoint and data.meta[key] != checkpoint["meta"][key]:
+            raise Problem(f"the checkpoint in {out_dir} learns {what} than {data.folder}; "
+                          f"{START_OVER}")
+
 # ---- What changes as it goes ---------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -303,6 +368,11 @@ class Run:
     evaluated: int = -1             # the step of the last one
     since_best: int = 0             # how many there were after the best one
     train_loss: float | None = None     # of the last step that was logged
+
+    @classmethod
+    def of(cls, checkpoint):
+        """As it stands in a checkpoint, where older versions do not keep all of it, or in {}."""
+        return cls(**{f.name: checkpoint.get(f.name, f.default) for f in dataclasses.fields(cls)})
 
     def evaluation_is_due(self, cfg):
         at_one = self.step % cfg.eval_interval == 0 or self.step >= cfg.max_iters
@@ -450,6 +520,12 @@ def in_words(loss, meta):
 def best_of(run, meta, out_dir):
     return (f"best val loss {in_words(run.best_loss, meta)}, in {out_dir}. To write with it: "
             f"python sample.py {as_flag('out_dir', out_dir)}")
+
+def tell_finished(run, cfg, meta, out_dir):
+    """Says how a run goes on that had come to its end before."""
+    more = f"--max_iters={2 * run.step}" if run.step >= cfg.max_iters else "--patience=0"
+    say(f"{out_dir} is finished: {run.step} steps, {best_of(run, meta, out_dir)}\n"
+        f"Go on with {more}, or start over with --init_from=scratch")
 
 def check_finite(step, saved_step, **values):
     """Problem if one of the values is not a finite number: the run is lost from here on."""

@@ -6225,7 +6225,7 @@ def test_the_scan_and_the_compiler_are_for_the_shape_of_the_weights(work, call, 
     small(d_state=4, d_model=16).save_pretrained(work / "weights")
     seen = []
     monkeypatch.setattr(common, "pick_scan", lambda *args: seen.append(args[3]) or "chunked")
-    monkeypatch.setattr(train, "fast", SimpleNamespace(compiles_well=lambda device, d_state: seen.append(d_state)))
+    monkeypatch.setattr(common, "pick_compile", lambda cfg, device: seen.append(cfg.d_state))
     flags = [flag for flag in TINY if not re.search("d_model|n_layer", flag)]
     succeeded(call("train.py", *flags, "--init_from=weights", "--new_vocabulary", "--max_iters=1", cwd=work))
     assert seen == [4, 4]
@@ -6517,7 +6517,7 @@ def test_a_token_that_never_occurs_costs_nothing(tmp_path, length):
     zeros, ones, with_one = (stored(tmp_path, t.astype(np.uint16)) for t in (np.zeros(length), np.ones(3), np.arange(length + 7)))
     for train_part, val_part, token in ((zeros, ones, None), (with_one, ones, 7), (ones, with_one, 7)):
         cfg = train.Config()
-        assert train.end_of_text(cfg, SimpleNamespace(tokenizer=tokenizer, train=train_part, val=val_part)) == token
+        assert runs.end_of_text(cfg, SimpleNamespace(tokenizer=tokenizer, train=train_part, val=val_part)) == token
         assert cfg.reset_at_eot is True
 
 
@@ -6615,7 +6615,7 @@ def test_eval_only_reads_the_whole_validation_text(finished, call):
 
 def test_dropout_is_for_how_often_a_text_is_seen(work, call):
     cfg = train.Config(batch_size=10, block_size=20, bptt=2, gradient_accumulation_steps=5, max_iters=100)
-    usual = {tokens: train.usual_dropout(cfg, tokens) for tokens in (10 ** 9, 10 ** 5, 50_000, 30_000, 1000)}
+    usual = {tokens: runs.usual_dropout(cfg, tokens) for tokens in (10 ** 9, 10 ** 5, 50_000, 30_000, 1000)}
     assert usual == {10 ** 9: (0, 0.0002), 10 ** 5: (0, 2), 50_000: (0.1, 4), 30_000: (0.23, 200 / 30), 1000: (0.35, 200)}
     flags = [flag for flag in TINY if "dropout" not in flag]
     for more, dropout in (([], 0.05), (["--dropout=0.2"], 0.2)):
@@ -6675,8 +6675,8 @@ def test_training_compiled(work, call):
 @fast
 def test_a_run_is_compiled_where_it_pays(changes, device, compiled):
     cfg = train.Config(**changes)
-    train.fill_in(cfg, torch.device(device), pretrained=False)
-    assert cfg.compile == compiled
+    runs.fill_in(cfg, torch.device(device), pretrained=False)
+    assert common.pick_compile(cfg, torch.device(device)) == compiled
 
 
 def test_compiled_for_a_gpu_layer_by_layer(monkeypatch):
@@ -6693,10 +6693,10 @@ def test_compiled_for_a_gpu_layer_by_layer(monkeypatch):
 
 @pytest.mark.parametrize("device", train.PRESETS)
 def test_without_mamba_fast_a_cpu_does_not_compile_by_default(monkeypatch, device):
-    monkeypatch.setattr(train, "fast", None)
+    monkeypatch.setattr(mamba, "fast", None)
     cfg = train.Config(max_iters=5000)
-    train.fill_in(cfg, torch.device(device), pretrained=False)
-    assert cfg.compile == (device == "cuda")
+    runs.fill_in(cfg, torch.device(device), pretrained=False)
+    assert common.pick_compile(cfg, torch.device(device)) == (device == "cuda")
 
 
 @fast
@@ -6706,7 +6706,7 @@ def test_without_cuda_graphs_one_line_says_so(work, call, monkeypatch):
         raise RuntimeError("operation not permitted")
     flags = [*TINY, "--max_iters=3"]
     succeeded(call("train.py", *flags, "--out_dir=usual", cwd=work))
-    monkeypatch.setattr(train.fast, "replayed", replayed)
+    monkeypatch.setattr(mamba.fast, "replayed", replayed)
     monkeypatch.setattr(common, "pick_scan", lambda *settings: "triton")
     output = succeeded(call("train.py", *flags, "--out_dir=eager", cwd=work)).stdout
     assert "a CUDA graph does not work here (RuntimeError); going on without it\n" in output

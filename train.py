@@ -34,7 +34,7 @@ import contextlib
 import functools
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,17 +46,11 @@ from tqdm import tqdm
 import common
 import processes
 import runs
-from common import Problem, dataset_name, flag, say
-from mamba import Mamba, MambaConfig
+from common import dataset_name, flag, say
+from mamba import Mamba, fast
 from prepare_data import open_data
-from tokens import load_tokenizer
 
-try:
-    import mamba_fast as fast
-except ImportError:     # everything works without it, slower
-    fast = None
-
-PRESETS = {     # what trains in minutes on such a device
+PRESETS = {     # what trains in minutes on such a device; runs.fill_in knows what else is usual
     "cpu": {"d_model": 160, "n_layer": 3, "d_state": 8, "batch_size": 8, "block_size": 128,
             "max_iters": 1100, "learning_rate": 4e-3},
     "mps": {"d_model": 256, "n_layer": 6, "d_state": 16, "batch_size": 32, "block_size": 256,
@@ -64,8 +58,7 @@ PRESETS = {     # what trains in minutes on such a device
     "cuda": {"d_model": 320, "n_layer": 12, "d_state": 16, "batch_size": 64, "block_size": 256,
              "max_iters": 1200, "learning_rate": 3e-3},
 }
-HEADS = {"d_state": 64}     # for layers with heads, mamba2 and mamba3: their states can be larger
-FINE_TUNING = {"dropout": 0.0, "learning_rate": 1e-4}   # for weights that are already good
+
 @dataclass
 class Config:
     # what to learn from, and where to keep what was learned
@@ -81,7 +74,7 @@ class Config:
     eval_only: bool = flag(False, "train nothing; print the loss that training prints, and that of "
                            "the whole validation text, read once with the state carried on")
     # the model; None, here and below: see --help
-    presets = PRESETS   # for --help
+    presets = PRESETS   # for --help, and for those that stay None
     layer: str = flag("mamba", "kind of the layers: mamba, mamba2 or mamba3")
     d_model: int | None = flag(None, "width of the model", 1)
     n_layer: int | None = flag(None, "layers", 1)
@@ -136,54 +129,6 @@ class Config:
                                "time")
     fsdp: bool = flag(False, "under torchrun, each process keeps a share of weights and optimizer, "
                       "for a model that one GPU does not hold")
-
-def fill_in(cfg, device, pretrained):
-    """Replaces each None whose default depends on the device; the shape of pretrained weights, and
-    what depends on that, only once it is known."""
-    has_heads = cfg.layer != "mamba"
-    for k, v in {**PRESETS[device.type], **(HEADS if has_heads else {}),
-                 **(FINE_TUNING if pretrained else {})}.items():
-        if getattr(cfg, k) is None and not (pretrained and k in runs.SHAPE):
-            setattr(cfg, k, v)
-    if has_heads and cfg.headdim is None and not pretrained:
-        cfg.headdim = common.usual_headdim(cfg.expand * cfg.d_model)
-    if cfg.compile is None and cfg.d_state is not None:
-        # it takes up to a minute, which only many steps bring back
-        compiles = device.type == "cuda" or (fast and fast.compiles_well(device, cfg.d_state)
-                                             and cfg.scan != "sequential" and not has_heads)
-        cfg.compile = bool(compiles) and cfg.max_iters >= 5000 and not cfg.eval_only
-
-def usual_dropout(cfg, tokens):
-    """(the dropout for a training text of so many tokens, how many times the run sees them all):
-    what is seen often is learned by heart, and for what is seen rarely dropout is a loss."""
-    batch = cfg.batch_size * cfg.block_size * cfg.bptt * cfg.gradient_accumulation_steps
-    times = cfg.max_iters * batch / tokens
-    return round(min(0.35, max(0.0, 0.05 * (times - 2))), 2), times
-
-def config_of(cfg, vocab_size):
-    """The MambaConfig of a new model. Problem: the flags fit no such model."""
-    options = {f.name: getattr(cfg, f.name) for f in fields(MambaConfig) if hasattr(cfg, f.name)}
-    options["dropout"] = cfg.dropout or 0.0     # None before the data is known
-    if cfg.headdim is not None:
-        options["headdim"] = cfg.headdim
-    try:
-        return MambaConfig(vocab_size=vocab_size, **options)
-    except ValueError as error:
-        raise Problem(f"--layer={cfg.layer}: {error}") from None
-
-def end_of_text(cfg, data):
-    """The token at which --reset_at_eot resets, or None where there is nothing to reset.
-    Problem: it is asked for, and the tokenizer has no such token."""
-    token = data.tokenizer.end_of_text
-    if cfg.reset_at_eot and token is None:
-        raise Problem("--reset_at_eot needs a token that ends a text, which the tokenizer of "
-                      f"{data.folder} has not")
-    if cfg.reset_at_eot is None:
-        cfg.reset_at_eot = token is not None
-    # A step takes longer with it: not for a text that does not have the token.
-    found = (np.any(tokens[i:i + 2 ** 24] == token) for tokens in (data.train, data.val)
-             for i in range(0, len(tokens), 2 ** 24))
-    return token if cfg.reset_at_eot and any(found) else None
 
 # ---- The pieces of the loop ----------------------------------------------------------------------
 
@@ -301,8 +246,7 @@ def train(cfg, given, at_end):
     # GPU of its own.
     rank, world = processes.rank_and_world()
     master = rank == 0      # it prints and saves
-    if world > 1 and cfg.device in ("auto", "cuda") and torch.cuda.is_available():
-        cfg.device = processes.gpu_of_its_own()
+    cfg.device = processes.own_device(cfg.device, world)
     device = common.pick_device(cfg.device)
     dtype = common.pick_dtype(cfg.dtype, device)
     if device.type == "cuda":
@@ -321,37 +265,27 @@ def train(cfg, given, at_end):
     cfg, checkpoint = processes.of_first(open_run, rank, world, device)
     of_weights = cfg.init_from not in ("resume", "scratch")     # the run began with, or does now
     pretrained = of_weights and not checkpoint
-    fill_in(cfg, device, pretrained)
+    runs.fill_in(cfg, device, pretrained)
     if not of_weights:      # a problem with the model comes before a text is prepared
         common.pick_scan(cfg.scan, device, dtype, cfg.d_state, cfg.headdim or 0)
-        config_of(cfg, 1)
-    if cfg.fsdp and (world == 1 or dtype == "float16" or given.get("compile")):
-        raise Problem("--fsdp needs several processes, as torchrun starts them, and goes neither "
-                      "with float16 nor with --compile; --fsdp=False does without it")
-    if cfg.batch_size % world:
-        raise Problem(f"--batch_size={cfg.batch_size} cannot be shared evenly by {world} processes")
+        runs.config_of(cfg, 1)
+    processes.check_flags(cfg, world, dtype)
 
     # The data
     with processes.first_process_first(world) as first_here:
         tokenizer = None    # which open_data makes, if the text is not prepared
         if pretrained:
             model, tokenizer = runs.load_pretrained(cfg, given, device)
-            fill_in(cfg, device, pretrained)    # now that the shape is known
         elif of_weights and not cfg.new_vocabulary:
-            with common.reading(checkpoint["path"], "a checkpoint"):
-                tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
-        cfg.compile = cfg.compile and not cfg.fsdp
+            tokenizer = runs.tokenizer_of(checkpoint)
         scan = common.pick_scan(cfg.scan, device, dtype, cfg.d_state, cfg.headdim or 0)
         data = open_data(cfg.dataset, cfg.data_dir, cfg.block_size, first_here, tokenizer)
-    meta, eot = data.meta, end_of_text(cfg, data)
-    dropout, times = usual_dropout(cfg, meta["train_tokens"])
+    meta, eot = data.meta, runs.end_of_text(cfg, data)
+    dropout, times = runs.usual_dropout(cfg, meta["train_tokens"])
     cfg.dropout = dropout if cfg.dropout is None else cfg.dropout
-    for key, what in (("tokenizer", "another vocabulary"), ("sha256", "another text")):
-        if meta[key] != processes.of_first(functools.partial(meta.get, key), rank, world, device):
-            raise Problem(f"{data.folder} of this machine has {what} than that of the first one")
-        if checkpoint and checkpoint["meta"][key] != meta[key]:
-            raise Problem(f"the checkpoint in {folder.path} learns {what} than {data.folder}; "
-                          f"{runs.START_OVER}")
+    cfg.compile = common.pick_compile(cfg, device)
+    meta_of_first = processes.of_first(lambda: meta, rank, world, device)
+    runs.check_data(data, meta_of_first, checkpoint, folder.path)
 
     # The model
     if checkpoint:
@@ -360,7 +294,7 @@ def train(cfg, given, at_end):
         runs.fit_vocabulary(model, tokenizer, data, cfg)
     else:
         torch.manual_seed(cfg.seed)
-        model = Mamba(config_of(cfg, meta["vocab_size"])).to(device)
+        model = Mamba(runs.config_of(cfg, meta["vocab_size"])).to(device)
     say(f"{device.type}, {dtype}, scan {scan}{', compiled' if cfg.compile else ''}; "
         f"{model.num_params() / 1e6:.2f}M parameters ({cfg.n_layer} layers of {cfg.d_model})")
     say(f"{data.folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to "
@@ -372,14 +306,9 @@ def train(cfg, given, at_end):
     optimizer = model.configure_optimizers(cfg.learning_rate, cfg.weight_decay,
                                            (cfg.beta1, cfg.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    run = runs.Run()
+    run = runs.Run.of(checkpoint or {})
     if checkpoint:
-        run = runs.Run(**{f.name: checkpoint.get(f.name, f.default) for f in fields(runs.Run)})
-        moments = checkpoint["optimizer"]["state"]      # its learning rate, ... come from the flags
-        if cfg.fsdp:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            moments = {i: processes.shared_like(moments[i], parameters[i]) for i in moments}
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        processes.load_moments(optimizer, checkpoint["optimizer"]["state"])
         if scaler.is_enabled() and checkpoint["scaler"]:    # empty after steps in another dtype
             scaler.load_state_dict(checkpoint["scaler"])
     rows_and_part = cfg.batch_size, cfg.block_size      # of an evaluation
@@ -390,9 +319,7 @@ def train(cfg, given, at_end):
         say(f"the whole validation text, read once: {runs.in_words(all_loss, meta)}")
         return 0
     if run.is_finished(cfg):
-        more = f"--max_iters={2 * run.step}" if run.step >= cfg.max_iters else "--patience=0"
-        say(f"{folder.path} is finished: {run.step} steps, {runs.best_of(run, meta, folder.path)}\n"
-            f"Go on with {more}, or start over with --init_from=scratch")
+        runs.tell_finished(run, cfg, meta, folder.path)
         return 0
     if checkpoint:
         say(f"going on from step {run.step} of {cfg.max_iters}")
@@ -444,7 +371,7 @@ def train(cfg, given, at_end):
     if master:
         if checkpoint:
             folder.go_on_from(checkpoint["path"])
-        log = runs.Log(folder, run, batch[0].numel() * world * cfg.gradient_accumulation_steps)
+        log = runs.Log(folder, run, runs.tokens_per_step(cfg))
     saved_step = run.step if checkpoint else None
     bar = tqdm(total=cfg.max_iters, initial=run.step, unit="step", dynamic_ncols=True,
                disable=None if master else True)
