@@ -329,6 +329,23 @@ def pick_compile(cfg, device):
     sooner = device.type == "cuda" or on_cpu
     return sooner and cfg.max_iters >= 5000 and not (cfg.eval_only or cfg.fsdp)
 
+def fastest(make, model, batch, compile, graphs):
+    """make(model), a list of functions (x, y) -> loss. If a trial with this batch, (x, y), shows
+    that it works here, they are those of the compiled model, where compile says so, and replayed
+    as CUDA graphs, where graphs does."""
+    from mamba import fast
+    calls = make(model)
+    if compile:
+        say("compiling, up to a minute ...")
+        of_compiled, began = make(compiled(model)), time.perf_counter()
+        if works_here("torch.compile", lambda: of_compiled[0](*batch)):
+            say(f"compiled in {time.perf_counter() - began:.0f} s")
+            calls = of_compiled
+    replayed = []
+    if graphs and works_here("a CUDA graph", lambda: replayed.extend(fast.replayed(calls, *batch))):
+        calls = replayed
+    return calls
+
 def pick_scan(name, device, dtype, d_state, headdim=0):
     """The scan that runs there for this --scan; headdim: of layers with heads. Problem: one that
     cannot run."""

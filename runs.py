@@ -358,6 +358,20 @@ def check_data(data, meta_of_first, checkpoint, out_dir):
             raise Problem(f"the checkpoint in {out_dir} learns {what} than {data.folder}; "
                           f"{START_OVER}")
 
+def carried_before(checkpoint, cfg, model):
+    """The state that each row of a batch begins with, where it is carried on: that of the
+    checkpoint, if the rows still are at its places in the text."""
+    if checkpoint and all(checkpoint["config"].get(k) == getattr(cfg, k) for k in PLACE):
+        return checkpoint["carried"]
+    return model.init_state(cfg.batch_size)
+
+@torch.no_grad()
+def put(state, other):
+    """Copies the numbers of another state into this one, which stays where it is in memory."""
+    for layer, other_layer in zip(state, other):
+        for t, new in zip(layer, other_layer):
+            t.copy_(new)
+
 # ---- What changes as it goes ---------------------------------------------------------------------
 
 @dataclasses.dataclass

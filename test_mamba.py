@@ -6561,7 +6561,7 @@ def test_gradients_go_back_over_the_pieces_of_a_step():
     expected = torch.autograd.grad(loss, list(model.parameters()))
     carried = [MambaState(*(t.clone() for t in layer)) for layer in before]
     optimizer, scaler = torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
-    first, _ = train.gradients_by(model, optimizer, scaler, cfg, "float32", None, carried)
+    first, = train.gradients_by(model, optimizer, scaler, cfg, "float32", None, carried)
     assert relative(first(idx[:, :-1], idx[:, 1:]), loss) < 1e-6
     assert all(relative(p.grad, gradient) < 1e-4 for p, gradient in zip(model.parameters(), expected))
     assert same(carried, state, 1e-5) and not any(t.requires_grad for t in tree_leaves(carried))

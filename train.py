@@ -33,7 +33,6 @@ if __name__ == "__main__":
 import contextlib
 import functools
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,7 +46,7 @@ import common
 import processes
 import runs
 from common import dataset_name, flag, say
-from mamba import Mamba, fast
+from mamba import Mamba
 from prepare_data import open_data
 
 PRESETS = {     # what trains in minutes on such a device; runs.fill_in knows what else is usual
@@ -173,28 +172,21 @@ def loss_of(forward, x, y, dtype, eot, state=None):
     return loss, after
 
 def gradients_by(forward, optimizer, scaler, cfg, dtype, eot, carried):
-    """Two functions (x, y) -> loss that leave gradients in the parameters: those of the first batch
-    of a step, and those of a further batch on top. carried: the state that x continues, or None;
-    the state after x takes its place in it, where a CUDA graph reads it."""
+    """Functions (x, y) -> loss that leave gradients in the parameters: those of the first batch of
+    a step, and if it has several, those of a further batch on top. carried: the state that x
+    continues, or None; the state after x takes its place in it, where a CUDA graph reads it."""
     def more_gradients(x, y):
         loss, after = loss_of(forward, x, y, dtype, eot, carried)
         loss = loss / cfg.gradient_accumulation_steps
         scaler.scale(loss).backward()
         if carried is not None:
-            put(carried, after)
+            runs.put(carried, after)
         return loss.detach()
 
     def first_gradients(x, y):
         optimizer.zero_grad(set_to_none=True)
         return more_gradients(x, y)
-    return first_gradients, more_gradients
-
-@torch.no_grad()
-def put(state, other):
-    """Copies the numbers of another state into this one."""
-    for layer, other_layer in zip(state, other):
-        for t, new in zip(layer, other_layer):
-            t.copy_(new)
+    return [first_gradients, more_gradients][:cfg.gradient_accumulation_steps]
 
 @torch.no_grad()
 def evaluate(model, data, rows, part, dtype, eot, most=math.inf, stop=False):
@@ -335,27 +327,17 @@ def train(cfg, given, at_end):
         for layer in model.backbone["layers"]:
             layer.forward = functools.partial(recomputed, layer.forward, use_reentrant=False)
     carried = model.init_state(cfg.batch_size // world) if cfg.carry_state else None
-    of_this_run = (optimizer, scaler, cfg, dtype, eot, carried)
-    batch = get_batch(data.train, cfg, 0, 0, rank, world, device)   # to try it with
-    calls = gradients_by(model, *of_this_run)
-    if cfg.compile:
-        say("compiling, up to a minute ...")
-        compiled, began = gradients_by(common.compiled(model), *of_this_run), time.perf_counter()
-        if common.works_here("torch.compile", lambda: compiled[0](*batch)):
-            say(f"compiled in {time.perf_counter() - began:.0f} s")
-            calls = compiled
     # A graph can hold neither float16's scale, which is made at the first loss, nor checkpointing,
     # which sets the random state.
-    if scan == "triton" and dtype != "float16" and not cfg.checkpointing and not cfg.fsdp:
-        needed, graphs = calls[:cfg.gradient_accumulation_steps], []
-        if common.works_here("a CUDA graph", lambda: graphs.extend(fast.replayed(needed, *batch))):
-            calls = graphs
-    first_gradients, more_gradients = calls[0], calls[-1]
+    graphs = scan == "triton" and dtype != "float16" and not cfg.checkpointing and not cfg.fsdp
+    batch = get_batch(data.train, cfg, 0, 0, rank, world, device)   # to try it with
+    gradients = common.fastest(
+        lambda forward: gradients_by(forward, optimizer, scaler, cfg, dtype, eot, carried),
+        model, batch, cfg.compile, graphs)
+    first_gradients, more_gradients = gradients[0], gradients[-1]
     if carried:     # undo what the trials left in it
-        before = model.init_state(cfg.batch_size)
-        if checkpoint and all(checkpoint["config"].get(k) == getattr(cfg, k) for k in runs.PLACE):
-            before = checkpoint["carried"]
-        put(carried, [[t[rank::world] for t in layer] for layer in before])
+        before = runs.carried_before(checkpoint, cfg, model)
+        runs.put(carried, [[t[rank::world] for t in layer] for layer in before])
 
     def everything():
         """All that a run needs to go on from here."""
