@@ -86,10 +86,11 @@ def first_process_first(world):
     if first_here and world > 1:
         dist.barrier()
 
-def average(grads, world):
-    """The mean over the processes, in place, by one call after the last batch of a step.
-    DistributedDataParallel would begin during the backward pass, which then could not be a CUDA
-    graph: that costs more than the wait."""
+def average_gradients(model, world):
+    """Puts their mean over the processes in their place, by one call after the last batch of a
+    step. DistributedDataParallel would begin during the backward pass, which then could not be a
+    CUDA graph: that costs more than the wait."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([grad.flatten() for grad in grads]).div_(world)
     dist.all_reduce(flat)
     means = flat.split([grad.numel() for grad in grads])
@@ -141,3 +142,15 @@ def gather(state, world):
         dist.all_gather(parts, t)
         return torch.stack(parts, dim=1).flatten(0, 1)
     return [tuple(map(of_all, layer)) if world > 1 else tuple(layer) for layer in state]
+
+def sum_over_all(number, world):
+    """The sum over all processes of a tensor of one number, as a float: it waits for the device."""
+    if world > 1:
+        dist.all_reduce(number)
+    return number.item()
+
+def leave(world):
+    """Ends what join_others began, once all processes have come so far."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()

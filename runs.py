@@ -426,13 +426,15 @@ ROW = re.compile(rf"(\d{{1,20}}),{NUMBER},(?:{NUMBER})?,({NUMBER})?,{NUMBER},{NU
 
 class Log:
     """The rows of log.csv. Of those that are there already, those that run, as its checkpoint has
-    it, does not know go when the first new one comes: these steps are done again."""
+    it, does not know go when the first new one comes: these steps are done again. writes: whether
+    it is kept here, for of several processes one keeps it."""
 
-    def __init__(self, folder, run, tokens_per_step):
+    def __init__(self, folder, run, tokens_per_step, writes=True):
         self.folder, self.rows, self.whole, damaged = folder, [",".join(COLUMNS)], False, 0
-        path = folder.path / "log.csv"
+        path, lines, self.writes = folder.path / "log.csv", [], writes
         with reading(path, "a log"):
-            lines = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else []
+            if writes and path.exists():
+                lines = path.read_bytes().decode(errors="replace").split("\n")
         for line in (line.rstrip("\r") for line in lines):
             row = ROW.fullmatch(line)
             if row and int(row[1]) <= (run.evaluated if row[2] else run.step):
@@ -447,13 +449,10 @@ class Log:
         """From here on the next speed is measured, and not over what came before."""
         self.clock, self.clock_step = time.perf_counter(), step
 
-    def measure(self, step):
-        seconds = max(time.perf_counter() - self.clock, 1e-9)
-        self.speed = round((step - self.clock_step) * self.tokens_per_step / seconds)
-        self.go_on(step)
-
     def add(self, run, rate, val_loss=""):
         """A row. rate: the learning rate of the last step."""
+        if not self.writes:
+            return
         values = run.step, run.step * self.tokens_per_step, run.train_loss, val_loss, rate
         self.folder.make_again()
         path = self.folder.path / "log.csv"
@@ -466,14 +465,19 @@ class Log:
             write_whole(path, lambda file: file.write(text.encode()))
             self.whole = True
 
-    def tell(self, run, cfg, meta):
-        """A line every few seconds, where no terminal shows a bar."""
-        if sys.stdout.isatty() or self.clock <= self.told + TELL:
-            return
-        left = (cfg.max_iters - run.step) * self.tokens_per_step / max(self.speed, 1)
-        say(f"step {run.step} of {cfg.max_iters}: loss {in_words(run.train_loss, meta)}, "
-            f"{self.speed:,} tokens/s, {tqdm.format_interval(left)} left")
-        self.told = self.clock
+    def tell(self, run, rate, cfg, meta, bar):
+        """A row, with the speed since the last one. A terminal shows it beside the bar; where there
+        is none, every few seconds a line does."""
+        seconds = max(time.perf_counter() - self.clock, 1e-9)
+        self.speed = round((run.step - self.clock_step) * self.tokens_per_step / seconds)
+        self.go_on(run.step)
+        self.add(run, rate)
+        if not sys.stdout.isatty() and self.clock > self.told + TELL:
+            left = (cfg.max_iters - run.step) * self.tokens_per_step / max(self.speed, 1)
+            say(f"step {run.step} of {cfg.max_iters}: loss {in_words(run.train_loss, meta)}, "
+                f"{self.speed:,} tokens/s, {tqdm.format_interval(left)} left")
+            self.told = self.clock
+        bar.set_postfix(loss=f"{run.train_loss:.3f}", tok_s=f"{self.speed:,}")
 
 class Stop:
     """Within `with Stop(world) as stop`, stop is true once one of SIGNALS came, or nobody reads

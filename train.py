@@ -38,7 +38,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
@@ -339,22 +338,24 @@ def train(cfg, given, at_end):
         before = runs.carried_before(checkpoint, cfg, model)
         runs.put(carried, [[t[rank::world] for t in layer] for layer in before])
 
-    def everything():
-        """All that a run needs to go on from here."""
+    def save(best):
+        """Saves all that a run needs to go on from here; best: whether these weights are."""
         weights, moments = model.state_dict(), optimizer.state_dict()
         if cfg.fsdp:
             weights, moments = processes.whole((weights, moments), master)
-        return {"model": weights, "model_config": asdict(model.config), "meta": meta,
-                **asdict(run), "threads": torch.get_num_threads(), "config": asdict(cfg),
-                "carried": carried and processes.gather(carried, world),
-                "optimizer": moments, "scaler": scaler.state_dict()}
+        everything = {"model": weights, "model_config": asdict(model.config), "meta": meta,
+                      **asdict(run), "threads": torch.get_num_threads(), "config": asdict(cfg),
+                      "carried": carried and processes.gather(carried, world),
+                      "optimizer": moments, "scaler": scaler.state_dict()}
+        if master:
+            runs.save(folder, everything, best)
 
     # The loop
-    if master:
-        if checkpoint:
-            folder.go_on_from(checkpoint["path"])
-        log = runs.Log(folder, run, runs.tokens_per_step(cfg))
+    if master and checkpoint:
+        folder.go_on_from(checkpoint["path"])
+    log = runs.Log(folder, run, runs.tokens_per_step(cfg), writes=master)
     saved_step = run.step if checkpoint else None
+    del checkpoint      # the run goes on from it: nothing asks for it again, and it is large
     bar = tqdm(total=cfg.max_iters, initial=run.step, unit="step", dynamic_ncols=True,
                disable=None if master else True)
     with runs.Stop(world) as stop, bar:
@@ -369,18 +370,15 @@ def train(cfg, given, at_end):
                 best = run.note(val_loss)
                 if device.type == "cpu":    # other programs come and go
                     common.use_threads(cfg.threads, None, threads)
-                checkpoint = everything()
-                if master:
-                    log.add(run, learning_rate(max(run.step - 1, 0), cfg), val_loss)
-                    runs.save(folder, checkpoint, best)
+                log.add(run, learning_rate(max(run.step - 1, 0), cfg), val_loss)
+                save(best)
+                saved_step = run.step
                 say(f"step {run.step}: val loss {runs.in_words(val_loss, meta)}{', best' * best}")
                 runs.tell_overfitting(run, val_loss)
                 if cfg.sample_tokens and (master or cfg.fsdp):  # in which all must take part
                     prompt = data.val[:1].tolist()
                     say(a_sample(model, data.tokenizer, prompt, cfg, dtype, run.step))
-                saved_step = run.step
-                if master:
-                    log.go_on(run.step)
+                log.go_on(run.step)
                 if run.is_finished(cfg) and run.step < cfg.max_iters:
                     say(f"no better for {run.since_best} evaluations: --patience ends the run")
             if run.is_finished(cfg):
@@ -394,8 +392,8 @@ def train(cfg, given, at_end):
             for micro in range(cfg.gradient_accumulation_steps):
                 x, y = get_batch(data.train, cfg, run.step, micro, rank, world, device)
                 total += more_gradients(x, y) if micro else first_gradients(x, y)
-            if world > 1 and not cfg.fsdp:
-                processes.average([p.grad for p in model.parameters() if p.grad is not None], world)
+            if world > 1 and not cfg.fsdp:      # which averages them itself
+                processes.average_gradients(model, world)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             scaler.step(optimizer)
@@ -405,29 +403,19 @@ def train(cfg, given, at_end):
 
             stopping, log_now = stop.agreed(device), run.step % cfg.log_interval == 0
             if stopping or log_now or run.evaluation_is_due(cfg):
-                if world > 1:
-                    dist.all_reduce(total)
-                run.train_loss = total.item() / world   # waits for the device
+                run.train_loss = processes.sum_over_all(total, world) / world
                 # a scaler skips a step whose gradients are not finite
-                runs.check_finite(run.step, saved_step, loss=run.train_loss,
-                                  gradient_norm=0 if scaler.is_enabled()
-                                  else processes.whole(norm).item())
-            if log_now and master:
-                log.measure(run.step)
-                log.add(run, learning_rate(run.step - 1, cfg))
-                log.tell(run, cfg, meta)
-                bar.set_postfix(loss=f"{run.train_loss:.3f}", tok_s=f"{log.speed:,}")
+                norm = 0 if scaler.is_enabled() else processes.whole(norm).item()
+                runs.check_finite(run.step, saved_step, loss=run.train_loss, gradient_norm=norm)
+            if log_now:
+                log.tell(run, learning_rate(run.step - 1, cfg), cfg, meta, bar)
             if stopping:
                 break
 
         # Stopped between two evaluations. best.pt stays: nobody has evaluated these weights.
         if run.step != saved_step:
-            checkpoint = everything()
-            if master:
-                runs.save(folder, checkpoint, best=False)
-        if world > 1:
-            dist.barrier()
-            dist.destroy_process_group()
+            save(best=False)
+        processes.leave(world)
 
     # Goodbye
     if stop and not run.is_finished(cfg):
