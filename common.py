@@ -319,15 +319,11 @@ def compiled(model):
     return twin
 
 def pick_compile(cfg, device):
-    """Whether a run of train.py is compiled. If --compile leaves it open, this is where it pays: it
-    takes up to a minute, which only many steps bring back."""
+    """Whether a run of train.py is compiled. If --compile leaves it open, it is on a GPU: it takes
+    up to a minute, which only many steps bring back, and on a CPU it makes nothing faster."""
     if cfg.compile is not None:
         return cfg.compile
-    from mamba import fast
-    on_cpu = (fast is not None and fast.compiles_well(device, cfg.d_state)
-              and cfg.layer == "mamba" and cfg.scan != "sequential")
-    sooner = device.type == "cuda" or on_cpu
-    return sooner and cfg.max_iters >= 5000 and not (cfg.eval_only or cfg.fsdp)
+    return device.type == "cuda" and cfg.max_iters >= 5000 and not (cfg.eval_only or cfg.fsdp)
 
 def fastest(make, model, batch, compile, graphs):
     """make(model), a list of functions (x, y) -> loss. If a trial with this batch, (x, y), shows

@@ -139,9 +139,9 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
                              f"{tuple(tensor.shape)} {tensor.dtype}")
     tiny = batch == 0 or (method == "auto" and length == 1)
     method = "sequential" if tiny else scan_method(method, u, d_state)
-    if method == "triton" and mask is None and seq_idx is None:     # all in one kernel
-        y, h = fast.scan(u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)
-        return (y, h) if return_last_state else y
+    if fast and mask is None and seq_idx is None and (all_at_once := fast.scan(
+            method, u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)):
+        return all_at_once if return_last_state else all_at_once[0]
     dtype, number = u.dtype, torch.promote_types(u.dtype, torch.float32)
     if state is None:
         state = u.new_zeros(batch, d_inner, d_state, dtype=number)

@@ -101,7 +101,7 @@ def ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe = No
     the G groups serves H / G heads.  D, delta_bias: (H,).  state: (B, H, P, N).
     Returns y (B, L, H, P) in the type of u, or (y, last_state), which is (B, H, P, N) in float32,
     and from which a later call goes on. Computes in float32 (float64 if u is float64) whatever the
-    inputs are. Differentiable in every tensor, any number of times, but by "triton" once.
+    inputs are. Differentiable in every tensor, and twice by "sequential".
     method: "sequential" (the loop) | "chunked" (matrix products, in chunks of chunk_size steps, up
     to 256) | "triton" (the same as kernels of mamba_fast/, on CUDA, which multiply in the type of
     u) | "auto", the fastest that can run.  mask, seq_idx: (B, L), as in selective_scan of mamba.py.
@@ -168,6 +168,8 @@ def one_by_one(u, delta, a, B, C, h):
 def in_chunks(u, delta, a, B, C, h, own, steps):
     """What one_by_one computes, by matrix products, but with own_t u_t, (B, L, H), in place of
     u_t's own part: y_t = C_t . exp(a_t) h_{t-1} + own_t u_t. Memory: 64 chunks at a time."""
+    if mamba.fast and (sooner := mamba.fast.in_chunks(u, delta, a, B, C, h, own)):
+        return sooner
     if torch.compiler.is_compiling() or u.shape[1] <= 64 * steps:
         y, h = chunked(u, delta, a, B, C, h, steps)
         return y + u * own[..., None], h

@@ -65,6 +65,7 @@ import bench
 import bench_compare
 import common
 import mamba
+import mamba2
 import prepare_data
 import runs
 import sample
@@ -1185,10 +1186,8 @@ def test_what_a_model_says_of_itself():
         assert Mamba(MambaConfig(n_layer=1)).device == torch.device("meta")
 
 
-def test_traced_as_torch_compile_does_it(monkeypatch):
+def test_traced_as_torch_compile_does_it():
     """Loss and gradients (torch 2.11 loses those of a Function whose forward pass works in place); single tokens, one graph."""
-    if mamba.fast is not None:      # its scan for a CPU has a compiler of its own
-        monkeypatch.setattr(mamba.fast, "compiles_well", lambda *inputs: False)
     torch.compiler.reset()
     model, idx, results = small(n_layer=1).eval(), tokens(2, 20), []
     for run in (model, torch.compile(model, backend="aot_eager")):
@@ -1614,12 +1613,12 @@ def test_drawing_a_token_never_waits_for_the_gpu():
 
 
 def memory_of_generation(prompt, new):
-    """The most bytes that it needs at a time beyond the model and the tokens."""
+    """The most bytes that it needs at a time beyond the model, the tokens and a copy of them."""
     model, prompts = small(d_state=8, n_layer=2).eval(), tokens(1, prompt)
     with Recorder() as recorded:
         for _ in model.stream(prompts, new):
             pass
-    return recorded.most_bytes - prompts.nbytes
+    return recorded.most_bytes - 2 * prompts.nbytes
 
 
 def test_memory_of_a_long_text():
@@ -1722,16 +1721,13 @@ def test_sharded_over_two_processes(tmp_path):
 
 
 @fast
-@pytest.mark.parametrize("scan", ["tiles", "compiled", TRITON], indirect=True)
+@pytest.mark.parametrize("scan", ["chunked", TRITON], indirect=True)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("what", ["scan", "block", "model"])
-def test_one_graph_for_all_lengths(monkeypatch, what, training, scan):
+def test_one_graph_for_all_lengths(what, training, scan):
     """torch.compile(fullgraph=True), and at most three compilations for eight lengths."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    from mamba_fast import scan_compiled
-    monkeypatch.setattr(scan_compiled, "_compiled", lambda function: function)      # it has a compiler of its own
-    monkeypatch.setattr(mamba.fast, "compiles_well", lambda *inputs: scan == "compiled")
     torch.compiler.reset()
     torch.manual_seed(0)
     model, counter = small(n_layer=2, d_state=8), CompileCounterWithBackend("aot_eager")
@@ -3678,7 +3674,8 @@ def test_fused_step_equals_one_call():
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 15, 16, 17, 31, 47, 70])
 def test_tiles_equal_float64(monkeypatch, length, steps):
     """Every way in which a sequence can end inside or at the end of a tile, and of a few tiles at once."""
-    from mamba_fast import scan_tiles
+    from mamba_fast import cpp, scan_tiles
+    monkeypatch.setattr(cpp, "library", lambda name: None)
     monkeypatch.setattr(scan_tiles, "steps_of_a_tile", lambda *sizes: steps)
     check_scan(scan_inputs(2, length, 5, 4), ["chunked"])
     check_gradients(length, "chunked")
@@ -3686,7 +3683,9 @@ def test_tiles_equal_float64(monkeypatch, length, steps):
 
 @fast
 @pytest.mark.parametrize("shape", [(1, 2500, 3, 4), (4, 40, 512, 16), (7, 20, 300, 15)])
-def test_many_tiles_and_padded_states(shape):
+def test_many_tiles_and_padded_states(shape, monkeypatch):
+    from mamba_fast import cpp
+    monkeypatch.setattr(cpp, "library", lambda name: None)
     check_scan(scan_inputs(*shape), ["chunked"])
 
 
@@ -3720,66 +3719,198 @@ def test_tiles_side_by_side_of_all_that_the_others_take(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# mamba_fast: scan_compiled
+# mamba_fast: scan_cpu, and C++
 
 WITHOUT_COMPILER = pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
                                       reason="no C++ compiler")
 
 
+@pytest.fixture(params=[pytest.param("C++", marks=WITHOUT_COMPILER), "PyTorch"])
+def scan_of_a_cpu(request, monkeypatch):
+    """With what scan_cpu.cpp compiles to, and without."""
+    from mamba_fast import cpp
+    if request.param == "PyTorch":
+        monkeypatch.setattr(cpp, "library", lambda name: None)
+    else:
+        assert cpp.library("scan_cpu") is not None
+    return request.param
+
+
 @pytest.fixture
-def as_compiled(monkeypatch):
-    """selective_scan as it is in a model that torch.compile compiles, but what it gives the compiler runs as it is."""
-    from mamba_fast import scan_compiled
-    monkeypatch.setattr(scan_compiled, "_compiled", lambda function: function)
-    monkeypatch.setattr(mamba.fast, "recurrence", lambda *inputs: scan_compiled.recurrence)
+def as_compiled(scan_of_a_cpu, monkeypatch):
+    """selective_scan as it is in what torch.compile compiles: by an operator."""
+    from mamba_fast import scan_cpu
+    monkeypatch.setattr(scan_cpu.torch.compiler, "is_compiling", lambda: True)
 
 
 @fast
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 63, 64, 65, 150])
-def test_compiled_scan_equals_float64(as_compiled, length):
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 34, 70])
+def test_scan_of_a_cpu_equals_float64(scan_of_a_cpu, length):
+    """Any rest of a tile of 16 steps, of a vector of 16 channels, of a group of 128 and of 8 states."""
     rng = random.Random(length)
-    for shape in ((1, 1, 1), (3, 5, 4), (1, 64, 16), (3, 5, 64)):
+    for shape in ((1, 1, 1), (3, 5, 4), (1, 64, 16), (2, 130, 9), (2, 300, 8)):
         check_scan(scan_inputs(shape[0], length, *shape[1:]), ["chunked"])
         some = [name for name in OPTIONS if rng.random() < 0.5]
         check_scan(scan_inputs(shape[0], length, *shape[1:], some), ["chunked"], softplus=rng.random() < 0.5)
 
 
 @fast
-@pytest.mark.parametrize("length", [1, 9, 17])
-def test_compiled_scan_gradcheck(as_compiled, length):
-    check_gradients(length, "chunked")
-
-
-@fast
-def test_compiled_scan_of_all_that_the_others_take(as_compiled):
+def test_scan_of_a_cpu_with_all_that_the_others_take(scan_of_a_cpu):
     """Options, extreme decay, 16 bits, autocast, any split, views."""
     for count in range(len(OPTIONS) + 1):
         for options in itertools.combinations(OPTIONS, count):
-            check_scan(scan_inputs(3, 65, 5, 4, options), ["chunked"], softplus=count % 2 == 0)
+            check_scan(scan_inputs(3, 37, 20, 4, options), ["chunked"], softplus=count % 2 == 0)
     check_the_rest("chunked")
 
 
 @fast
+def test_operator_of_the_scan(as_compiled):
+    for length in (1, 17, 65):
+        check_scan(scan_inputs(3, length, 20, 4), ["chunked"])
+        for count in range(len(OPTIONS) + 1):
+            for options in itertools.combinations(OPTIONS, count):
+                check_scan(scan_inputs(3, length, 5, 4, options), ["chunked"], softplus=count % 2 == 0)
+
+
+@fast
 @WITHOUT_COMPILER
-def test_scan_by_the_compiler(monkeypatch):
-    """selective_scan in what is compiled: two stretches and a rest, B and C of one tensor; all options, and none."""
-    from mamba_fast import scan_compiled
-    torch.compiler.reset()
-    monkeypatch.setattr(scan_compiled, "STRETCH", 16)      # 64 take longer to compile
-    compiled, calls = torch.compile(selective_scan), []
-    forward = scan_compiled.CompiledScan.forward
-    monkeypatch.setattr(scan_compiled.CompiledScan, "forward", lambda *inputs: calls.append(1) or forward(*inputs))
-    for options in (OPTIONS, ()):
-        inputs = scan_inputs(2, 43, 20, 8, options)
-        both = torch.cat([inputs["B"], inputs["C"]], -1).detach().requires_grad_()
-        inputs["B"], inputs["C"] = both.chunk(2, -1)
-        y, last = compiled(**inputs, delta_softplus=True, return_last_state=True)
-        expected, expected_last = loop64(**inputs, delta_softplus=True)
-        leaves = {**{k: v for k, v in inputs.items() if v.is_leaf}, "both": both}
-        got, reference = gradients(y, last, leaves), gradients(expected, expected_last, leaves)
-        assert relative(y, expected) < 1e-6 and relative(last, expected_last) < 1e-6
-        assert all(relative(got[name], reference[name]) < 1e-5 for name in leaves)
-    assert len(calls) == 2
+@torch.no_grad()
+def test_step_sizes_of_cpp():
+    """softplus to float32's precision, also where it is tiny; nothing passes by a delta of 0, NaN does not vanish."""
+    from mamba_fast import scan_cpu
+    raw = torch.cat([torch.linspace(-80, 80, 4001), torch.tensor([0.0, -0.0, 1e-8, -1e-8, 1e4])])
+    channels = len(raw)
+    u, zeros = torch.ones(1, 1, channels), torch.zeros(1, channels, 1)      # with A = 0, B = C = 1: y = softplus
+    y, _ = scan_cpu.scan(u, raw[None, None], zeros[0], torch.ones(1, 1, 1), torch.ones(1, 1, 1), zeros, None, None, None, True)
+    expected = F.softplus(raw.double(), threshold=1000)
+    assert ((y[0, 0] - expected).abs() <= (4e-7 + 8e-8 * raw.abs()) * expected).all()   # as exact as raw is
+    h = torch.randn(1, 16, 5)
+    inputs = torch.randn(1, 40, 16), torch.zeros(1, 40, 16), -torch.rand(16, 5), torch.randn(1, 40, 5), torch.randn(1, 40, 5)
+    assert torch.equal(scan_cpu.scan(*inputs, h)[1], h)
+    inputs[1][0, 3, 2] = math.nan
+    y, last = scan_cpu.scan(*inputs, h)
+    assert last[0, 2].isnan().all() and not last[0, 3].isnan().any() and y[0, 3:, 2].isnan().all() and not y[0, :3].isnan().any()
+
+
+def inputs_of_chunks(batch, length, heads, headdim, d_state, groups, decay):
+    """Of in_chunks of mamba2.py: u, delta, a, B, C, state, own."""
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.randn(*shape, generator=g)
+    delta = F.softplus(rand(batch, length, heads) - 2)
+    a, chance = -delta * torch.exp(rand(heads) + 1), torch.rand(batch, length, heads, generator=g)
+    a = {"usual": a, "none": a * 0, "strong": a * 0 - 30,
+         "documents": a.masked_fill(chance < 0.1, -1024).masked_fill(chance > 0.9, 0).masked_fill(chance.sub(0.5).abs() < 0.05, 0.01)}[decay]
+    inputs = (rand(batch, length, heads, headdim), delta, a, rand(batch, length, groups, d_state), rand(batch, length, groups, d_state),
+              rand(batch, heads, headdim, d_state), rand(batch, length, heads))
+    return [t.requires_grad_() for t in inputs]
+
+
+@fast
+@WITHOUT_COMPILER
+@pytest.mark.parametrize("by_operator", [False, True])
+@pytest.mark.parametrize("decay", ["usual", "none", "strong", "documents"])
+@pytest.mark.parametrize("shape", [(2, 1, 2, 16, 16, 1), (2, 100, 8, 64, 64, 1), (2, 33, 4, 32, 128, 2), (1, 200, 5, 64, 16, 1),
+                                   (2, 65, 8, 16, 64, 8), (1, 16, 1, 16, 16, 1)])
+def test_ssd_of_a_cpu_equals_float64(shape, decay, by_operator):
+    """Any rest of a chunk of 16 steps, of 4 chunks and of 4 heads; groups; documents that begin anywhere."""
+    from mamba_fast import ssd_cpu
+    inputs = inputs_of_chunks(*shape, decay)
+    if by_operator:
+        y, last = ssd_cpu.operator(*inputs[:5], inputs[6], inputs[5], True)
+    else:
+        y, last = ssd_cpu.ssd(*inputs)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    u, delta, a, B, C, state, own = wide
+    read_at_once = of_heads((B * C).sum(-1), shape[2]) * delta      # in one_by_one, where in_chunks has own
+    expected, expected_last = mamba2.one_by_one(u, delta, a, B, C, state)
+    expected = expected + u * (own - read_at_once)[..., None]
+    got, reference = (gradients(*results, dict(enumerate(leaves))) for results, leaves in (((y, last), inputs), ((expected, expected_last), wide)))
+    assert relative(y, expected) < 2e-6 and relative(last, expected_last, 1e-3) < 2e-6
+    assert all(relative(got[i], reference[i], 1e-3) < 4e-6 for i in reference)
+
+
+@fast
+@WITHOUT_COMPILER
+def test_cpp_gives_the_same_bits_on_any_number_of_threads(monkeypatch):
+    from mamba_fast import scan_cpu, ssd_cpu
+    results, inputs = [], {k: v.detach().requires_grad_() for k, v in scan_inputs(2, 50, 300, 8).items()}
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        y, h = scan_cpu.scan(*[inputs[k] for k in ("u", "delta", "A", "B", "C", "state", "D", "z", "delta_bias")], True)
+        results.append([y, h, *torch.autograd.grad(y.sum() + h.sum(), list(inputs.values()))])
+        y, h = ssd_cpu.ssd(*(of_heads := inputs_of_chunks(2, 100, 10, 16, 32, 1, "usual")))
+        results[-1] += [y, h, *torch.autograd.grad(y.sum() + h.sum(), of_heads)]
+    assert same(results[0], results[1]) and same(results[0], results[2])
+
+
+@fast
+def test_what_has_no_memory_of_its_own_is_not_given_to_cpp():
+    """Subclasses of tensors: they may be anything."""
+    class Wrapper(torch.Tensor):
+        pass
+    inputs = {k: v.detach() for k, v in scan_inputs(2, 20, 16, 4).items()}
+    y = selective_scan(**{**inputs, "u": inputs["u"].as_subclass(Wrapper)}, delta_softplus=True)
+    assert isinstance(y, Wrapper) and same(y.as_subclass(torch.Tensor), selective_scan(**inputs, delta_softplus=True), 1e-6)
+
+
+@fast
+@pytest.mark.parametrize("trouble", ["no compiler", "no C++", "a full home", "a home of others", "another system"])
+def test_where_cpp_cannot_be_compiled(trouble, tmp_path, monkeypatch, recwarn):
+    """PyTorch does the work then. A compiler that fails is heard of, once."""
+    from mamba_fast import cpp
+    inputs = {k: v.detach() for k, v in scan_inputs(2, 20, 16, 4).items()}
+    expected = selective_scan(**inputs, delta_softplus=True, method="sequential")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpp, "library", functools.cache(cpp.library.__wrapped__))
+    if trouble == "no compiler":
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(cpp.shutil, "which", lambda name: None)
+    elif trouble == "no C++":
+        (tmp_path / "broken").write_text("#!/bin/sh\necho nothing works here >&2\nexit 1\n")
+        (tmp_path / "broken").chmod(0o755)
+        monkeypatch.setenv("CXX", str(tmp_path / "broken"))
+    elif trouble == "a full home":
+        (tmp_path / "cache").write_text("a file where a folder should be")
+    elif trouble == "a home of others":
+        (tmp_path / "cache" / "mamba_fast").mkdir(parents=True)
+        (tmp_path / "cache" / "mamba_fast").chmod(0o777)
+    else:
+        monkeypatch.setattr(cpp.sys, "platform", "darwin")
+    for _ in range(2):
+        assert same(selective_scan(**inputs, delta_softplus=True), expected, 1e-6)
+    said = [str(w.message) for w in recwarn if "compiled" in str(w.message)]
+    assert len(said) == (trouble == "no C++") and all("nothing works here" in words for words in said)
+    if trouble in ("a full home", "a home of others"):
+        assert (cpp.library("scan_cpu") is not None) == bool(shutil.which("g++") or shutil.which("clang++"))
+        assert not list((tmp_path / "cache").glob("mamba_fast/*"))
+
+
+@fast
+@WITHOUT_COMPILER
+def test_what_is_compiled_is_kept(tmp_path, monkeypatch):
+    """For the next process, and, where the source or the flags are others, not taken for the other."""
+    from mamba_fast import cpp
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    commands, compile_to = [], cpp.compile_to
+    monkeypatch.setattr(cpp, "compile_to", lambda path, command: commands.append(command) or compile_to(path, command))
+    for flags in (cpp.FLAGS, cpp.FLAGS, (*cpp.FLAGS, "-DANOTHER")):
+        monkeypatch.setattr(cpp, "FLAGS", flags)
+        assert cpp.library.__wrapped__("scan_cpu") is not None
+    assert len(commands) == len(list((tmp_path / "mamba_fast").iterdir())) == 2
+
+
+@fast
+@WITHOUT_COMPILER
+@pytest.mark.parametrize("width", [4, 8])
+def test_narrower_vectors(width, monkeypatch):
+    """As on a CPU without AVX-512."""
+    from mamba_fast import cpp
+    monkeypatch.setattr(cpp, "CPUS", {})
+    monkeypatch.setattr(cpp, "NARROW", width)
+    monkeypatch.setattr(cpp, "library", functools.cache(cpp.library.__wrapped__))
+    check_scan(scan_inputs(2, 37, 140, 9), ["chunked"])
+    model, idx = small(), tokens(2, 40)
+    assert same(model(idx)[0], small(scan="sequential")(idx)[0], 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4021,7 +4152,7 @@ def test_recorded_gradients_equal_those_launched_one_by_one(request):
 @fast
 def test_a_second_derivative_is_right_or_an_error(monkeypatch):
     """Also of what the incoming gradients do not depend on: then PyTorch's once_differentiable lets zeros pass for it."""
-    from mamba_fast import layers, scan_side_by_side, scan_tiles
+    from mamba_fast import layers, scan_cpu, scan_side_by_side, scan_tiles
     inputs = {k: v.double().detach() for k, v in scan_inputs(2, 11, 6, 4).items() if k not in ("z", "delta_bias")}
     weight, x, targets = torch.randn(6, 6).double(), torch.randn(2, 11, 6).double(), torch.randint(6, (22,))
 
@@ -4032,8 +4163,11 @@ def test_a_second_derivative_is_right_or_an_error(monkeypatch):
     scan = lambda u, method="chunked": selective_scan(u, F.softplus(u), *[inputs[k] for k in "ABC"], method=method)
     assert same(second(lambda u: scan(u, "sequential")), second(lambda u: mamba.one_by_one(u, F.softplus(u), *[inputs[k] for k in "ABC"], u.new_zeros(2, 6, 4))[0]), 1e-9)
     head, conv = nn.Linear(6, 6, bias=False).double(), torch.randn(6, 1, 4).double()
-    calls = {"softplus": layers.softplus, "gate": lambda u: layers.gated(u, u.cos()), "convolution": lambda u: layers.causal_conv(u.sin(), conv, None, None),
+    calls = {"softplus": layers.softplus, "gate": lambda u: layers.gated(u, u.cos()), "convolution": lambda u: layers.conv_silu(u.sin(), conv, None, None),
              "loss": lambda u: layers.LinearCrossEntropy.apply(u.flatten(0, 1), head.weight, targets, 5, 6, False), "scan": scan}
+    in_float32 = lambda u: torch.cat([u, u, u, u[..., :2] * u[..., 2:4], u[..., 4:]], -1)[..., :16].float()     # 16 channels
+    calls["C++"] = lambda u: scan_cpu.recurrence(x16 := in_float32(u), x16.exp(), -torch.ones(16, 4), *torch.ones(2, 2, 11, 4), torch.zeros(2, 16, 4))[0].double()
+    calls["C++ of the convolution"] = lambda u: layers.conv_silu(in_float32(u), torch.ones(16, 1, 4), None, None).double()
     for recurrence in (scan_tiles.recurrence, scan_side_by_side.recurrence):
         monkeypatch.setattr(mamba.fast, "recurrence", lambda *_, recurrence=recurrence: recurrence)
         for name, call in calls.items():
@@ -6668,11 +6802,10 @@ def test_training_compiled(work, call):
 
 
 @pytest.mark.parametrize("changes, device, compiled", [
-    ({}, "cpu", False), ({"max_iters": 4999}, "cpu", False), ({"max_iters": 5000}, "cpu", True), ({"max_iters": 5000, "d_state": 12}, "cpu", False),
-    ({"max_iters": 5000, "scan": "sequential"}, "cpu", False), ({"max_iters": 5000, "eval_only": True}, "cpu", False),
-    ({"max_iters": 5000, "compile": False}, "cpu", False), ({"max_iters": 5000, "layer": "mamba2"}, "cpu", False),
-    ({"max_iters": 4999, "layer": "mamba3"}, "cuda", False), ({"max_iters": 5000, "layer": "mamba3"}, "cuda", True), ({"max_iters": 5000}, "mps", False)])
-@fast
+    ({"max_iters": 5000}, "cpu", False), ({"max_iters": 4999}, "cuda", False), ({"max_iters": 5000}, "cuda", True),
+    ({"max_iters": 5000, "eval_only": True}, "cuda", False), ({"max_iters": 5000, "compile": False}, "cuda", False),
+    ({"max_iters": 5000, "fsdp": True}, "cuda", False), ({"max_iters": 5000, "layer": "mamba3"}, "cuda", True),
+    ({"compile": True}, "cpu", True), ({"max_iters": 5000}, "mps", False)])
 def test_a_run_is_compiled_where_it_pays(changes, device, compiled):
     cfg = train.Config(**changes)
     runs.fill_in(cfg, torch.device(device), pretrained=False)

@@ -117,7 +117,8 @@ class Config:
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; by default the best there is")
     dtype: str = flag("auto", "float32, bfloat16 or float16 (mixed precision); by default bfloat16 "
                       "on CUDA, else float32")
-    compile: bool | None = flag(None, "torch.compile, up to a minute; by default from 5000 steps")
+    compile: bool | None = flag(None, "torch.compile, up to a minute; by default from 5000 "
+                                "steps on CUDA")
     scan: str = flag("auto", "auto, triton (fused kernels, on CUDA), chunked or sequential")
     threads: int | None = flag(None, "of a CPU; by default all, but fewer as long as other "
                                "programs use the cores: the threads would mostly wait for each "

@@ -5,8 +5,10 @@ This file is the one door. What mamba.py asks here, and where the answer is None
 mamba.py does it in its own way:
 
     Linear             a class, never None: nn.Linear, but on some CPUs a faster one
-    has_triton(...)    True or False: whether the kernels of scan can run here
-    scan, ssd, keys_and_queries     never None, and asked only where has_triton says True
+    has_triton(...)    True or False: whether the Triton kernels can run here
+    scan(...)          None where neither Triton's kernels nor the C++ of scan_cpu.cpp can run
+    in_chunks(...)     None where the C++ of ssd_cpu.cpp cannot run
+    ssd, keys_and_queries           never None, and asked only where has_triton says True
     angles_since       the same, but None in what torch.compile compiles, for it fuses the plain way
     recurrence(...)    a function, never None
     softplus, gated    never None: the same with backward passes that keep less
@@ -17,24 +19,23 @@ mamba.py does it in its own way:
                        kernels cannot run
     decoder(...)       None if a module of the model is not just as our files made it
 
-What scripts use: quantize_int8 (of int8.py), recorded and replayed (CUDA graphs, of decode.py),
-and compiles_well.
+What scripts use: quantize_int8 (of int8.py), recorded and replayed (CUDA graphs, of decode.py).
 """
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+import functools
 
-from . import scan_side_by_side, scan_tiles
+import torch
+
+from . import layers, scan_cpu, scan_side_by_side, ssd_cpu
 from .decode import decoder, recorded, replayed
 from .int8 import quantize_int8
 from .kernels import can_run, rows_triton, scan_triton, ssd_triton, turn_triton
-from .layers import Linear, causal_conv, cross_entropy, gated, softplus
-from .operators import COMPILES
+from .layers import Linear, cross_entropy, gated, softplus
 
-__all__ = ["Linear", "angles_since", "compiles_well", "conv_silu", "cross_entropy", "decoder",
-           "gated", "gated_norm", "has_triton", "keys_and_queries", "quantize_int8", "recorded",
-           "recurrence", "replayed", "scan", "softplus", "ssd"]
+__all__ = ["Linear", "angles_since", "conv_silu", "cross_entropy", "decoder", "gated", "gated_norm",
+           "has_triton", "in_chunks", "keys_and_queries", "quantize_int8", "recorded", "recurrence",
+           "replayed", "scan", "softplus", "ssd"]
 
 
 def has_triton(u, d_state, headdim=0):
@@ -46,13 +47,15 @@ def has_triton(u, d_state, headdim=0):
     return headdim == 0 or ssd_triton.fits(u.device, u.dtype, int(headdim), int(d_state))
 
 
-def scan(u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softplus=False):
+def scan(method, u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softplus=False):
     """
-    All of selective_scan by the fused kernels, where has_triton; arguments and shapes as there.
-    Returns y (B, L, D) and the last state (B, D, N).
+    All of selective_scan at once; arguments and shapes as there. Returns y (B, L, D) and the last
+    state (B, D, N).
     """
-    return scan_triton.selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus,
-                                             state)
+    options = D, z, delta_bias, delta_softplus
+    if method == "triton":
+        return scan_triton.selective_scan_triton(u, delta, A, B, C, *options, state)
+    return scan_cpu.scan(u, delta, A, B, C, state, *options) if method == "chunked" else None
 
 
 def ssd(u, delta, a, B, C, state, own, dtype=None):
@@ -63,6 +66,11 @@ def ssd(u, delta, a, B, C, state, own, dtype=None):
     """
     y, last = ssd_triton.scan(u if dtype is None else u.to(dtype), delta, a, B, C, own, state)
     return y.to(u.dtype), last
+
+
+def in_chunks(u, delta, a, B, C, state, own):
+    """That of mamba2.py in C++; arguments and shapes as there."""
+    return ssd_cpu.ssd(u, delta, a, B, C, state, own)
 
 
 def angles_since(turns, first):
@@ -88,25 +96,14 @@ def gated_norm(y, z, weight, groups, eps, scan):
     return rows_triton.gated_norm(y, z, weight, groups, eps)
 
 
-def compiles_well(device, d_state):
-    """Whether torch.compile of a model compiles its scan too: on a CPU, and if the d_state numbers
-    of a channel fill whole vectors."""
-    return device.type == "cpu" and d_state % 8 == 0 and COMPILES
-
-
 def recurrence(method, u, A):
     """
     What is best for u (B, L, D) and A (D, N), instead of in_tiles of mamba.py: a function
     (u, delta, A, B, C, state) -> y (B, L, D), last state (B, D, N).
     """
     if method == "triton":
-        return scan
-    if torch.compiler.is_compiling():
-        if not compiles_well(u.device, A.shape[1]) or torch.compiler.is_exporting():
-            return scan_tiles.operator
-        from . import scan_compiled  # only here, for it takes a while
-        return scan_compiled.recurrence
-    return (scan_tiles if u.device.type == "cpu" else scan_side_by_side).recurrence
+        return functools.partial(scan, method)
+    return (scan_cpu if u.device.type == "cpu" else scan_side_by_side).recurrence
 
 
 def conv_silu(x, weight, bias, state, scan):
@@ -118,5 +115,4 @@ def conv_silu(x, weight, bias, state, scan):
         return None
     if scan in ("auto", "triton") and can_run(x):
         return scan_triton.conv_silu_triton(x, weight, bias, state)
-    y = causal_conv(x, weight, bias, state)
-    return None if y is None else F.silu(y)
+    return layers.conv_silu(x, weight, bias, state)

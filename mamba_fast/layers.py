@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import cpp
 from .kernels import can_run, rows_triton
-from .operators import COMPILES, differentiable_once
+from .operators import COMPILES, as_operator, differentiable_once
 
 LOGITS = 2 ** 28    # numbers that are computed at once for a loss; as float32, 1 GB
 
@@ -63,48 +64,76 @@ Linear = LinearByConvolution if mkl_is_slow() else nn.Linear
 # The convolution
 
 
-def causal_conv(x, weight, bias, state):
+def conv_silu(x, weight, bias, state):
     """
-    The convolution of conv_silu in mamba.py, without the silu: x (B, L, D), weight (D, 1, d_conv),
+    silu of the causal convolution, as in conv_silu of mamba.py: x (B, L, D), weight (D, 1, d_conv),
     bias (D,) or None, state (B, d_conv - 1, D) or None -> (B, L, D).
-    None in what torch.compile compiles: it fuses the plain way, and torch 2.11 would lose the
-    gradients of a Function that works in place.
+    None in what torch.compile compiles for other than float32 on a CPU, for it fuses the plain way,
+    and in what torch.export exports.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_exporting():
         return None
-    before = weight.shape[2] - 1
-    state = x.new_zeros(len(x), before, x.shape[2]) if state is None else state.to(x.dtype)
     taps = torch.stack(weight[:, 0].unbind(1))                                  # (d_conv, D)
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    return CausalConv.apply(x, taps, bias, state)
+    if state is None:
+        state = x.new_zeros(x.shape[0], len(taps) - 1, x.shape[2])
+    inputs = x, taps, bias, state.to(x.dtype)
+    if not torch.compiler.is_compiling():
+        return ConvSilu.apply(*inputs)
+    return conv_operator(*inputs) if all(map(cpp.is_float32_on_cpu, inputs)) else None
 
 
-class CausalConv(torch.autograd.Function):
-    """y_t = bias + sum_k taps[k] x_{t - (d_conv - 1) + k}, with a backward pass of its own:
-    autograd would make a full-size gradient for each of the shifted x."""
+class ConvSilu(torch.autograd.Function):
+    """silu(y), y_t = bias + sum_k taps[k] x_{t - (d_conv - 1) + k}, by conv_cpu.cpp where that runs
+    for it. Else with a backward pass of its own, for autograd would make a full-size gradient for
+    each of the shifted x."""
+
+    saved = "x", "taps", "bias", "state"
 
     @staticmethod
     def forward(ctx, x, taps, bias, state):
-        ctx.save_for_backward(x, taps, state)
-        y = torch.addcmul(bias, x, taps[-1])                                    # (B, L, D)
-        for tap, x_k in zip(taps[:-1], CausalConv.shifted(x, taps, state)):
-            y.addcmul_(x_k, tap)
-        return y.to(x.dtype)
+        if ConvSilu.is_native(x, taps, bias, state):
+            x, kept, out = rows_apart(x), x.new_empty(0), x.new_empty(x.shape)
+            taps, bias, state = (t.contiguous() for t in (taps, bias, state))
+            cpp.call(cpp.library("conv_cpu").forward, *x.shape, len(taps), x.stride(1), x, taps,
+                     bias, state, out)
+        else:
+            kept = torch.addcmul(bias, x, taps[-1])                             # (B, L, D)
+            for tap, x_k in zip(taps[:-1], ConvSilu.shifted(x, taps, state)):
+                kept.addcmul_(x_k, tap)
+            kept = kept.to(x.dtype)
+            out = F.silu(kept)
+        ctx.save_for_backward(kept, x, taps, bias, state)
+        return out
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, gy):
-        (x, taps, state), gy = ctx.saved_tensors, gy.to(at_least_float32(gy))
-        before, length = state.shape[1], x.shape[1]
+    def backward(ctx, gout):
+        y, x, taps, bias, state = ctx.saved_tensors
+        (batch, length, d_inner), before = x.shape, state.shape[1]
+        if ConvSilu.is_native(x, taps, bias, state):
+            x, gx, gstate = rows_apart(x), x.new_empty(x.shape), x.new_empty(state.shape)
+            gtaps, gbias = x.new_empty(batch, *taps.shape), x.new_empty(batch, d_inner)
+            cpp.call(cpp.library("conv_cpu").backward, *x.shape, len(taps), x.stride(1), x,
+                     taps.contiguous(), bias.contiguous(), state.contiguous(), gout.contiguous(),
+                     gx, gtaps, gbias, gstate)
+            return gx, gtaps.sum(0), gbias.sum(0), gstate
+        gy = torch.ops.aten.silu_backward(gout, y.view(x.shape))
+        gy = gy.to(at_least_float32(gy))
         # the gradient of state and x, one after the other: tap k meets the gy of k steps later
         padded = F.pad(gy, (0, 0, before, before))
         gseen = padded[:, before:] * taps[0]
         for k, tap in enumerate(taps[1:], 1):
             gseen.addcmul_(padded[:, before - k:][:, :before + length], tap)
-        gtaps = [(gy * x_k).sum((0, 1)) for x_k in (*CausalConv.shifted(x, taps, state), x)]
-        gx, gstate = gseen[:, before:], gseen[:, :before]
-        return (gx.to(x.dtype), torch.stack(gtaps).to(taps.dtype), gy.sum((0, 1)).to(taps.dtype),
-                gstate.to(state.dtype))
+        gtaps = [(gy * x_k).sum((0, 1)) for x_k in (*ConvSilu.shifted(x, taps, state), x)]
+        gx, gstate = gseen[:, before:].to(x.dtype), gseen[:, :before].to(state.dtype)
+        return (gx.contiguous(), torch.stack(gtaps).to(taps.dtype), gy.sum((0, 1)).to(taps.dtype),
+                gstate.contiguous())
+
+    @staticmethod
+    def is_native(x, taps, *others):
+        return (len(taps) in (2, 3, 4) and x.shape[1] > 1 and x.shape[2] % cpp.WIDTH == 0
+                and cpp.runs("conv_cpu", x, taps, *others))
 
     @staticmethod
     def shifted(x, taps, state):
@@ -112,6 +141,16 @@ class CausalConv(torch.autograd.Function):
         last tap, which meets x."""
         seen = torch.cat([state, x], dim=1)
         return [seen[:, k:k + x.shape[1]] for k in range(len(taps) - 1)]
+
+
+conv_operator = as_operator("mamba_py::conv_silu", ConvSilu,
+                            "Tensor x, Tensor taps, Tensor bias, Tensor state", results=("x",))
+
+
+def rows_apart(x):
+    """x (B, L, D), with one row after the other at even distances, as half of a projection is."""
+    even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+    return x if even else x.contiguous()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """
-A recurrence of mamba.py as an operator, which torch.compile and torch.export take as it is: they do
-not look into it, and are told the shapes of what comes out. And what every backward pass here has
-in common: it cannot be differentiated again.
+An autograd.Function as an operator, which torch.compile and torch.export take as it is: they do not
+look into it, and are told the shapes of what comes out. And what every backward pass here has in
+common: it cannot be differentiated again.
 """
 from __future__ import annotations
 
@@ -11,53 +11,68 @@ import torch
 
 COMPILES = hasattr(torch.compiler, "nested_compile_region")     # torch 2.8: what is asked of it
 
-INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C"
 
-
-def as_operator(name, function, channels_first=False):
+def as_operator(name, function, schema, results):
     """
-    (u, delta, A, B, C, state) -> y (B, L, D), last state (B, D, N), made of an autograd.Function.
-    Its forward takes these and `keep`, whether there will be a backward pass, for which it saves u,
-    delta, A, B, C and any number of states, (B, N, D) each, or (B, D, N) if channels_first.
+    function, an autograd.Function, as a function of the same inputs.
+    schema: these, as torch.library writes them.  results: the names of the inputs that its results
+    are like. All that comes out is contiguous. Forward saves first a tensor of its own, of any
+    size, which backward finds without its shape, and then the inputs that are in function.saved.
+    Settings, which are no tensors, backward finds as attributes of ctx.
     """
-    define = functools.partial(torch.library.custom_op, mutates_args=())
+    parts, count = schema.split(", "), len(results)
+    names = [part.split()[-1] for part in parts]
+    tensors = [k for k, part in zip(names, parts) if part.startswith("Tensor")]
 
     def forward(*inputs):
         ctx = Context()
-        return *function.forward(ctx, *inputs), torch.stack(ctx.saved_tensors[5:])
+        made = function.forward(ctx, *inputs)
+        return *(made if count > 1 else (made,)), ctx.saved_tensors[0].flatten()
 
-    def backward(gy, glast, *inputs_and_kept):
-        ctx = Context()
-        ctx.save_for_backward(*inputs_and_kept[:5], *inputs_and_kept[5])
+    def backward(*given):
+        grads, kept, inputs = given[:count], given[count], dict(zip(names, given[count + 1:]))
+        ctx = Context(**inputs)
+        ctx.save_for_backward(kept, *(inputs[k] for k in function.saved))
         with torch.no_grad():
-            return function.backward(ctx, gy, glast)[:6]
+            made = dict(zip(names, function.backward(ctx, *grads)))
+        return tuple(kept.new_empty(0) if made[k] is None else made[k] for k in tensors)
 
-    run = define(name, forward, schema=(
-        f"({INPUTS}, Tensor state, bool keep) -> (Tensor, Tensor, Tensor)"))
+    define, of = functools.partial(torch.library.custom_op, mutates_args=()), "Tensor, ".__mul__
+    run = define(name, forward, schema=f"({schema}) -> ({of(count)}Tensor)")
+    grads_schema = "".join(f"Tensor g{k}, " for k in results)
     gradients = define(f"{name}_backward", backward, schema=(
-        f"(Tensor gy, Tensor glast, {INPUTS}, Tensor kept) -> ({', '.join(['Tensor'] * 6)})"))
+        f"({grads_schema}Tensor kept, {schema}) -> ({of(len(tensors) - 1)}Tensor)"))
+
+    def empty_like(t):
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
 
     @run.register_fake
-    def shapes(u, delta, A, B, C, state, keep):
-        count = torch.library.get_ctx().new_dynamic_size()
-        kept = A.new_empty(count, u.shape[0], *(A if channels_first else A.t()).shape)
-        return torch.empty_like(u), torch.empty_like(state), kept
+    def shapes(*inputs):
+        given, size = dict(zip(names, inputs)), torch.library.get_ctx().new_dynamic_size()
+        return *(empty_like(given[k]) for k in results), inputs[0].new_empty(size)
 
     @gradients.register_fake
-    def shapes_of_gradients(gy, glast, *inputs):
-        return *map(torch.empty_like, inputs[:5]), torch.empty_like(glast)
+    def shapes_of_gradients(*given):
+        inputs = dict(zip(names, given[count + 1:]))
+        return tuple(given[0].new_empty(0) if inputs[k] is None else empty_like(inputs[k])
+                     for k in tensors)
 
     def keep_inputs(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:5], output[2])
+        given = dict(zip(names, inputs))
+        ctx.settings = {k: given[k] for k in names if k not in tensors}
+        ctx.save_for_backward(output[-1], *(given[k] for k in tensors))
 
-    def differentiate(ctx, gy, glast, _):
-        return *gradients(gy, glast, *ctx.saved_tensors), None
+    def differentiate(ctx, *grads):
+        kept, *saved = ctx.saved_tensors
+        inputs = {**ctx.settings, **dict(zip(tensors, saved))}
+        made = gradients(*grads[:-1], kept, *(inputs[k] for k in names))
+        made = {k: g for k, g in zip(tensors, made) if inputs[k] is not None}
+        return tuple(made.get(k) for k in names)
     run.register_autograd(differentiate, setup_context=keep_inputs)
 
-    def operator(u, delta, A, B, C, state):
-        inputs = (u, delta, A, B, C, state)
-        keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        return run(*inputs, keep)[:2]
+    def operator(*inputs):
+        made = run(*inputs)[:-1]
+        return made if count > 1 else made[0]
     return operator
 
 
@@ -93,6 +108,9 @@ class NoSecond(torch.autograd.Function):
 
 class Context:
     """What an autograd.Function has as ctx, for calls without autograd."""
+
+    def __init__(self, **settings):
+        vars(self).update(settings)
 
     def save_for_backward(self, *tensors):
         self.saved_tensors = tensors

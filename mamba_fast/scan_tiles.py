@@ -19,7 +19,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .operators import as_operator, differentiable_once
+from .operators import differentiable_once
 
 ONE_THREAD = 2 ** 15    # numbers up to which PyTorch runs a call on one thread
 
@@ -170,6 +170,3 @@ def steps_of_a_tile(length, size, on_cpu):
     most = 2 ** max(2, min(6, round(math.log2((2 ** 19 if on_cpu else 2 ** 26) / size))))
     return math.ceil(length / math.ceil(length / most))
 
-
-# the same for torch.compile and torch.export
-operator = as_operator("mamba_py::tiles", TiledScan)
