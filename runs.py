@@ -36,6 +36,7 @@ ONE_OFF = ("eval_only", "out_dir", "cache_dir", "device", "dtype", "compile", "s
 # where in the text a step is with --carry_state: if one of these changes, the state begins anew
 PLACE = ("carry_state", "bptt", "batch_size", "block_size", "gradient_accumulation_steps")
 HEADS = {"d_state": 64}     # for layers with heads, mamba2 and mamba3: their states can be larger
+LOWER_RATE = {("cuda", "mamba2"): {"learning_rate": 2e-3}}      # than the others train best with
 FINE_TUNING = {"dropout": 0.0, "learning_rate": 1e-4}   # for weights that are already good
 START_OVER = "start over with --init_from=scratch, or use another --out_dir"
 
@@ -101,6 +102,7 @@ def fill_in(cfg, device, pretrained):
     with weights that are good already; load_pretrained then replaces the shape of the model too."""
     has_heads = cfg.layer != "mamba"
     usual = {**cfg.presets[device.type], **(HEADS if has_heads else {}),
+             **LOWER_RATE.get((device.type, cfg.layer), {}),
              **(FINE_TUNING if pretrained else {})}
     for name, value in usual.items():
         if getattr(cfg, name) is None:
@@ -179,11 +181,12 @@ def fit_vocabulary(model, tokenizer, data, cfg):
         fresh = Mamba(dataclasses.replace(model.config, n_layer=1)).to(model.device)
         model.backbone["embedding"], model.lm_head = fresh.backbone["embedding"], fresh.lm_head
         return say(f"{said} {kind}, whose embedding is learned anew")
-    theirs = tokenizer.ids()
-    if others := [token for token, i in data.tokenizer.ids().items() if theirs.get(token) != i]:
-        raise Problem(f"{data.folder} has other tokens than {cfg.init_from} ({others[0]!r} for "
-                      "one): give --dataset the text itself, which is then prepared in theirs, or "
-                      "learn an embedding of these tokens anew by --new_vocabulary")
+    theirs, ours = tokenizer.ids(), data.tokenizer.ids()
+    if others := [token for token, i in ours.items() if theirs.get(token) != i]:
+        first = min(others, key=ours.get)
+        raise Problem(f"{data.folder} has other tokens than {cfg.init_from} ({first!r} for one): "
+                      "give --dataset the text itself, which is then prepared in theirs, or learn "
+                      "an embedding of these tokens anew by --new_vocabulary")
     say(f"{said} {kind}")
     if needed < config.vocab_size:
         # The weights of the other tokens stay, but what the data does not know is never predicted.

@@ -1707,6 +1707,7 @@ for model in models:
 assert abs(plain.loss - sharded.loss) < 1e-5, (plain.loss, sharded.loss)
 assert type(sharded.lm_head.weight).__name__ == "DTensor"
 assert torch.equal(*(model.eval().generate(idx[:, :5], 10, temperature=0) for model in models))
+dist.barrier()      # a thread of gloo that still holds a tensor of Python's when Python ends is an abort
 dist.destroy_process_group()
 """
 
@@ -3831,6 +3832,53 @@ def test_ssd_of_a_cpu_equals_float64(shape, decay, by_operator):
 
 @fast
 @WITHOUT_COMPILER
+@pytest.mark.parametrize("by_operator", [False, True])
+@pytest.mark.parametrize("batch, length, channels, groups", [(2, 9, 32, 1), (1, 1, 16, 1), (3, 70, 128, 4), (2, 65, 48, 3)])
+def test_gated_norm_of_a_cpu(batch, length, channels, groups, by_operator):
+    """z is a part of a wider projection, as in the block."""
+    from mamba_fast import norm_cpu
+    norm, results = GatedRMSNorm(channels, groups, 1e-5, False), []
+    nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+    y, wide = (at_random(torch.randn, batch, length, n).requires_grad_() for n in (channels, 3 * channels))
+    for exact in (False, True):
+        inputs = [t.detach().to(torch.float64 if exact else torch.float32).requires_grad_() for t in (y, wide, norm.weight)]
+        z = inputs[1][..., channels:2 * channels]
+        if exact:
+            out = norm.double()(inputs[0], z, "sequential")
+            inputs[2] = norm.weight
+        else:
+            out = (norm_cpu.operator if by_operator else norm_cpu.gated_norm)(inputs[0], z, inputs[2], groups, 1e-5)
+        g = at_random(torch.randn, batch, length, channels, seed=2).to(out.dtype)
+        results.append([t.double() for t in (out, *torch.autograd.grad(out, inputs, g))])
+    assert same(*results, 1e-6)
+
+
+@fast
+@WITHOUT_COMPILER
+@pytest.mark.parametrize("by_operator", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 3, 31, 32, 33, 66])
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_convolution_of_a_cpu(length, width, by_operator):
+    """Sequences shorter than the convolution, any rest of 32 steps and of 128 channels; x is half of a projection."""
+    from mamba_fast import layers
+    results = []
+    for exact in (False, True):
+        inputs = [at_random(torch.randn, *shape, seed=i).to(torch.float64 if exact else torch.float32).requires_grad_()
+                  for i, shape in enumerate([(2, length, 288), (144, 1, width), (144,), (2, width - 1, 144)])]
+        x, weight, bias, state = inputs[0].chunk(2, -1)[0], *inputs[1:]
+        if exact:
+            out = mamba.conv_silu(x, weight, bias, state, "sequential")[0]
+        elif by_operator:
+            out = layers.conv_operator(x, weight[:, 0].t(), bias, state)
+        else:
+            out = layers.conv_silu(x, weight, bias, state)
+        g = at_random(torch.randn, 2, length, 144, seed=9).to(out.dtype)
+        results.append([t.double() for t in (out, *torch.autograd.grad(out, inputs, g))])
+    assert same(*results, 1e-6)
+
+
+@fast
+@WITHOUT_COMPILER
 def test_cpp_gives_the_same_bits_on_any_number_of_threads(monkeypatch):
     from mamba_fast import scan_cpu, ssd_cpu
     results, inputs = [], {k: v.detach().requires_grad_() for k, v in scan_inputs(2, 50, 300, 8).items()}
@@ -4523,7 +4571,7 @@ FLAGS = {
 }
 BY_DEVICE = {   # on a CPU, on MPS, on CUDA
     "d_model": (160, 256, 320), "n_layer": (3, 6, 12), "d_state": (8, 16, 16),
-    "batch_size": (8, 32, 64), "block_size": (128, 256, 256), "max_iters": (1100, 2000, 1200),
+    "batch_size": (8, 32, 64), "block_size": (128, 256, 256), "max_iters": (1700, 2000, 1200),
     "learning_rate": (0.004, 0.002, 0.003)}
 
 

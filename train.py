@@ -50,7 +50,7 @@ from prepare_data import open_data
 
 PRESETS = {     # what trains in minutes on such a device; runs.fill_in knows what else is usual
     "cpu": {"d_model": 160, "n_layer": 3, "d_state": 8, "batch_size": 8, "block_size": 128,
-            "max_iters": 1100, "learning_rate": 4e-3},
+            "max_iters": 1700, "learning_rate": 4e-3},
     "mps": {"d_model": 256, "n_layer": 6, "d_state": 16, "batch_size": 32, "block_size": 256,
             "max_iters": 2000, "learning_rate": 2e-3},
     "cuda": {"d_model": 320, "n_layer": 12, "d_state": 16, "batch_size": 64, "block_size": 256,
@@ -309,9 +309,10 @@ def train(cfg, given, at_end):
         say(f"step {run.step}: val loss {runs.in_words(val_loss, meta)}")
         all_loss = evaluate(model, data.val, 1, 2048, dtype, eot)
         say(f"the whole validation text, read once: {runs.in_words(all_loss, meta)}")
-        return 0
-    if run.is_finished(cfg):
+    elif run.is_finished(cfg):
         runs.tell_finished(run, cfg, meta, folder.path)
+    if cfg.eval_only or run.is_finished(cfg):
+        processes.leave(world)
         return 0
     if checkpoint:
         say(f"going on from step {run.step} of {cfg.max_iters}")

@@ -15,8 +15,8 @@ mamba.py does it in its own way:
     conv_silu(...)     None for the sequential scan, which can be differentiated twice, and in what
                        torch.compile compiles, unless has_triton
     cross_entropy(...) None if all logits fit at once
-    gated_norm(...)    None for the sequential scan, in what torch.compile compiles, and where its
-                       kernels cannot run
+    gated_norm(...)    None for the sequential scan, and where its kernels cannot run, which they
+                       do not in what torch.compile compiles for a GPU
     decoder(...)       None if a module of the model is not just as our files made it
 
 What scripts use: quantize_int8 (of int8.py), recorded and replayed (CUDA graphs, of decode.py).
@@ -27,7 +27,7 @@ import functools
 
 import torch
 
-from . import layers, scan_cpu, scan_side_by_side, ssd_cpu
+from . import layers, norm_cpu, scan_cpu, scan_side_by_side, ssd_cpu
 from .decode import decoder, recorded, replayed
 from .int8 import quantize_int8
 from .kernels import can_run, rows_triton, scan_triton, ssd_triton, turn_triton
@@ -90,8 +90,11 @@ def keys_and_queries(B, C, B_bias, C_bias, theta, dtype):
 
 def gated_norm(y, z, weight, groups, eps, scan):
     """RMSNorm of y silu(z), both (B, L, D), as in GatedRMSNorm of mamba2.py; scan: the method."""
-    if (scan not in ("auto", "triton") or torch.compiler.is_compiling() or y.numel() == 0
-            or not can_run(y)):
+    if scan == "sequential" or y.numel() == 0:
+        return None
+    if y.device.type == "cpu":
+        return norm_cpu.gated_norm(y, z, weight, groups, eps)
+    if scan == "chunked" or torch.compiler.is_compiling() or not can_run(y):
         return None
     return rows_triton.gated_norm(y, z, weight, groups, eps)
 

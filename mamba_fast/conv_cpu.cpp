@@ -4,16 +4,21 @@
 //     out_t = s(y_t)    y_t = bias + sum_k taps_k seen_{t+k}
 //     gy_t = s'(y_t) gout_t    gtaps_k = sum_t gy_t seen_{t+k}    gseen_{t+k} += taps_k gy_t
 //
-// Each number is read once: what K steps have in common stays in registers. Shapes: x (batch, L,
-// D), its rows x_row numbers apart; out, gout, gx (batch, L, D); taps (K, D); bias (D,); state and
-// its gradient (batch, K - 1, D). D is a multiple of W.
+// What K steps have in common stays in registers. Shapes: x (batch, L, D), its rows x_row numbers
+// apart; out, gout, gx (batch, L, D); taps (K, D); bias (D,); state and its gradient (batch, K - 1,
+// D). D is a multiple of W.
 #include "vectors.h"
 
-// The first K - 1 inputs that the steps of W channels see.
+constexpr long STEPS = 32, GROUP = 128;     // steps and channels that are in the cache together
+
+// The K - 1 inputs before step t, of W channels.
 template <int K>
-static inline void begin(vec *seen, const float *state, long D)
+static inline void see(vec *seen, long t, const float *x, long x_row, const float *state, long D)
 {
-    EACH for (int k = 0; k < K - 1; k++) seen[k] = load(state + k * D);
+    EACH for (int k = 0; k < K - 1; k++) {
+        long at = t - (K - 1) + k;
+        seen[k] = at < 0 ? load(state + (at + K - 1) * D) : load(x + at * x_row);
+    }
 }
 
 template <int K>
@@ -23,50 +28,57 @@ static inline vec convolved(const vec *seen, const vec *taps, vec bias)
     return bias;
 }
 
+// The next step is in place of this one.
 template <int K>
-static void forward_channels(long L, long D, long x_row, const float *x, const float *taps,
-                             const float *bias, const float *state, float *out)
+static inline void go_on(vec *of_steps)
 {
-    vec seen[K], taps_k[K], bias_d = load(bias);
-    EACH for (int k = 0; k < K; k++) taps_k[k] = load(taps + k * D);
-    begin<K>(seen, state, D);
-    for (long t = 0; t < L; t++) {
-        seen[K - 1] = load(x + t * x_row);
-        vec y = convolved<K>(seen, taps_k, bias_d);
-        store(out + t * D, y * sigmoid(y));
-        EACH for (int k = 0; k < K - 1; k++) seen[k] = seen[k + 1];
-    }
+    EACH for (int k = 0; k < K - 1; k++) of_steps[k] = of_steps[k + 1];
 }
 
 template <int K>
-static void backward_channels(long L, long D, long x_row, const float *x, const float *taps,
-                              const float *bias, const float *state, const float *gout, float *gx,
-                              float *gtaps, float *gbias, float *gstate)
+static void forward_steps(long t, long end, long D, long x_row, const float *x, const float *taps,
+                          const float *bias, const float *state, float *out)
 {
-    vec seen[K], taps_k[K], bias_d = load(bias), gbias_d = {};
-    vec gseen[K] = {}, gtaps_k[K] = {};     // of seen_t, ..., as far as steps up to t go
+    vec seen[K], taps_k[K], bias_d = load(bias);
     EACH for (int k = 0; k < K; k++) taps_k[k] = load(taps + k * D);
-    begin<K>(seen, state, D);
-    for (long t = 0; t < L + K - 1; t++) {
-        if (t < L) {
-            seen[K - 1] = load(x + t * x_row);
-            vec y = convolved<K>(seen, taps_k, bias_d), s = sigmoid(y);
-            vec gy = load(gout + t * D) * (s * (1.f + y * (1.f - s)));
-            EACH for (int k = 0; k < K; k++) {
-                gtaps_k[k] += gy * seen[k];
-                gseen[k] += gy * taps_k[k];
-            }
-            gbias_d += gy;
-        }
-        store(t < K - 1 ? gstate + t * D : gx + (t - (K - 1)) * D, gseen[0]);
-        EACH for (int k = 0; k < K - 1; k++) {
-            seen[k] = seen[k + 1];
-            gseen[k] = gseen[k + 1];
-        }
-        gseen[K - 1] = vec{};
+    see<K>(seen, t, x, x_row, state, D);
+    for (; t < end; t++) {
+        seen[K - 1] = load(x + t * x_row);
+        vec y = convolved<K>(seen, taps_k, bias_d);
+        store(out + t * D, y * sigmoid(y));
+        go_on<K>(seen);
     }
-    EACH for (int k = 0; k < K; k++) store(gtaps + k * D, gtaps_k[k]);
-    store(gbias, gbias_d);
+}
+
+// What is added up over the steps: the gradients of taps and bias, and of seen_t, seen_{t+1}, ...
+struct Sums {
+    vec gtaps[4], gbias, gseen[4];
+};
+
+template <int K>
+static void backward_steps(long t, long end, long D, long x_row, const float *x, const float *taps,
+                           const float *bias, const float *state, const float *gout, float *gx,
+                           float *gstate, Sums &all)
+{
+    Sums sums = all;
+    vec seen[K], taps_k[K], bias_d = load(bias);
+    EACH for (int k = 0; k < K; k++) taps_k[k] = load(taps + k * D);
+    see<K>(seen, t, x, x_row, state, D);
+    for (; t < end; t++) {
+        seen[K - 1] = load(x + t * x_row);
+        vec y = convolved<K>(seen, taps_k, bias_d), s = sigmoid(y);
+        vec gy = load(gout + t * D) * (s * (1.f + y * (1.f - s)));
+        EACH for (int k = 0; k < K; k++) {
+            sums.gtaps[k] += gy * seen[k];
+            sums.gseen[k] += gy * taps_k[k];
+        }
+        sums.gbias += gy;
+        store(t < K - 1 ? gstate + t * D : gx + (t - (K - 1)) * D, sums.gseen[0]);
+        go_on<K>(seen);
+        go_on<K>(sums.gseen);
+        sums.gseen[K - 1] = vec{};
+    }
+    all = sums;
 }
 
 extern "C" {
@@ -74,13 +86,15 @@ extern "C" {
 void forward(int threads, long batch, long L, long D, long K, long x_row, const float *x,
              const float *taps, const float *bias, const float *state, float *out)
 {
-    auto channels =
-        K == 4 ? forward_channels<4> : K == 3 ? forward_channels<3> : forward_channels<2>;
+    auto steps = K == 4 ? forward_steps<4> : K == 3 ? forward_steps<3> : forward_steps<2>;
+    long groups = (D + GROUP - 1) / GROUP;
     #pragma omp parallel for num_threads(threads)
-    for (long i = 0; i < batch * (D / W); i++) {
-        long b = i / (D / W), d = i % (D / W) * W;
-        channels(L, D, x_row, x + b * L * x_row + d, taps + d, bias + d,
-                 state + b * (K - 1) * D + d, out + b * L * D + d);
+    for (long task = 0; task < batch * groups; task++) {
+        long b = task / groups, begin = task % groups * GROUP;
+        for (long t = 0; t < L; t += STEPS)
+            for (long d = begin; d < D && d < begin + GROUP; d += W)
+                steps(t, t + STEPS < L ? t + STEPS : L, D, x_row, x + b * L * x_row + d, taps + d,
+                      bias + d, state + b * (K - 1) * D + d, out + b * L * D + d);
     }
 }
 
@@ -89,16 +103,26 @@ void backward(int threads, long batch, long L, long D, long K, long x_row, const
               const float *taps, const float *bias, const float *state, const float *gout,
               float *gx, float *gtaps, float *gbias, float *gstate)
 {
-    auto channels =
-        K == 4 ? backward_channels<4> : K == 3 ? backward_channels<3> : backward_channels<2>;
+    auto steps = K == 4 ? backward_steps<4> : K == 3 ? backward_steps<3> : backward_steps<2>;
+    long groups = (D + GROUP - 1) / GROUP;
     #pragma omp parallel for num_threads(threads)
-    for (long i = 0; i < batch * (D / W); i++) {
-        long b = i / (D / W), d = i % (D / W) * W;
+    for (long task = 0; task < batch * groups; task++) {
         NoTinyNumbers here;
-        channels(L, D, x_row, x + b * L * x_row + d, taps + d, bias + d,
-                 state + b * (K - 1) * D + d, gout + b * L * D + d,
-                 gx + b * L * D + d, gtaps + b * K * D + d, gbias + b * D + d,
-                 gstate + b * (K - 1) * D + d);
+        Sums sums[GROUP / W] = {};
+        long b = task / groups, begin = task % groups * GROUP;
+        float *gx_b = gx + b * L * D, *gstate_b = gstate + b * (K - 1) * D;
+        for (long t = 0; t < L; t += STEPS)
+            for (long d = begin; d < D && d < begin + GROUP; d += W)
+                steps(t, t + STEPS < L ? t + STEPS : L, D, x_row, x + b * L * x_row + d, taps + d,
+                      bias + d, state + b * (K - 1) * D + d, gout + b * L * D + d, gx_b + d,
+                      gstate_b + d, sums[(d - begin) / W]);
+        for (long d = begin; d < D && d < begin + GROUP; d += W) {
+            const Sums &of_d = sums[(d - begin) / W];
+            for (long t = L, k = 0; k < K - 1; t++, k++)    // what no later step adds to
+                store((t < K - 1 ? gstate_b + t * D : gx_b + (t - (K - 1)) * D) + d, of_d.gseen[k]);
+            for (long k = 0; k < K; k++) store(gtaps + (b * K + k) * D + d, of_d.gtaps[k]);
+            store(gbias + b * D + d, of_d.gbias);
+        }
     }
 }
 

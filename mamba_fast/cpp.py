@@ -103,9 +103,19 @@ def exists(name):
 exists._dynamo_marked_constant = True
 
 
+def rows_apart(x):
+    """x (B, L, D), with one row after the other at even distances, as half of a projection is."""
+    even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+    return x if even else x.contiguous()
+
+
 def call(function, *arguments):
-    """Calls a C++ function with tensors, of which it gets the addresses, None and whole numbers;
-    first of all comes the number of threads."""
-    values = [ctypes.c_void_p(a.data_ptr() if isinstance(a, torch.Tensor) else a)
-              if a is None or isinstance(a, torch.Tensor) else ctypes.c_long(a) for a in arguments]
-    function(ctypes.c_int(torch.get_num_threads()), *values)
+    """Calls a C++ function with tensors, of which it gets the addresses, None, and numbers; first
+    of all comes the number of threads."""
+    function(ctypes.c_int(torch.get_num_threads()), *map(as_c, arguments))
+
+
+def as_c(argument):
+    if argument is None or isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_long(argument)

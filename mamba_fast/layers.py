@@ -93,7 +93,7 @@ class ConvSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, taps, bias, state):
         if ConvSilu.is_native(x, taps, bias, state):
-            x, kept, out = rows_apart(x), x.new_empty(0), x.new_empty(x.shape)
+            x, kept, out = cpp.rows_apart(x), x.new_empty(0), x.new_empty(x.shape)
             taps, bias, state = (t.contiguous() for t in (taps, bias, state))
             cpp.call(cpp.library("conv_cpu").forward, *x.shape, len(taps), x.stride(1), x, taps,
                      bias, state, out)
@@ -112,7 +112,7 @@ class ConvSilu(torch.autograd.Function):
         y, x, taps, bias, state = ctx.saved_tensors
         (batch, length, d_inner), before = x.shape, state.shape[1]
         if ConvSilu.is_native(x, taps, bias, state):
-            x, gx, gstate = rows_apart(x), x.new_empty(x.shape), x.new_empty(state.shape)
+            x, gx, gstate = cpp.rows_apart(x), x.new_empty(x.shape), x.new_empty(state.shape)
             gtaps, gbias = x.new_empty(batch, *taps.shape), x.new_empty(batch, d_inner)
             cpp.call(cpp.library("conv_cpu").backward, *x.shape, len(taps), x.stride(1), x,
                      taps.contiguous(), bias.contiguous(), state.contiguous(), gout.contiguous(),
@@ -145,12 +145,6 @@ class ConvSilu(torch.autograd.Function):
 
 conv_operator = as_operator("mamba_py::conv_silu", ConvSilu,
                             "Tensor x, Tensor taps, Tensor bias, Tensor state", results=("x",))
-
-
-def rows_apart(x):
-    """x (B, L, D), with one row after the other at even distances, as half of a projection is."""
-    even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
-    return x if even else x.contiguous()
 
 
 # ------------------------------------------------------------------------------------------------

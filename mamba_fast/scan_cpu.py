@@ -81,8 +81,7 @@ class Inputs:
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
         z_row = 0
         if z is not None:       # often it is half of a projection: a row has the other half too
-            even = z.stride(2) == 1 and z.stride(0) == z.shape[1] * z.stride(1)
-            z = z if even and z.shape[2] % cpp.WIDTH == 0 else filled_up(z)
+            z = filled_up(z) if z.shape[2] % cpp.WIDTH else cpp.rows_apart(z)
             z_row = z.stride(1)
         self.u, A = filled_up(u), filled_up(A.t() / math.log(2))
         self.all = (*self.u.shape, len(A), self.u, filled_up(delta), A, B.contiguous(),

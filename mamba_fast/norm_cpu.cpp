@@ -1,0 +1,69 @@
+// The gated norm of Mamba-2, forward and backward: of each row, and each of its groups of D numbers
+//
+//     gated = y silu(z)    out = gated size weight    size = 1 / sqrt(mean of gated^2 + eps)
+//
+// so that each number is read and written once. Shapes: y, out and the gradients (rows, groups * D);
+// the rows of z are z_row numbers apart; weight (groups * D,). D is a multiple of W.
+#include "vectors.h"
+#include <cmath>
+
+constexpr long ROWS = 64;       // of a task: a fixed number, as sums must not depend on threads
+
+extern "C" {
+
+void forward(int threads, long rows, long groups, long D, long z_row, const float *y,
+             const float *z, const float *weight, float eps, float *out)
+{
+    #pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        NoTinyNumbers here;
+        for (long first = 0; first < groups * D; first += D) {
+            const float *y_d = y + row * groups * D + first, *z_d = z + row * z_row + first;
+            float *out_d = out + row * groups * D + first;
+            vec squares = {};
+            for (long d = 0; d < D; d += W) {
+                vec z_v = load(z_d + d), gated = load(y_d + d) * z_v * sigmoid(z_v);
+                store(out_d + d, gated);
+                squares += gated * gated;
+            }
+            float size = 1 / std::sqrt(sum(squares) / D + eps);
+            for (long d = 0; d < D; d += W)
+                store(out_d + d, load(out_d + d) * size * load(weight + first + d));
+        }
+    }
+}
+
+// gweight (tasks, groups * D), which has to be zeros, is still to be summed over the tasks.
+void backward(int threads, long rows, long groups, long D, long z_row, const float *y,
+              const float *z, const float *weight, float eps, const float *gout, float *gy,
+              float *gz, float *gweight)
+{
+    #pragma omp parallel for num_threads(threads)
+    for (long task = 0; task < (rows + ROWS - 1) / ROWS; task++) {
+        NoTinyNumbers here;
+        for (long row = task * ROWS; row < rows && row < (task + 1) * ROWS; row++)
+            for (long first = 0; first < groups * D; first += D) {
+                long at = row * groups * D + first;
+                const float *z_d = z + row * z_row + first, *weight_d = weight + first;
+                float *gweight_d = gweight + task * groups * D + first;
+                vec squares = {}, along = {};       // along: gout weight . gated
+                for (long d = 0; d < D; d += W) {
+                    vec z_v = load(z_d + d), gated = load(y + at + d) * z_v * sigmoid(z_v);
+                    squares += gated * gated;
+                    along += load(gout + at + d) * load(weight_d + d) * gated;
+                }
+                float size = 1 / std::sqrt(sum(squares) / D + eps);
+                float less = sum(along) * size * size / D;
+                for (long d = 0; d < D; d += W) {
+                    vec y_v = load(y + at + d), z_v = load(z_d + d), s = sigmoid(z_v);
+                    vec gated = y_v * z_v * s, gout_v = load(gout + at + d);
+                    vec ggated = size * (gout_v * load(weight_d + d) - less * gated);
+                    store(gweight_d + d, load(gweight_d + d) + gout_v * gated * size);
+                    store(gy + at + d, ggated * z_v * s);
+                    store(gz + at + d, ggated * y_v * (s * (1.f + z_v * (1.f - s))));
+                }
+            }
+    }
+}
+
+}

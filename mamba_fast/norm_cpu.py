@@ -1,0 +1,56 @@
+"""The gated norm of Mamba-2 on a CPU by norm_cpu.cpp, for numbers in float32."""
+from __future__ import annotations
+
+import torch
+
+from . import cpp
+from .operators import as_operator, differentiable_once
+
+NAME = "norm_cpu"
+ROWS = 64       # of a task, as in norm_cpu.cpp
+
+
+def gated_norm(y, z, weight, groups, eps):
+    """RMSNorm of y silu(z), each of the groups of channels by itself, as GatedRMSNorm of mamba2.py:
+    y, z (B, L, D) -> (B, L, D). None where it cannot run."""
+    inputs = y, z, weight
+    if not (all(map(cpp.is_float32_on_cpu, inputs)) and y.shape[2] // groups % cpp.WIDTH == 0):
+        return None
+    if torch.compiler.is_compiling():
+        runs = not torch.compiler.is_exporting() and cpp.exists(NAME)
+        return operator(*inputs, groups, eps) if runs else None
+    return NativeNorm.apply(*inputs, groups, eps) if cpp.runs(NAME, *inputs) else None
+
+
+class NativeNorm(torch.autograd.Function):
+    saved = "y", "z", "weight"
+
+    @staticmethod
+    def forward(ctx, y, z, weight, groups, eps):
+        ctx.groups, ctx.eps, out = groups, eps, y.new_empty(y.shape)
+        cpp.call(cpp.library(NAME).forward, *given(y, z, weight, groups, eps), out)
+        ctx.save_for_backward(y.new_empty(0), y, z, weight)
+        return out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, gout):
+        _, y, z, weight = ctx.saved_tensors
+        rows = y.shape[0] * y.shape[1]
+        gy, gz = y.new_empty(y.shape), y.new_empty(y.shape)
+        gweight = y.new_zeros((rows + ROWS - 1) // ROWS, y.shape[2])
+        cpp.call(cpp.library(NAME).backward, *given(y, z, weight, ctx.groups, ctx.eps),
+                 gout.contiguous(), gy, gz, gweight)
+        return gy, gz, gweight.sum(0), None, None
+
+
+def given(y, z, weight, groups, eps):
+    """What both passes read, as C++ takes it."""
+    z = cpp.rows_apart(z)
+    return (y.shape[0] * y.shape[1], groups, y.shape[2] // groups, z.stride(1), y.contiguous(), z,
+            weight.contiguous(), float(eps))
+
+
+# for torch.compile
+operator = as_operator("mamba_py::gated_norm", NativeNorm, (
+    "Tensor y, Tensor z, Tensor weight, int groups, float eps"), results=("y",))
