@@ -1206,8 +1206,12 @@ def test_traced_as_torch_compile_does_it():
 
 @pytest.mark.parametrize("changes", [{}, {"d_intermediate": 16, "dropout": 0.1, "bias": True, "scan": "sequential"}])
 @OF_EACH_LAYER
-def test_all_operators_have_an_mps_kernel(changes):
+def test_all_operators_have_an_mps_kernel(changes, monkeypatch):
     """Apple's GPU: no Mac is needed to see that every operation has a kernel there."""
+    if mamba.fast is not None:      # what runs there
+        from mamba_fast import cpp, scan_side_by_side
+        monkeypatch.setattr(cpp, "library", lambda name: None)
+        monkeypatch.setattr(mamba.fast, "recurrence", lambda *inputs: scan_side_by_side.recurrence)
     available = mps_operators()
     assert len(available) > 1000 and "linalg_eig" not in available and "mm" in available
     model, idx = small(**changes), tokens(2, 70)
@@ -3814,6 +3818,10 @@ def inputs_of_chunks(batch, length, heads, headdim, d_state, groups, decay):
                                    (2, 65, 8, 16, 64, 8), (1, 16, 1, 16, 16, 1)])
 def test_ssd_of_a_cpu_equals_float64(shape, decay, by_operator):
     """Any rest of a chunk of 16 steps, of 4 chunks and of 4 heads; groups; documents that begin anywhere."""
+    check_ssd_of_a_cpu(shape, decay, by_operator)
+
+
+def check_ssd_of_a_cpu(shape, decay, by_operator=False):
     from mamba_fast import ssd_cpu
     inputs = inputs_of_chunks(*shape, decay)
     if by_operator:
@@ -3869,12 +3877,77 @@ def test_convolution_of_a_cpu(length, width, by_operator):
         if exact:
             out = mamba.conv_silu(x, weight, bias, state, "sequential")[0]
         elif by_operator:
+            if not layers.ConvSilu.fits(x, weight[:, 0].t(), bias, state):
+                return
             out = layers.conv_operator(x, weight[:, 0].t(), bias, state)
         else:
             out = layers.conv_silu(x, weight, bias, state)
         g = at_random(torch.randn, 2, length, 144, seed=9).to(out.dtype)
         results.append([t.double() for t in (out, *torch.autograd.grad(out, inputs, g))])
     assert same(*results, 1e-6)
+
+
+def check_extremes(raw):
+    """softplus and silu of these, each in a channel of its own, as PyTorch has them: delta = -inf is no step at all."""
+    from mamba_fast import layers, scan_cpu
+    channels = 16
+    raw, zeros, one = torch.cat([raw, torch.zeros(channels - len(raw))]), torch.zeros(1, channels, 1), torch.ones(1, 1, 1)
+    y, _ = scan_cpu.scan(torch.ones(1, 1, channels), raw[None, None], zeros[0], one, one, zeros, None, None, None, True)
+    known = raw < math.inf              # infinity times A = 0 is NaN everywhere
+    assert torch.allclose(y[0, 0][known], F.softplus(raw)[known]) and y[0, 0][raw.isnan()].isnan().all()
+    out = layers.conv_silu(raw.repeat(1, 3, 1), torch.tensor([0.0, 1.0]).repeat(channels, 1, 1), None, None)
+    expected = mamba.conv_silu(raw.repeat(1, 3, 1), torch.tensor([0.0, 1.0]).repeat(channels, 1, 1), None, None, "sequential")[0]
+    known = expected.isfinite()         # 0 times infinity, and silu(-inf), are NaN for some and not for others
+    assert torch.allclose(out[known], expected[known])
+
+
+@fast
+@WITHOUT_COMPILER
+def test_infinite_steps():
+    check_extremes(torch.tensor([math.inf, -math.inf, math.nan, 200.0, -200.0]))
+    inputs = {k: v.detach() for k, v in scan_inputs(2, 20, 16, 4).items()}
+    inputs["delta"][:, 5:9] = -math.inf      # padding, as some write it
+    y, last = (selective_scan(**inputs, delta_softplus=True, return_last_state=True, method=method) for method in ("chunked", "sequential"))
+    assert same(y, last, 1e-6)
+    inputs["A"][3] = -math.inf               # a channel without memory
+    y, last = (selective_scan(**inputs, delta_softplus=True, method=method)[:, :5] for method in ("chunked", "sequential"))
+    assert same(y, last, 1e-6)
+
+
+@fast
+@WITHOUT_COMPILER
+def test_shapes_that_do_not_fit_do_not_reach_cpp():
+    """What broadcasts does so, and what does not is PyTorch's error, as without mamba_fast/."""
+    x = at_random(torch.randn, 2, 8, 32)
+    one_filter = at_random(torch.randn, 1, 1, 4)
+    assert same(mamba.conv_silu(x, one_filter)[0], mamba.conv_silu(x, one_filter.expand(32, 1, 4))[0], 1e-6)
+    for channels in (16, 64):
+        with pytest.raises(RuntimeError):
+            mamba.conv_silu(x, torch.randn(channels, 1, 4))
+    norm = GatedRMSNorm(32, 1, 1e-5, False)
+    assert same(norm(x, x[:, :1]), norm(x, x[:, :1].expand(2, 8, 32)), 1e-6)
+    for wrong, size in ((norm, 64), (GatedRMSNorm(65, 2, 1e-5, False), 65)):
+        with pytest.raises(RuntimeError):
+            wrong(torch.randn(2, 8, size), torch.randn(2, 8, size))
+    y, z = at_random(torch.randn, 4, 1, 32), at_random(torch.randn, 1, 4, 32, seed=1).transpose(0, 1)   # one step: any distance of rows
+    assert same(norm(y, z), norm(y, z.clone(memory_format=torch.contiguous_format)), 1e-6)
+    inputs = {k: v.detach() for k, v in scan_inputs(4, 1, 16, 4).items()}
+    expected = selective_scan(**inputs, method="sequential")
+    inputs["z"] = inputs["z"].transpose(0, 1).contiguous().transpose(0, 1)
+    assert same(selective_scan(**inputs, method="chunked"), expected, 1e-6)
+
+
+@fast
+@WITHOUT_COMPILER
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_is_traced_has_no_cpp_in_it():
+    """What writes down PyTorch's calls does not see what C++ does."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    weight, norm = at_random(torch.randn, 32, 1, 4), GatedRMSNorm(32, 1, 1e-5, False).requires_grad_(False)
+    x, other = at_random(torch.randn, 2, 2, 9, 32)
+    for function in (lambda x: mamba.conv_silu(x, weight)[0], lambda x: norm(x, x)):
+        for traced in (make_fx(function)(x), torch.jit.trace(function, x)):
+            assert same(traced(other), function(other), 1e-6)
 
 
 @fast
@@ -3957,8 +4030,15 @@ def test_narrower_vectors(width, monkeypatch):
     monkeypatch.setattr(cpp, "NARROW", width)
     monkeypatch.setattr(cpp, "library", functools.cache(cpp.library.__wrapped__))
     check_scan(scan_inputs(2, 37, 140, 9), ["chunked"])
-    model, idx = small(), tokens(2, 40)
-    assert same(model(idx)[0], small(scan="sequential")(idx)[0], 1e-5)
+    check_ssd_of_a_cpu((2, 33, 6, 32, 48, 2), "documents")
+    for layer in ("mamba", "mamba2"):
+        results = []
+        for scan in ("auto", "sequential"):
+            model, idx = small(layer=layer, scan=scan), tokens(2, 40)
+            results.append(torch.autograd.grad(model(idx, idx)[1], list(model.parameters())))
+        assert same(*results, 1e-4)
+    extremes = torch.tensor([math.inf, -math.inf, math.nan, 200.0, -200.0])
+    check_extremes(extremes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ mamba.py does it in its own way:
     angles_since       the same, but None in what torch.compile compiles, for it fuses the plain way
     recurrence(...)    a function, never None
     softplus, gated    never None: the same with backward passes that keep less
-    conv_silu(...)     None for the sequential scan, which can be differentiated twice, and in what
-                       torch.compile compiles, unless has_triton
+    conv_silu(...)     None for the sequential scan, which can be differentiated twice, in what
+                       torch.export exports, and in what torch.compile compiles where there are
+                       neither Triton's kernels nor C++
     cross_entropy(...) None if all logits fit at once
     gated_norm(...)    None for the sequential scan, and where its kernels cannot run, which they
                        do not in what torch.compile compiles for a GPU

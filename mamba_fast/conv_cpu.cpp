@@ -90,6 +90,7 @@ void forward(int threads, long batch, long L, long D, long K, long x_row, const 
     long groups = (D + GROUP - 1) / GROUP;
     #pragma omp parallel for num_threads(threads)
     for (long task = 0; task < batch * groups; task++) {
+        NoTinyNumbers here;
         long b = task / groups, begin = task % groups * GROUP;
         for (long t = 0; t < L; t += STEPS)
             for (long d = begin; d < D && d < begin + GROUP; d += W)

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -29,8 +30,7 @@ CPUS = {    # by what PyTorch itself uses: numbers of a vector, and what the com
 
 @functools.cache
 def library(name):
-    """The functions of {name}.cpp, or None where there is no compiler, or it fails, which is said
-    once."""
+    """The functions of {name}.cpp, or None where there is no compiler. If one fails, it is said."""
     # Apple's compiler has no OpenMP, by which the threads of PyTorch itself do the work
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if sys.platform != "linux" or not compiler:
@@ -38,24 +38,28 @@ def library(name):
     source = Path(__file__).with_name(f"{name}.cpp")
     width, flags = CPUS.get(torch.backends.cpu.get_cpu_capability(), (NARROW, ()))
     command = [*compiler.split(), *FLAGS, *flags, f"-DW={width}", str(source)]
-    parts = source.read_bytes(), source.with_name("vectors.h").read_bytes(), repr(command).encode()
-    key = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
     try:
-        path = folder() / f"{name}-{key}.so"
+        made_of = repr((command, platform.machine(), platform.libc_ver())).encode()
+        for file in (source, source.with_name("vectors.h")):
+            made_of += file.read_bytes()
+        path = folder() / f"{name}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
         if not path.exists():
             compile_to(path, command)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        warnings.warn(f"{source} could not be compiled, what it does takes longer: "
-                      f"{said[0] if said else error}", stacklevel=2)
+        reason = next((line for line in said if "error" in line), said[0] if said else error)
+        warnings.warn(f"{source} cannot be compiled or loaded; what it does takes longer: {reason}",
+                      stacklevel=2)
         return None
 
 
 def folder():
-    """Where compiled files are kept: in a place that others cannot put their own code into."""
+    """Where compiled files are kept: a folder that only this user can write into."""
     kept = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mamba_fast")
     try:
+        if not kept.is_absolute():      # nobody knows where the home is
+            raise FileNotFoundError(kept)
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = kept.stat()
         if os.access(kept, os.W_OK) and about.st_uid == os.getuid() and not about.st_mode & 0o022:
@@ -75,8 +79,9 @@ def compile_to(path, command):
     """Compiles under another name first: two processes may do so at once."""
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as file:
         try:
+            # in a session of its own: Ctrl-C is for the program that waits
             subprocess.run([*command, "-o", file.name], check=True, timeout=120, text=True,
-                           capture_output=True)
+                           errors="replace", capture_output=True, start_new_session=True)
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
@@ -90,7 +95,10 @@ def is_float32_on_cpu(t):
 def runs(name, *tensors):
     """Whether {name}.cpp can be called with these: float32, and with memory of their own."""
     plain = (torch.Tensor, torch.nn.Parameter)
-    return (all(is_float32_on_cpu(t) and type(t) in plain for t in tensors)
+    # what writes down PyTorch's calls, to do them again, would not see what C++ does
+    traced = (torch.jit.is_tracing() or torch._C._get_dispatch_mode(
+        torch._C._TorchDispatchModeKey.PROXY) is not None)
+    return (all(is_float32_on_cpu(t) and type(t) in plain for t in tensors) and not traced
             and library(name) is not None)
 
 
@@ -103,10 +111,17 @@ def exists(name):
 exists._dynamo_marked_constant = True
 
 
-def rows_apart(x):
-    """x (B, L, D), with one row after the other at even distances, as half of a projection is."""
-    even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
-    return x if even else x.contiguous()
+def check_kept(kept):
+    """RuntimeError: forward kept no states for backward, as what was exported without gradients."""
+    if kept.numel() == 0:
+        raise RuntimeError("this scan was traced without gradients, and has none")
+
+
+def rows_of(x):
+    """x (B, L, D) as (B L, D), a copy only if the rows do not lie at even distances, as those of
+    half of a projection do."""
+    rows = x.flatten(0, 1)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def call(function, *arguments):

@@ -13,7 +13,7 @@ from torch import nn
 
 from . import cpp
 from .kernels import can_run, rows_triton
-from .operators import COMPILES, as_operator, differentiable_once
+from .operators import COMPILES, as_operator, differentiable_once, is_exporting
 
 LOGITS = 2 ** 28    # numbers that are computed at once for a loss; as float32, 1 GB
 
@@ -71,7 +71,7 @@ def conv_silu(x, weight, bias, state):
     None in what torch.compile compiles for other than float32 on a CPU, for it fuses the plain way,
     and in what torch.export exports.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return None
     taps = torch.stack(weight[:, 0].unbind(1))                                  # (d_conv, D)
     bias = weight.new_zeros(len(weight)) if bias is None else bias
@@ -80,7 +80,8 @@ def conv_silu(x, weight, bias, state):
     inputs = x, taps, bias, state.to(x.dtype)
     if not torch.compiler.is_compiling():
         return ConvSilu.apply(*inputs)
-    return conv_operator(*inputs) if all(map(cpp.is_float32_on_cpu, inputs)) else None
+    fits = ConvSilu.fits(*inputs) and all(map(cpp.is_float32_on_cpu, inputs))
+    return conv_operator(*inputs) if fits and cpp.exists("conv_cpu") else None
 
 
 class ConvSilu(torch.autograd.Function):
@@ -92,11 +93,9 @@ class ConvSilu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, taps, bias, state):
-        if ConvSilu.is_native(x, taps, bias, state):
-            x, kept, out = cpp.rows_apart(x), x.new_empty(0), x.new_empty(x.shape)
-            taps, bias, state = (t.contiguous() for t in (taps, bias, state))
-            cpp.call(cpp.library("conv_cpu").forward, *x.shape, len(taps), x.stride(1), x, taps,
-                     bias, state, out)
+        if ConvSilu.fits(x, taps, bias, state) and cpp.runs("conv_cpu", x, taps, bias, state):
+            kept, out = x.new_empty(0), x.new_empty(x.shape)
+            cpp.call(cpp.library("conv_cpu").forward, *ConvSilu.given(x, taps, bias, state), out)
         else:
             kept = torch.addcmul(bias, x, taps[-1])                             # (B, L, D)
             for tap, x_k in zip(taps[:-1], ConvSilu.shifted(x, taps, state)):
@@ -111,14 +110,13 @@ class ConvSilu(torch.autograd.Function):
     def backward(ctx, gout):
         y, x, taps, bias, state = ctx.saved_tensors
         (batch, length, d_inner), before = x.shape, state.shape[1]
-        if ConvSilu.is_native(x, taps, bias, state):
-            x, gx, gstate = cpp.rows_apart(x), x.new_empty(x.shape), x.new_empty(state.shape)
+        if y.numel() < x.numel():       # C++ computes it again
+            gx, gstate = x.new_empty(x.shape), x.new_empty(state.shape)
             gtaps, gbias = x.new_empty(batch, *taps.shape), x.new_empty(batch, d_inner)
-            cpp.call(cpp.library("conv_cpu").backward, *x.shape, len(taps), x.stride(1), x,
-                     taps.contiguous(), bias.contiguous(), state.contiguous(), gout.contiguous(),
-                     gx, gtaps, gbias, gstate)
+            cpp.call(cpp.library("conv_cpu").backward, *ConvSilu.given(x, taps, bias, state),
+                     gout.contiguous(), gx, gtaps, gbias, gstate)
             return gx, gtaps.sum(0), gbias.sum(0), gstate
-        gy = torch.ops.aten.silu_backward(gout, y.view(x.shape))
+        gy = torch.ops.aten.silu_backward(gout, y)
         gy = gy.to(at_least_float32(gy))
         # the gradient of state and x, one after the other: tap k meets the gy of k steps later
         padded = F.pad(gy, (0, 0, before, before))
@@ -126,14 +124,21 @@ class ConvSilu(torch.autograd.Function):
         for k, tap in enumerate(taps[1:], 1):
             gseen.addcmul_(padded[:, before - k:][:, :before + length], tap)
         gtaps = [(gy * x_k).sum((0, 1)) for x_k in (*ConvSilu.shifted(x, taps, state), x)]
-        gx, gstate = gseen[:, before:].to(x.dtype), gseen[:, :before].to(state.dtype)
-        return (gx.contiguous(), torch.stack(gtaps).to(taps.dtype), gy.sum((0, 1)).to(taps.dtype),
-                gstate.contiguous())
+        gx, gstate = gseen[:, before:], gseen[:, :before]
+        return (gx.to(x.dtype), torch.stack(gtaps).to(taps.dtype), gy.sum((0, 1)).to(taps.dtype),
+                gstate.to(state.dtype))
 
     @staticmethod
-    def is_native(x, taps, *others):
+    def fits(x, taps, bias, state):
         return (len(taps) in (2, 3, 4) and x.shape[1] > 1 and x.shape[2] % cpp.WIDTH == 0
-                and cpp.runs("conv_cpu", x, taps, *others))
+                and taps.shape[1:] == bias.shape == x.shape[2:] and x.numel() > 0)
+
+    @staticmethod
+    def given(x, taps, bias, state):
+        """What both passes read, as C++ takes it."""
+        rows = cpp.rows_of(x)
+        return (*x.shape, len(taps), rows.stride(0), rows, taps.contiguous(), bias.contiguous(),
+                state.contiguous())
 
     @staticmethod
     def shifted(x, taps, state):

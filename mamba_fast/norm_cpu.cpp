@@ -2,7 +2,7 @@
 //
 //     gated = y silu(z)    out = gated size weight    size = 1 / sqrt(mean of gated^2 + eps)
 //
-// so that each number is read and written once. Shapes: y, out and the gradients (rows, groups * D);
+// so that each number comes from memory once. Shapes: y, out and the gradients (rows, groups * D);
 // the rows of z are z_row numbers apart; weight (groups * D,). D is a multiple of W.
 #include "vectors.h"
 #include <cmath>

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 
 from . import cpp
-from .operators import as_operator, differentiable_once
+from .operators import as_operator, differentiable_once, is_exporting
 
 NAME = "norm_cpu"
 ROWS = 64       # of a task, as in norm_cpu.cpp
@@ -14,10 +14,12 @@ def gated_norm(y, z, weight, groups, eps):
     """RMSNorm of y silu(z), each of the groups of channels by itself, as GatedRMSNorm of mamba2.py:
     y, z (B, L, D) -> (B, L, D). None where it cannot run."""
     inputs = y, z, weight
-    if not (all(map(cpp.is_float32_on_cpu, inputs)) and y.shape[2] // groups % cpp.WIDTH == 0):
+    fits = (y.dim() == 3 and z.shape == y.shape and weight.shape == y.shape[2:]
+            and y.shape[2] % (groups * cpp.WIDTH) == 0)
+    if not (fits and all(map(cpp.is_float32_on_cpu, inputs))):
         return None
     if torch.compiler.is_compiling():
-        runs = not torch.compiler.is_exporting() and cpp.exists(NAME)
+        runs = not is_exporting() and cpp.exists(NAME)
         return operator(*inputs, groups, eps) if runs else None
     return NativeNorm.apply(*inputs, groups, eps) if cpp.runs(NAME, *inputs) else None
 
@@ -46,8 +48,8 @@ class NativeNorm(torch.autograd.Function):
 
 def given(y, z, weight, groups, eps):
     """What both passes read, as C++ takes it."""
-    z = cpp.rows_apart(z)
-    return (y.shape[0] * y.shape[1], groups, y.shape[2] // groups, z.stride(1), y.contiguous(), z,
+    z = cpp.rows_of(z)
+    return (len(z), groups, y.shape[2] // groups, z.stride(0), y.contiguous(), z,
             weight.contiguous(), float(eps))
 
 

@@ -10,6 +10,7 @@ import functools
 import torch
 
 COMPILES = hasattr(torch.compiler, "nested_compile_region")     # torch 2.8: what is asked of it
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)   # torch 2.7
 
 
 def as_operator(name, function, schema, results):

@@ -43,7 +43,7 @@ static inline void tile_forward(int steps, long D, long N, const float *u, const
 
 // The gradients of such a tile, before which the state was h, and y again. carry, a_{t+1} g_{t+1},
 // comes from the tile after and goes to the one before. To all others is added. gdelta_A is delta's
-// through A, times ln 2; gB and gC (T, NB) are still to be summed over the channels.
+// through A, divided by ln 2; gB and gC (T, NB) are still to be summed over the channels.
 template <int NB>
 static inline void tile_backward(int steps, long D, long N, const float *u, const float *delta,
                                  const float *A, const float *B, const float *C, const float *gy,

@@ -25,7 +25,7 @@ def scan(u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softpl
     if state is None:
         state = u.new_zeros(u.shape[0], *A.shape)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not (keep or compiling) and u.shape[2] % cpp.WIDTH > 0 and u.shape[1] > 2048:
+    if not (torch.is_grad_enabled() or compiling) and u.shape[2] % cpp.WIDTH and u.shape[1] > 2048:
         return None     # filled up in whole they would take much memory, part by part they do not
     inputs = u, delta, A, B, C, state, keep, D, z, delta_bias, delta_softplus
     return operator(*inputs) if compiling else NativeScan.apply(*inputs)
@@ -60,6 +60,7 @@ class NativeScan(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, gout, glast):
         kept, u, delta, A, B, C, D, z, delta_bias = ctx.saved_tensors
+        cpp.check_kept(kept)
         inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus)
         carry = filled_up(glast.transpose(1, 2)).clone()                    # (B, N, D)
         gu, gdelta, gz = (torch.empty_like(inputs.u) for _ in range(3))
@@ -81,8 +82,8 @@ class Inputs:
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
         z_row = 0
         if z is not None:       # often it is half of a projection: a row has the other half too
-            z = filled_up(z) if z.shape[2] % cpp.WIDTH else cpp.rows_apart(z)
-            z_row = z.stride(1)
+            z = cpp.rows_of(filled_up(z) if z.shape[2] % cpp.WIDTH else z)
+            z_row = z.stride(0)
         self.u, A = filled_up(u), filled_up(A.t() / math.log(2))
         self.all = (*self.u.shape, len(A), self.u, filled_up(delta), A, B.contiguous(),
                     C.contiguous(), filled_up(D), z, filled_up(delta_bias), int(delta_softplus),
@@ -126,6 +127,7 @@ class PlainScan:
         if delta_bias is not None:
             gbias = gdelta.sum((0, 1))
         grads = gu, gdelta, *others[:4]
+        gz = None if gz is None else gz.contiguous()
         return *(t.contiguous() for t in grads), None, gD, gz, gbias, None
 
 

@@ -24,7 +24,7 @@ constexpr int T = 16;                   // steps of a chunk
 constexpr int KEPT = 4;                 // chunks from one kept state to the next
 constexpr int V = T / W;                // vectors of a number for each step
 constexpr int HEADS = 4;                // of a task, at most: sums must not depend on threads
-constexpr int SUMS = W == 8 ? 8 : 16;   // vectors of a tile: AVX2 has but 16 registers, others 32
+constexpr int SUMS = W == 8 ? 8 : 16;   // vectors of a tile, of 16 registers with AVX2, else of 32
 
 // ---- Vectors -------------------------------------------------------------------------------------
 
@@ -42,13 +42,20 @@ static inline vec only(whole_numbers before, vec x)
     return (vec)(before & (whole_numbers)x);
 }
 
+// The lanes with these numbers of two vectors, those of the second from W on.
+#if defined(__clang__)
+#define CHOSEN(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define CHOSEN(a, b, ...) __builtin_shuffle(a, b, whole_numbers{__VA_ARGS__})
+#endif
+
 // Of each two lanes with numbers i and i + D, where i & D is 0, exchanges lane i + D of a with lane
 // i of b. All D = 1, 2, 4, ... below W, of rows i and i + D, transpose a matrix.
 template <int D, int... I>
 static inline void exchange(vec &a, vec &b, std::integer_sequence<int, I...>)
 {
-    vec x = __builtin_shufflevector(a, b, (I & D ? W + I - D : I)...);
-    b = __builtin_shufflevector(a, b, (I & D ? W + I : I + D)...);
+    vec x = CHOSEN(a, b, (I & D ? W + I - D : I)...);
+    b = CHOSEN(a, b, (I & D ? W + I : I + D)...);
     a = x;
 }
 
@@ -81,7 +88,7 @@ static inline vec sums_of(vec *rows)
 // ---- Matrices ------------------------------------------------------------------------------------
 
 // ROWS rows and VECS vectors of c = keep * old + a b, where b and c have `lanes` columns. All sums
-// are in registers: for 16 multiplications of vectors at most 2 vectors and 8 numbers are loaded.
+// are in registers: for 16 multiplications of vectors 2 vectors and 8 numbers are loaded.
 template <int ROWS, int VECS, bool turned>
 static inline void tile(long K, const float *a, long stride, const float *b, long lanes, float *c,
                         float keep, const float *old)

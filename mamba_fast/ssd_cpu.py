@@ -6,7 +6,7 @@ import math
 import torch
 
 from . import cpp
-from .operators import as_operator, differentiable_once
+from .operators import as_operator, differentiable_once, is_exporting
 
 NAME = "ssd_cpu"
 STEPS, HEADS = 64, 4    # from one kept state to the next, and of a task, as in ssd_cpu.cpp
@@ -16,7 +16,7 @@ def ssd(u, delta, a, B, C, state, own):
     """in_chunks of mamba2.py, with its shapes; or None where it cannot run."""
     inputs = u, delta, a, B, C, own, state
     fits = u.shape[3] % cpp.WIDTH == 0 and B.shape[3] % cpp.WIDTH == 0
-    if torch.compiler.is_exporting() or not (fits and all(map(cpp.is_float32_on_cpu, inputs))):
+    if is_exporting() or not (fits and all(map(cpp.is_float32_on_cpu, inputs))):
         return None
     compiling = torch.compiler.is_compiling()
     if not (cpp.exists(NAME) if compiling else cpp.runs(NAME, *inputs)):
@@ -42,6 +42,7 @@ class NativeSSD(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, gy, glast):
         kept, *inputs = ctx.saved_tensors
+        cpp.check_kept(kept)
         inputs = [t.contiguous() for t in inputs]
         u, B = inputs[0], inputs[3]
         gu, gdelta, ga, _, _, gown = map(torch.empty_like, inputs)

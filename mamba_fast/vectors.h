@@ -27,8 +27,8 @@ static inline float sum(vec v)
 // left of x, which lies between -1/2 and 1/2.
 static inline vec exp2_of(vec x)
 {
-    vec zero = x - x, least = zero - 126.f, most = zero + 128.f;    // all of them NaN where x is
-    vec within = x < least ? least : x;
+    const vec least = vec{} - 126.f, most = vec{} + 128.f;
+    vec within = x < least ? least : x;     // NaN stays
     within = within > most ? most : within;
     vec shifted = within + 12582912.f;      // 1.5 * 2^23: here floats are the whole numbers
     vec rest = within - (shifted - 12582912.f);
@@ -39,11 +39,11 @@ static inline vec exp2_of(vec x)
     p = p * rest + 6.9314718e-1f;
     p = p * rest + 1.f;
     vec result = (vec)((whole_numbers)p + ((whole_numbers)shifted << 23));
-    return x < least ? zero : result;
+    return x < least ? vec{} : result;
 }
 
-// While one exists, numbers too small to be normal are 0: with them a CPU takes a hundred times as
-// long for each operation.
+// While one exists, numbers too small to be normal are 0 on x86, where each operation with them
+// takes a hundred times as long.
 struct NoTinyNumbers {
 #if defined(__SSE__)
     unsigned before = _mm_getcsr();
@@ -60,7 +60,7 @@ static inline vec sigmoid(vec x) { return 1.f / (1.f + exp2_of(x * -1.44269504f)
 // which this is the series: exact to float32 for small w too.
 static inline vec softplus(vec x)
 {
-    vec positive = x < 0 ? x - x : x, w = exp2_of((x - 2.f * positive) * 1.44269504f);
+    vec positive = x < 0 ? vec{} : x, w = exp2_of((x < 0 ? x : -x) * 1.44269504f);
     vec s = w / (2.f + w), s2 = s * s;
     vec p = 7.6923077e-2f + s2 * 6.6666667e-2f;
     p = p * s2 + 9.0909091e-2f;
