@@ -107,7 +107,8 @@ def recurrence(method, u, A):
     """
     if method == "triton":
         return functools.partial(scan, method)
-    return (scan_cpu if u.device.type == "cpu" else scan_side_by_side).recurrence
+    on_cpu_or_compiled = u.device.type == "cpu" or torch.compiler.is_compiling()
+    return (scan_cpu if on_cpu_or_compiled else scan_side_by_side).recurrence
 
 
 def conv_silu(x, weight, bias, state, scan):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from . import cpp, scan_tiles
 from .operators import Context, as_operator, differentiable_once
 
+NAME = "scan_cpu"
 TILE, GROUP = 16, 128   # steps of a tile and channels of a task, as in scan_cpu.cpp
 
 
@@ -32,15 +33,13 @@ def scan(u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softpl
 
 
 def recurrence(u, delta, A, B, C, state):
-    """What one_by_one of mamba.py computes, with its shapes: y (B, L, D), last state (B, D, N)."""
+    """What one_by_one of mamba.py computes, with its shapes: y (B, L, D), last state (B, D, N). In
+    what torch.compile compiles on any device."""
     inputs = u, delta, A, B, C, state
     if torch.compiler.is_compiling():
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
         return operator(*inputs, keep, None, None, None, False)
     return scan(*inputs) or scan_tiles.recurrence(*inputs)
-
-
-NAME = "scan_cpu"
 
 
 class NativeScan(torch.autograd.Function):
