@@ -1210,7 +1210,7 @@ def test_all_operators_have_an_mps_kernel(changes, monkeypatch):
     """Apple's GPU: no Mac is needed to see that every operation has a kernel there."""
     if mamba.fast is not None:      # what runs there
         from mamba_fast import cpp, scan_side_by_side
-        monkeypatch.setattr(cpp, "library", lambda name: None)
+        monkeypatch.setattr(cpp, "compiled", lambda name: None)
         monkeypatch.setattr(mamba.fast, "recurrence", lambda *inputs: scan_side_by_side.recurrence)
     available = mps_operators()
     assert len(available) > 1000 and "linalg_eig" not in available and "mm" in available
@@ -3680,7 +3680,7 @@ def test_fused_step_equals_one_call():
 def test_tiles_equal_float64(monkeypatch, length, steps):
     """Every way in which a sequence can end inside or at the end of a tile, and of a few tiles at once."""
     from mamba_fast import cpp, scan_tiles
-    monkeypatch.setattr(cpp, "library", lambda name: None)
+    monkeypatch.setattr(cpp, "compiled", lambda name: None)
     monkeypatch.setattr(scan_tiles, "steps_of_a_tile", lambda *sizes: steps)
     check_scan(scan_inputs(2, length, 5, 4), ["chunked"])
     check_gradients(length, "chunked")
@@ -3690,7 +3690,7 @@ def test_tiles_equal_float64(monkeypatch, length, steps):
 @pytest.mark.parametrize("shape", [(1, 2500, 3, 4), (4, 40, 512, 16), (7, 20, 300, 15)])
 def test_many_tiles_and_padded_states(shape, monkeypatch):
     from mamba_fast import cpp
-    monkeypatch.setattr(cpp, "library", lambda name: None)
+    monkeypatch.setattr(cpp, "compiled", lambda name: None)
     check_scan(scan_inputs(*shape), ["chunked"])
 
 
@@ -3735,9 +3735,9 @@ def scan_of_a_cpu(request, monkeypatch):
     """With what scan_cpu.cpp compiles to, and without."""
     from mamba_fast import cpp
     if request.param == "PyTorch":
-        monkeypatch.setattr(cpp, "library", lambda name: None)
+        monkeypatch.setattr(cpp, "compiled", lambda name: None)
     else:
-        assert cpp.library("scan_cpu") is not None
+        assert cpp.compiled("scan_cpu") is not None
     return request.param
 
 
@@ -3982,7 +3982,7 @@ def test_where_cpp_cannot_be_compiled(trouble, tmp_path, monkeypatch, recwarn):
     inputs = {k: v.detach() for k, v in scan_inputs(2, 20, 16, 4).items()}
     expected = selective_scan(**inputs, delta_softplus=True, method="sequential")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cpp, "library", functools.cache(cpp.library.__wrapped__))
+    monkeypatch.setattr(cpp, "compiled", functools.cache(cpp.compiled.__wrapped__))
     if trouble == "no compiler":
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setattr(cpp.shutil, "which", lambda name: None)
@@ -4002,7 +4002,7 @@ def test_where_cpp_cannot_be_compiled(trouble, tmp_path, monkeypatch, recwarn):
     said = [str(w.message) for w in recwarn if "compiled" in str(w.message)]
     assert len(said) == (trouble == "no C++") and all("nothing works here" in words for words in said)
     if trouble in ("a full home", "a home of others"):
-        assert (cpp.library("scan_cpu") is not None) == bool(shutil.which("g++") or shutil.which("clang++"))
+        assert (cpp.compiled("scan_cpu") is not None) == bool(shutil.which("g++") or shutil.which("clang++"))
         assert not list((tmp_path / "cache").glob("mamba_fast/*"))
 
 
@@ -4016,7 +4016,7 @@ def test_what_is_compiled_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(cpp, "compile_to", lambda path, command: commands.append(command) or compile_to(path, command))
     for flags in (cpp.FLAGS, cpp.FLAGS, (*cpp.FLAGS, "-DANOTHER")):
         monkeypatch.setattr(cpp, "FLAGS", flags)
-        assert cpp.library.__wrapped__("scan_cpu") is not None
+        assert cpp.compiled.__wrapped__("scan_cpu") is not None
     assert len(commands) == len(list((tmp_path / "mamba_fast").iterdir())) == 2
 
 
@@ -4028,7 +4028,7 @@ def test_narrower_vectors(width, monkeypatch):
     from mamba_fast import cpp
     monkeypatch.setattr(cpp, "CPUS", {})
     monkeypatch.setattr(cpp, "NARROW", width)
-    monkeypatch.setattr(cpp, "library", functools.cache(cpp.library.__wrapped__))
+    monkeypatch.setattr(cpp, "compiled", functools.cache(cpp.compiled.__wrapped__))
     check_scan(scan_inputs(2, 37, 140, 9), ["chunked"])
     check_ssd_of_a_cpu((2, 33, 6, 32, 48, 2), "documents")
     for layer in ("mamba", "mamba2"):

@@ -29,7 +29,7 @@ CPUS = {    # by what PyTorch itself uses: numbers of a vector, and what the com
 
 
 @functools.cache
-def library(name):
+def compiled(name):
     """The functions of {name}.cpp, or None where there is no compiler. If one fails, it is said."""
     # Apple's compiler has no OpenMP, by which the threads of PyTorch itself do the work
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -99,12 +99,12 @@ def runs(name, *tensors):
     traced = (torch.jit.is_tracing() or torch._C._get_dispatch_mode(
         torch._C._TorchDispatchModeKey.PROXY) is not None)
     return (all(is_float32_on_cpu(t) and type(t) in plain for t in tensors) and not traced
-            and library(name) is not None)
+            and compiled(name) is not None)
 
 
 def exists(name):
-    """Whether there is such a library, for what torch.compile compiles, which asks once."""
-    return library(name) is not None
+    """Whether there is one, for what torch.compile compiles, which asks once."""
+    return compiled(name) is not None
 
 
 # what torch.compiler.assume_constant_result does, which would take a second to import

@@ -95,7 +95,7 @@ class ConvSilu(torch.autograd.Function):
     def forward(ctx, x, taps, bias, state):
         if ConvSilu.fits(x, taps, bias, state) and cpp.runs("conv_cpu", x, taps, bias, state):
             kept, out = x.new_empty(0), x.new_empty(x.shape)
-            cpp.call(cpp.library("conv_cpu").forward, *ConvSilu.given(x, taps, bias, state), out)
+            cpp.call(cpp.compiled("conv_cpu").forward, *ConvSilu.given(x, taps, bias, state), out)
         else:
             kept = torch.addcmul(bias, x, taps[-1])                             # (B, L, D)
             for tap, x_k in zip(taps[:-1], ConvSilu.shifted(x, taps, state)):
@@ -113,7 +113,7 @@ class ConvSilu(torch.autograd.Function):
         if y.numel() < x.numel():       # C++ computes it again
             gx, gstate = x.new_empty(x.shape), x.new_empty(state.shape)
             gtaps, gbias = x.new_empty(batch, *taps.shape), x.new_empty(batch, d_inner)
-            cpp.call(cpp.library("conv_cpu").backward, *ConvSilu.given(x, taps, bias, state),
+            cpp.call(cpp.compiled("conv_cpu").backward, *ConvSilu.given(x, taps, bias, state),
                      gout.contiguous(), gx, gtaps, gbias, gstate)
             return gx, gtaps.sum(0), gbias.sum(0), gstate
         gy = torch.ops.aten.silu_backward(gout, y)

@@ -30,7 +30,7 @@ class NativeNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, z, weight, groups, eps):
         ctx.groups, ctx.eps, out = groups, eps, y.new_empty(y.shape)
-        cpp.call(cpp.library(NAME).forward, *given(y, z, weight, groups, eps), out)
+        cpp.call(cpp.compiled(NAME).forward, *given(y, z, weight, groups, eps), out)
         ctx.save_for_backward(y.new_empty(0), y, z, weight)
         return out
 
@@ -41,7 +41,7 @@ class NativeNorm(torch.autograd.Function):
         rows = y.shape[0] * y.shape[1]
         gy, gz = y.new_empty(y.shape), y.new_empty(y.shape)
         gweight = y.new_zeros((rows + ROWS - 1) // ROWS, y.shape[2])
-        cpp.call(cpp.library(NAME).backward, *given(y, z, weight, ctx.groups, ctx.eps),
+        cpp.call(cpp.compiled(NAME).backward, *given(y, z, weight, ctx.groups, ctx.eps),
                  gout.contiguous(), gy, gz, gweight)
         return gy, gz, gweight.sum(0), None, None
 

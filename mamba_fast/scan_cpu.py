@@ -50,7 +50,7 @@ class NativeScan(torch.autograd.Function):
         h = filled_up(state.transpose(1, 2)).clone()        # it becomes the last state
         tiles, out = math.ceil(u.shape[1] / TILE) if keep else 0, torch.empty_like(inputs.u)
         kept = h.new_empty(tiles, *h.shape)                                 # (tiles, B, N, D)
-        cpp.call(cpp.library(NAME).forward, *inputs.all, h, out, kept if keep else None)
+        cpp.call(cpp.compiled(NAME).forward, *inputs.all, h, out, kept if keep else None)
         ctx.delta_softplus = delta_softplus
         ctx.save_for_backward(kept, u, delta, A, B, C, D, z, delta_bias)
         return out[..., :d_inner].contiguous(), h[..., :d_inner].transpose(1, 2).contiguous()
@@ -65,7 +65,7 @@ class NativeScan(torch.autograd.Function):
         gu, gdelta, gz = (torch.empty_like(inputs.u) for _ in range(3))
         gA, (gD, gbias) = torch.zeros_like(carry), carry.new_zeros(2, len(u), carry.shape[2])
         gB, gC = B.new_empty(2, math.ceil(carry.shape[2] / GROUP), *B.shape)
-        cpp.call(cpp.library(NAME).backward, *inputs.all, kept, filled_up(gout), carry, gu, gdelta,
+        cpp.call(cpp.compiled(NAME).backward, *inputs.all, kept, filled_up(gout), carry, gu, gdelta,
                  gA, gB, gC, gD, gz, gbias)
         gu, gdelta, gz, gA, gstate, gD, gbias = (t[..., :u.shape[2]].contiguous() for t in (
             gu, gdelta, gz, gA.sum(0), carry, gD.sum(0), gbias.sum(0)))

@@ -33,7 +33,7 @@ class NativeSSD(torch.autograd.Function):
         inputs = [t.contiguous() for t in (u, delta, a, B, C, own)]
         last, y = state.clone(memory_format=torch.contiguous_format), torch.empty_like(inputs[0])
         kept = last.new_empty(math.ceil(u.shape[1] / STEPS) if keep else 0, *last.shape)
-        cpp.call(cpp.library(NAME).forward, *u.shape, *B.shape[2:], *inputs, last, y,
+        cpp.call(cpp.compiled(NAME).forward, *u.shape, *B.shape[2:], *inputs, last, y,
                  kept if keep else None)
         ctx.save_for_backward(kept, u, delta, a, B, C, own)
         return y, last
@@ -48,8 +48,8 @@ class NativeSSD(torch.autograd.Function):
         gu, gdelta, ga, _, _, gown = map(torch.empty_like, inputs)
         gstate = glast.clone(memory_format=torch.contiguous_format)
         gB, gC = B.new_empty(2, math.ceil(u.shape[2] // B.shape[2] / HEADS), *B.shape)
-        cpp.call(cpp.library(NAME).backward, *u.shape, *B.shape[2:], *inputs, kept, gy.contiguous(),
-                 gstate, gu, gdelta, ga, gB, gC, gown)
+        cpp.call(cpp.compiled(NAME).backward, *u.shape, *B.shape[2:], *inputs, kept,
+                 gy.contiguous(), gstate, gu, gdelta, ga, gB, gC, gown)
         return gu, gdelta, ga, gB.sum(0), gC.sum(0), gown, gstate, None
 
 
