@@ -372,13 +372,14 @@ class MambaBlock(Mixer):
                             for shape, weight in zip(shapes, (self.conv1d.weight, self.A_log))))
 
     def mix(self, x, state, mask, seq_idx):
+        if fast and (at_once := fast.mix(self, x, state, mask, seq_idx, is_plain)):
+            return at_once
         conv, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)                             # (B, L, D) each
         x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv, self.scan, mask, seq_idx)
-        parts = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         if eps := self.config.mixer_rms_eps:
-            parts = [F.rms_norm(part, part.shape[-1:], eps=eps) for part in parts]
-        dt, B, C = parts
+            dt, B, C = (F.rms_norm(t, t.shape[-1:], eps=eps) for t in (dt, B, C))
         if is_plain(self.dt_proj):      # then its bias is added in the scan, in float32
             delta, bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias      # (B, L, D)
         else:       # its bias is in float32: with an input of 16 bits only autocast can take both

@@ -3406,6 +3406,12 @@ tests.check_triton(tests.scan_inputs(1, 65, 3, 4, ("z",)), softplus=False, devic
 tests.check_conv(1, 17, 5, 4, device="cpu")
 for shape in ((2, 1, 131, 4), (1, 17, 5, 1), (1, 70, 5, 2)):
     tests.check_conv(*shape, device="cpu", some=tests.OF_CONV[2:])
+
+from mamba_fast import block
+block.OnGPU.runs, block.OnCPU.runs = (lambda block, x, dtype: dtype == torch.float32), (lambda *_: False)
+block.scan_triton = scan_triton
+tests.check_block(tests.OF_BLOCK[1], 3)
+tests.check_block({"expand": 1, "d_state": 2}, 70, frozen=tests.FROZEN[0])
 """
 
 
@@ -3640,6 +3646,122 @@ def test_triton_is_a_well_made_operator():
     x = torch.randn(2, 20, 16, device="cuda", requires_grad=True)
     others = (torch.randn(*shape, device="cuda", requires_grad=True) for shape in ((8, 1, 4), (8,), (2, 3, 8)))
     torch.library.opcheck(torch.ops.selective_scan.conv.default, (x[..., 8:], *others))
+
+
+OF_BLOCK = ({}, {"bias": True, "conv_bias": False, "d_conv": 3, "d_state": 5}, {"d_conv": 2, "dt_rank": 1, "expand": 1})
+
+
+def results_of_block(block, x, gy):
+    """y and the gradients of x and of the block's parameters, None for those that get none; and what has made y."""
+    block.zero_grad()
+    x = x.detach().requires_grad_()
+    y = block(x)
+    y.backward(gy.to(y.dtype))
+    return [y, x.grad, *(p.grad for p in block.parameters())], type(y.grad_fn).__name__
+
+
+def check_block(changes, length=70, dtype=torch.float32, cast=None, frozen=(), device="cpu"):
+    """A block at once is not further from float64 than twice what its parts are, one by one, and gives gradients to the same
+    tensors, in their types. x is a view. cast: of autocast."""
+    torch.manual_seed(0)
+    block = MambaBlock(MambaConfig(d_model=32, **changes)).to(device)
+    for name, p in block.named_parameters():
+        p.data += 0.1 * torch.randn_like(p)
+        p.requires_grad = name not in frozen
+    x, gy = torch.randn(3, length, 40, device=device)[..., 4:36], torch.randn(3, length, 32, device=device)
+    exact = copy.deepcopy(block).double()
+    exact.scan = "sequential"
+    exact, _ = results_of_block(exact, x.double(), gy.double())
+    block, x = block.to(dtype), x.to(dtype)
+    with torch.autocast(device, cast, enabled=cast is not None):
+        ours, made = results_of_block(block, x, gy)
+        again, _ = results_of_block(block, x, gy)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mamba.fast, "mix", lambda *_: None)
+            parts, other = results_of_block(block, x, gy)
+    assert made == "MixBackward" and other != made and same([t for t in ours if t is not None], [t for t in again if t is not None])
+    for one, part, expected, name in zip(ours, parts, exact, ["y", "x", *dict(block.named_parameters())], strict=True):
+        if expected is None:
+            assert one is part is None
+            continue
+        assert one.dtype == part.dtype and one.shape == part.shape
+        assert relative(one, expected) < 2 * relative(part, expected) + 1e-6, (name, relative(one, expected), relative(part, expected))
+
+
+@fast
+@pytest.mark.parametrize("changes", OF_BLOCK)
+@pytest.mark.parametrize("length", [2, 70, 300])
+def test_block_at_once_equals_its_parts(changes, length):
+    check_block(changes, length)
+
+
+FROZEN = (("in_proj.weight", "A_log"), ("x_proj.weight", "dt_proj.weight", "dt_proj.bias", "conv1d.weight", "out_proj.weight", "D"))
+
+
+@fast
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_block_at_once_with_frozen_parameters(frozen):
+    check_block({}, frozen=frozen)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype, cast", [
+    (torch.float32, None), (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, None), (torch.float16, None)])
+def test_block_at_once_on_a_gpu(dtype, cast):
+    for changes in OF_BLOCK:
+        check_block(changes, dtype=dtype, cast=cast, device="cuda")
+    check_block({}, 1, dtype, cast, device="cuda")
+    for frozen in FROZEN:
+        check_block({}, 300, dtype, cast, frozen, "cuda")
+
+
+def with_hook(block):
+    block.x_proj.register_forward_hook(lambda module, inputs, output: output * 1)
+
+
+def with_global_hook(block):
+    return nn.modules.module.register_module_forward_hook(lambda module, inputs, output: output * 1 if isinstance(output, torch.Tensor) else None)
+
+
+def with_adapter(block):
+    block.in_proj = nn.Sequential(block.in_proj)
+
+
+def with_parametrization(block):
+    nn.utils.parametrizations.weight_norm(block.out_proj)
+
+
+def with_normed_convolution(block):
+    nn.utils.parametrizations.weight_norm(block.conv1d)
+
+
+def with_gradients_twice(block):
+    block.scan = "sequential"
+
+
+@fast
+@pytest.mark.parametrize("change", [with_hook, with_global_hook, with_adapter, with_parametrization, with_normed_convolution,
+                                    with_gradients_twice])
+def test_what_is_on_a_part_of_a_block_acts(change):
+    """Then the block runs part by part, with the same results."""
+    torch.manual_seed(0)
+    block, x = MambaBlock(MambaConfig(d_model=32)), torch.randn(2, 20, 32)
+    expected = block(x)
+    assert type(expected.grad_fn).__name__ == "MixBackward"
+    handle = change(block)
+    y = block(x)
+    if handle is not None:
+        handle.remove()
+    assert type(y.grad_fn).__name__ != "MixBackward" and relative(y, expected) < 1e-5
+
+
+@fast
+def test_block_at_once_has_no_second_derivative():
+    torch.manual_seed(0)
+    block, x = MambaBlock(MambaConfig(d_model=32)), torch.randn(2, 20, 32, requires_grad=True)
+    (gx,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gx.sum().backward()
 
 
 @on_gpu

@@ -4,9 +4,9 @@
 //     out_t = s(y_t)    y_t = bias + sum_k taps_k seen_{t+k}
 //     gy_t = s'(y_t) gout_t    gtaps_k = sum_t gy_t seen_{t+k}    gseen_{t+k} += taps_k gy_t
 //
-// What K steps have in common stays in registers. Shapes: x (batch, L, D), its rows x_row numbers
-// apart; out, gout, gx (batch, L, D); taps (K, D); bias (D,); state and its gradient (batch, K - 1,
-// D). D is a multiple of W.
+// What K steps have in common stays in registers. Shapes: x, gx (batch, L, D), their rows x_row and
+// gx_row numbers apart; out, gout (batch, L, D); taps (K, D); bias (D,); state and its gradient
+// (batch, K - 1, D). D is a multiple of W.
 #include "vectors.h"
 
 constexpr long STEPS = 32, GROUP = 128;     // steps and channels that are in the cache together
@@ -56,9 +56,9 @@ struct Sums {
 };
 
 template <int K>
-static void backward_steps(long t, long end, long D, long x_row, const float *x, const float *taps,
-                           const float *bias, const float *state, const float *gout, float *gx,
-                           float *gstate, Sums &all)
+static void backward_steps(long t, long end, long D, long x_row, long gx_row, const float *x,
+                           const float *taps, const float *bias, const float *state,
+                           const float *gout, float *gx, float *gstate, Sums &all)
 {
     Sums sums = all;
     vec seen[K], taps_k[K], bias_d = load(bias);
@@ -73,7 +73,7 @@ static void backward_steps(long t, long end, long D, long x_row, const float *x,
             sums.gseen[k] += gy * taps_k[k];
         }
         sums.gbias += gy;
-        store(t < K - 1 ? gstate + t * D : gx + (t - (K - 1)) * D, sums.gseen[0]);
+        store(t < K - 1 ? gstate + t * D : gx + (t - (K - 1)) * gx_row, sums.gseen[0]);
         go_on<K>(seen);
         go_on<K>(sums.gseen);
         sums.gseen[K - 1] = vec{};
@@ -100,9 +100,9 @@ void forward(int threads, long batch, long L, long D, long K, long x_row, const 
 }
 
 // gtaps (batch, K, D) and gbias (batch, D) are still to be summed over the batch.
-void backward(int threads, long batch, long L, long D, long K, long x_row, const float *x,
-              const float *taps, const float *bias, const float *state, const float *gout,
-              float *gx, float *gtaps, float *gbias, float *gstate)
+void backward(int threads, long batch, long L, long D, long K, long x_row, long gx_row,
+              const float *x, const float *taps, const float *bias, const float *state,
+              const float *gout, float *gx, float *gtaps, float *gbias, float *gstate)
 {
     auto steps = K == 4 ? backward_steps<4> : K == 3 ? backward_steps<3> : backward_steps<2>;
     long groups = (D + GROUP - 1) / GROUP;
@@ -111,16 +111,18 @@ void backward(int threads, long batch, long L, long D, long K, long x_row, const
         NoTinyNumbers here;
         Sums sums[GROUP / W] = {};
         long b = task / groups, begin = task % groups * GROUP;
-        float *gx_b = gx + b * L * D, *gstate_b = gstate + b * (K - 1) * D;
+        float *gx_b = gx + b * L * gx_row, *gstate_b = gstate + b * (K - 1) * D;
         for (long t = 0; t < L; t += STEPS)
             for (long d = begin; d < D && d < begin + GROUP; d += W)
-                steps(t, t + STEPS < L ? t + STEPS : L, D, x_row, x + b * L * x_row + d, taps + d,
-                      bias + d, state + b * (K - 1) * D + d, gout + b * L * D + d, gx_b + d,
-                      gstate_b + d, sums[(d - begin) / W]);
+                steps(t, t + STEPS < L ? t + STEPS : L, D, x_row, gx_row, x + b * L * x_row + d,
+                      taps + d, bias + d, state + b * (K - 1) * D + d, gout + b * L * D + d,
+                      gx_b + d, gstate_b + d, sums[(d - begin) / W]);
         for (long d = begin; d < D && d < begin + GROUP; d += W) {
             const Sums &of_d = sums[(d - begin) / W];
-            for (long t = L, k = 0; k < K - 1; t++, k++)    // what no later step adds to
-                store((t < K - 1 ? gstate_b + t * D : gx_b + (t - (K - 1)) * D) + d, of_d.gseen[k]);
+            for (long t = L, k = 0; k < K - 1; t++, k++) {  // what no later step adds to
+                float *gseen = t < K - 1 ? gstate_b + t * D : gx_b + (t - (K - 1)) * gx_row;
+                store(gseen + d, of_d.gseen[k]);
+            }
             for (long k = 0; k < K; k++) store(gtaps + (b * K + k) * D + d, of_d.gtaps[k]);
             store(gbias + b * D + d, of_d.gbias);
         }

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from .operators import is_traced
+
 WIDTH = 16      # numbers of the widest vector: a multiple of it has no rest
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast")
 NARROW = 4      # numbers of a vector that any CPU has
@@ -95,10 +97,7 @@ def is_float32_on_cpu(t):
 def runs(name, *tensors):
     """Whether {name}.cpp can be called with these: float32, and with memory of their own."""
     plain = (torch.Tensor, torch.nn.Parameter)
-    # what writes down PyTorch's calls, to do them again, would not see what C++ does
-    traced = (torch.jit.is_tracing() or torch._C._get_dispatch_mode(
-        torch._C._TorchDispatchModeKey.PROXY) is not None)
-    return (all(is_float32_on_cpu(t) and type(t) in plain for t in tensors) and not traced
+    return (all(is_float32_on_cpu(t) and type(t) in plain for t in tensors) and not is_traced()
             and compiled(name) is not None)
 
 

@@ -53,9 +53,27 @@ class LinearByConvolution(nn.Linear):
         if (not are_many(rows) or x.device.type != "cpu" or x.dtype != torch.float32
                 or type(weight) is not nn.Parameter or torch.is_autocast_enabled("cpu")):
             return F.linear(x, weight, self.bias)
-        image = x.reshape(1, 1, rows, -1).permute(0, 3, 1, 2)   # (1, in, 1, rows), still row by row
-        y = F.conv2d(image, weight[..., None, None], self.bias)                 # (1, out, 1, rows)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        return by_convolution(x.reshape(rows, -1), weight, self.bias).reshape(*x.shape[:-1], -1)
+
+
+def by_convolution(x, weight, bias):
+    """x (rows, in) weight^T + bias -> (rows, out)."""
+    y = F.conv2d(as_image(x), weight[..., None, None], bias)                    # (1, out, 1, rows)
+    return y.permute(0, 2, 3, 1).view(len(x), -1)
+
+
+def by_convolution_back(gy, x, weight, needs_x, needs_weight):
+    """Its gradients gx and gweight, those that are needed."""
+    gx, gweight, _ = torch.ops.aten.convolution_backward(
+        as_image(gy), as_image(x), weight[..., None, None], None, (1, 1), (0, 0), (1, 1), False,
+        (0, 0), 1, (needs_x, needs_weight, False))
+    gx = gx.permute(0, 2, 3, 1).view(x.shape) if needs_x else None
+    return gx, gweight.view(weight.shape) if needs_weight else None
+
+
+def as_image(x):
+    """(rows, X) as (1, X, 1, rows), still row by row in memory."""
+    return x.reshape(1, 1, len(x), -1).permute(0, 3, 1, 2)
 
 
 Linear = LinearByConvolution if mkl_is_slow() else nn.Linear
@@ -94,8 +112,7 @@ class ConvSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, taps, bias, state):
         if ConvSilu.fits(x, taps, bias, state) and cpp.runs("conv_cpu", x, taps, bias, state):
-            kept, out = x.new_empty(0), x.new_empty(x.shape)
-            cpp.call(cpp.compiled("conv_cpu").forward, *ConvSilu.given(x, taps, bias, state), out)
+            kept, out = x.new_empty(0), ConvSilu.in_cpp(x, taps, bias, state)
         else:
             kept = torch.addcmul(bias, x, taps[-1])                             # (B, L, D)
             for tap, x_k in zip(taps[:-1], ConvSilu.shifted(x, taps, state)):
@@ -109,13 +126,10 @@ class ConvSilu(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, gout):
         y, x, taps, bias, state = ctx.saved_tensors
-        (batch, length, d_inner), before = x.shape, state.shape[1]
+        length, before = x.shape[1], state.shape[1]
         if y.numel() < x.numel():       # C++ computes it again
-            gx, gstate = x.new_empty(x.shape), x.new_empty(state.shape)
-            gtaps, gbias = x.new_empty(batch, *taps.shape), x.new_empty(batch, d_inner)
-            cpp.call(cpp.compiled("conv_cpu").backward, *ConvSilu.given(x, taps, bias, state),
-                     gout.contiguous(), gx, gtaps, gbias, gstate)
-            return gx, gtaps.sum(0), gbias.sum(0), gstate
+            gx = x.new_empty(x.shape)
+            return gx, *ConvSilu.gradients_in_cpp(gout.contiguous(), x, taps, bias, state, gx)
         gy = torch.ops.aten.silu_backward(gout, y)
         gy = gy.to(at_least_float32(gy))
         # the gradient of state and x, one after the other: tap k meets the gy of k steps later
@@ -134,11 +148,22 @@ class ConvSilu(torch.autograd.Function):
                 and taps.shape[1:] == bias.shape == x.shape[2:] and x.numel() > 0)
 
     @staticmethod
-    def given(x, taps, bias, state):
-        """What both passes read, as C++ takes it."""
-        rows = cpp.rows_of(x)
-        return (*x.shape, len(taps), rows.stride(0), rows, taps.contiguous(), bias.contiguous(),
-                state.contiguous())
+    def in_cpp(x, taps, bias, state):
+        rows, out = cpp.rows_of(x), x.new_empty(x.shape)
+        cpp.call(cpp.compiled("conv_cpu").forward, *x.shape, len(taps), rows.stride(0), rows,
+                 taps.contiguous(), bias.contiguous(), state.contiguous(), out)
+        return out
+
+    @staticmethod
+    def gradients_in_cpp(gout, x, taps, bias, state, gx):
+        """gtaps, gbias, gstate, and gx, which is given, as its rows may be apart."""
+        rows, (batch, _, d_inner) = cpp.rows_of(x), x.shape
+        gtaps, gbias = x.new_empty(batch, *taps.shape), x.new_empty(batch, d_inner)
+        gstate = x.new_empty(state.shape)
+        cpp.call(cpp.compiled("conv_cpu").backward, *x.shape, len(taps), rows.stride(0),
+                 gx.stride(1), rows, taps.contiguous(), bias.contiguous(), state.contiguous(),
+                 gout, gx, gtaps, gbias, gstate)
+        return gtaps.sum(0), gbias.sum(0), gstate
 
     @staticmethod
     def shifted(x, taps, state):

@@ -13,6 +13,13 @@ COMPILES = hasattr(torch.compiler, "nested_compile_region")     # torch 2.8: wha
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)   # torch 2.7
 
 
+def is_traced():
+    """Whether PyTorch's calls are written down, to be done again: what is not one of them, as C++
+    and kernels, would be missing."""
+    return (torch.jit.is_tracing() or torch._C._get_dispatch_mode(
+        torch._C._TorchDispatchModeKey.PROXY) is not None)
+
+
 def as_operator(name, function, schema, results):
     """
     function, an autograd.Function, as a function of the same inputs.

@@ -8,8 +8,9 @@
 //
 // and around it delta = softplus(delta + bias), out = (y + D u) silu(z), as far as they are asked
 // for. Kept is the state that enters each tile; backward makes those of its steps again. Shapes: u,
-// delta, z, out and their gradients (batch, L, D); the rows of z are z_row numbers apart; A (N, D),
-// divided by ln 2; B, C (batch, L, N); states (batch, N, D); D, bias (D,). D is a multiple of W.
+// delta, z, out and their gradients (batch, L, D); the rows of z and of its gradient are z_row and
+// gz_row numbers apart; A (N, D), divided by ln 2; B, C (batch, L, N); states (batch, N, D); D, bias
+// (D,). D is a multiple of W.
 #include "vectors.h"
 
 constexpr int T = 16;           // steps of a tile
@@ -157,7 +158,7 @@ void forward(int threads, long batch, long L, long D, long N, const float *u, co
 // the groups of channels.
 void backward(int threads, long batch, long L, long D, long N, const float *u, const float *delta,
               const float *A, const float *B, const float *C, const float *D_u, const float *z,
-              const float *bias, long is_softplus, long z_row, const float *kept,
+              const float *bias, long is_softplus, long z_row, long gz_row, const float *kept,
               const float *gout, float *carry, float *gu, float *gdelta, float *gA, float *gB,
               float *gC, float *gD, float *gz, float *gbias)
 {
@@ -221,8 +222,8 @@ void backward(int threads, long batch, long L, long D, long N, const float *u, c
                     if (D_u) gu_t += gy_t * load(D_u + begin + d);
                     if (z) {
                         vec z_t = load(z + (row + i) * z_row + begin + d), s = sigmoid(z_t);
-                        store(gz + at, load(gout + at) * load(y_s[i] + d)
-                                       * (s * (1.f + z_t * (1.f - s))));
+                        vec gz_t = load(gout + at) * load(y_s[i] + d) * (s * (1.f + z_t * (1.f - s)));
+                        store(gz + (row + i) * gz_row + begin + d, gz_t);
                     }
                     gD_d += gy_t * u_t;
                     gbias_d += gdelta_t;

@@ -48,9 +48,7 @@ class NativeScan(torch.autograd.Function):
         d_inner = u.shape[2]
         inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
         h = filled_up(state.transpose(1, 2)).clone()        # it becomes the last state
-        tiles, out = math.ceil(u.shape[1] / TILE) if keep else 0, torch.empty_like(inputs.u)
-        kept = h.new_empty(tiles, *h.shape)                                 # (tiles, B, N, D)
-        cpp.call(cpp.compiled(NAME).forward, *inputs.all, h, out, kept if keep else None)
+        out, kept = inputs.forward(h, keep)
         ctx.delta_softplus = delta_softplus
         ctx.save_for_backward(kept, u, delta, A, B, C, D, z, delta_bias)
         return out[..., :d_inner].contiguous(), h[..., :d_inner].transpose(1, 2).contiguous()
@@ -62,17 +60,14 @@ class NativeScan(torch.autograd.Function):
         cpp.check_kept(kept)
         inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus)
         carry = filled_up(glast.transpose(1, 2)).clone()                    # (B, N, D)
-        gu, gdelta, gz = (torch.empty_like(inputs.u) for _ in range(3))
-        gA, (gD, gbias) = torch.zeros_like(carry), carry.new_zeros(2, len(u), carry.shape[2])
-        gB, gC = B.new_empty(2, math.ceil(carry.shape[2] / GROUP), *B.shape)
-        cpp.call(cpp.compiled(NAME).backward, *inputs.all, kept, filled_up(gout), carry, gu, gdelta,
-                 gA, gB, gC, gD, gz, gbias)
+        gz, gB, gC = torch.empty_like(inputs.u), torch.empty_like(B), torch.empty_like(C)
+        gu, gdelta, gA, gD, gbias = inputs.backward(kept, filled_up(gout), carry, gz, gB, gC)
         gu, gdelta, gz, gA, gstate, gD, gbias = (t[..., :u.shape[2]].contiguous() for t in (
-            gu, gdelta, gz, gA.sum(0), carry, gD.sum(0), gbias.sum(0)))
+            gu, gdelta, gz, gA, carry, gD, gbias))
         gA, gstate = gA.t().contiguous(), gstate.transpose(1, 2).contiguous()
         of_options = (None if t is None else g
                       for t, g in zip((D, z, delta_bias), (gD, gz, gbias)))
-        return gu, gdelta, gA, gB.sum(0), gC.sum(0), gstate, None, *of_options, None
+        return gu, gdelta, gA, gB, gC, gstate, None, *of_options, None
 
 
 class Inputs:
@@ -87,6 +82,25 @@ class Inputs:
         self.all = (*self.u.shape, len(A), self.u, filled_up(delta), A, B.contiguous(),
                     C.contiguous(), filled_up(D), z, filled_up(delta_bias), int(delta_softplus),
                     z_row)
+
+    def forward(self, h, keep):
+        """y, and with keep what backward needs. h (B, N, D) becomes the last state."""
+        tiles, out = math.ceil(self.u.shape[1] / TILE) if keep else 0, torch.empty_like(self.u)
+        kept = h.new_empty(tiles, *h.shape)                                 # (tiles, B, N, D)
+        cpp.call(cpp.compiled(NAME).forward, *self.all, h, out, kept if keep else None)
+        return out, kept
+
+    def backward(self, kept, gout, carry, gz, gB, gC):
+        """gu, gdelta, gA (N, D), gD and gbias. carry (B, N, D), the gradient of the last state,
+        becomes that of the first. gz, gB, gC: where to write these; their rows may be apart."""
+        gu, gdelta = torch.empty_like(self.u), torch.empty_like(self.u)
+        gA, (gD, gbias) = torch.zeros_like(carry), carry.new_zeros(2, len(carry), carry.shape[2])
+        sums = carry.new_empty(2, math.ceil(carry.shape[2] / GROUP), *gB.shape)
+        cpp.call(cpp.compiled(NAME).backward, *self.all, gz.stride(1), kept, gout, carry, gu,
+                 gdelta, gA, *sums, gD, gz, gbias)
+        for g, sums_g in zip((gB, gC), sums):
+            torch.sum(sums_g, 0, out=g)
+        return gu, gdelta, gA.sum(0), gD.sum(0), gbias.sum(0)
 
 
 def filled_up(t):

@@ -52,7 +52,7 @@ FILL, FILL_BACK = 2112, 1584    # warps that an H100 holds at once: a sequence i
 
 # numbers that vary from call to call, for which no kernel is compiled anew
 SIZES = ("L", "N", "whole", "tiles", "chunks", "slots", "apart", "u_b", "x_b", "delta_b", "z_b", "g_b", "Lp", "rows", "blocks",
-         "batch", "B_n", "C_n")
+         "batch", "B_n", "C_n", "gB_l")
 ANYWHERE = ("Dw", "bias")   # they may begin at any address
 LOG2E = constexpr(1.4426950408889634)
 # which thread has what: one channel of one segment; 8 or 4 numbers side by side, as memory likes it; sums of all warps
@@ -206,8 +206,8 @@ def _row(buffers, i, K: constexpr):
 
 
 @gluon.jit
-def _store_tile(x, steps, t0, block, L, D, K: constexpr):
-    """K tensors (S, BD) -> a tile of x (L, D)."""
+def _store_tile(x, steps, t0, block, L, D, x_l: constexpr, K: constexpr):
+    """K tensors (S, BD) -> a tile of x (L, D), whose steps are x_l numbers apart."""
     T: constexpr = S * K
     for level in gl.static_range(4 if K == 16 else 3):
         pairs = ()
@@ -221,7 +221,7 @@ def _store_tile(x, steps, t0, block, L, D, K: constexpr):
     tile = gl.reshape(gl.permute(steps[0], (0, 2, 1)), [T, BD]).to(x.dtype.element_ty)
     t = t0 + gl.arange(0, T, gl.SliceLayout(1, WIDE))[:, None]
     d = block * BD + gl.arange(0, BD, gl.SliceLayout(0, WIDE))[None, :]
-    gl.store(x + t.to(gl.int64) * D + d, gl.convert_layout(tile, WIDE), mask=(t < L) & (d < D))
+    gl.store(x + t.to(gl.int64) * x_l + d, gl.convert_layout(tile, WIDE), mask=(t < L) & (d < D))
 
 
 @gluon.jit
@@ -466,7 +466,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
             which = 1 - which
         if HAS_Z:
             y_k = _gated(y_k, _tile(zs.index(i % 2), K), K)
-        _store_tile(y, y_k, t0, block, L, D, K)
+        _store_tile(y, y_k, t0, block, L, D, D, K)
         t0 += T
         states = to_next
 
@@ -474,8 +474,8 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, gz, parts, sums, L, D: constexpr, N, whole,
                tiles, chunks, slots, u_b, u_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr,
-               g_b, g_l: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
-               EXACT: constexpr, FROM_ZERO: constexpr):
+               g_b, g_l: constexpr, gz_l: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
+               SOFTPLUS: constexpr, EXACT: constexpr, FROM_ZERO: constexpr):
     """
     All gradients. adjoint (B, chunks, PARTS, N, D): what enters the last of each from behind; in the end, what leaves the chunk.
     parts (blocks of channels, B, 2, N, Lp): gB, gC.  sums (B, chunks, N + 2, S, D): gA, gD, gbias, in parts too.
@@ -492,7 +492,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     inputs, strides = (u + b * u_b * 8, delta + b * delta_b * 8, gout + b * g_b * 8), (u_l, delta_l, g_l)
     gu += b * L * D
     gdelta += b * L * D
-    gz += b * L * D
+    gz += b * L * gz_l
     BC += b * 2 * N * Lp
     states += (b * slots + chunk * per_chunk + tiles - 1) * N * D
     adjoint += (at * PARTS + PARTS - 1) * N * D
@@ -578,14 +578,14 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                 gdelta_t *= _sigmoid(raw_k[k] + bias_d)
             gbias_d += gl.where(s * K + k < L - t0, gdelta_t, 0)
             gdeltas, gus = gdeltas + (gdelta_t,), gus + (gx_k[k] * delta_k[k] + D_d * gy_k[k],)
-        _store_tile(gdelta, gdeltas, t0, block, L, D, K)
-        _store_tile(gu, gus, t0, block, L, D, K)
+        _store_tile(gdelta, gdeltas, t0, block, L, D, D, K)
+        _store_tile(gu, gus, t0, block, L, D, D, K)
         if HAS_Z:
             z_k, gout_k, gzs = _tile(zs.index(i % 2), K), _tile(gouts.index(i % 2), K), ()
             for k in gl.static_range(K):
                 open_t = _sigmoid(z_k[k])
                 gzs = gzs + (gout_k[k] * y_k[k] * open_t * (1 + z_k[k] * (1 - open_t)),)
-            _store_tile(gz, gzs, t0, block, L, D, K)
+            _store_tile(gz, gzs, t0, block, L, D, gz_l, K)
         t0 -= T
         states -= N * D
     gl.store(sums + N * S * D, gD_d, mask=in_d)
@@ -594,11 +594,12 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("A", "state"))
 def _pack(A, B, C, state, A2, BC, states, L, D: tl.constexpr, N, Lp, slots, B_b, B_l, B_n, C_b, C_l, C_n,
-          SIDE_BY_SIDE: tl.constexpr, T: tl.constexpr):
+          SIDE_BY_SIDE: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr):
     """
     Inputs as the other kernels want them: B and C (B, L, N) as BC (B, 2 N, Lp), float32, with 0 after the end; A (D, N) as
     A2 (N, D), exp(delta A) = 2^(delta A2); state (B, D, N) or zeros into the first slot of states (B, slots, N, D).
     SIDE_BY_SIDE: the N numbers of a step lie so in memory, as B_n and C_n say too, but the compiler should know.
+    LOG: A is log(-A).
     """
     if SIDE_BY_SIDE:
         B_n, C_n = 1, 1
@@ -618,12 +619,18 @@ def _pack(A, B, C, state, A2, BC, states, L, D: tl.constexpr, N, Lp, slots, B_b,
             h = tl.zeros((16, T), tl.float32) if state is None else tl.load(state + (b * D + d) * N + n, mask=there, other=0)
             tl.store(states + (b * slots * N + n) * D + d, h, mask=there)
             once = (n < N) & (d < D * (1 - tl.minimum(b, 1)))
-            tl.store(A2 + n * D + d, tl.load(A + d * N + n, mask=once, other=0) * LOG2E, mask=once)
+            A_n = tl.load(A + d * N + n, mask=once, other=0)
+            if LOG:
+                A_n = -tl.exp(A_n)
+            tl.store(A2 + n * D + d, A_n * LOG2E, mask=once)
 
 
 @triton.jit
-def _sum_rows(x, first, second, rows, N, M, D, i, R: tl.constexpr, BD: tl.constexpr):
-    """The sum over all rows of x (rows / R, M, R, D), its first N into first (D, N), the others into second (M - N, D)."""
+def _sum_rows(x, first, second, A2, rows, N, M, D, i, R: tl.constexpr, BD: tl.constexpr):
+    """
+    The sum over all rows of x (rows / R, M, R, D), its first N into first (D, N), the others into second (M - N, D).
+    A2: if there is one, first is the gradient of A, and that of log(-A) is asked for.
+    """
     m, d = i % M, i // M * BD + tl.arange(0, BD)
     total = tl.zeros((16, BD), tl.float32)
     for row in range(0, rows, 16):
@@ -631,15 +638,21 @@ def _sum_rows(x, first, second, rows, N, M, D, i, R: tl.constexpr, BD: tl.conste
         at = ((some // R).to(tl.int64) * M + m) * R + some % R
         total += tl.load(x + at * D + d, mask=(some < rows) & (d < D), other=0)
     if m < N:
-        tl.store(first + d * N + m, tl.sum(total, 0), mask=d < D)
+        sum_d = tl.sum(total, 0)
+        if A2 is not None:
+            sum_d *= tl.load(A2 + m * D + d, mask=d < D, other=0) / LOG2E
+        tl.store(first + d * N + m, sum_d, mask=d < D)
     else:
         tl.store(second + (m - N) * D + d, tl.sum(total, 0), mask=d < D)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _finish(parts, sums, gBC, gA, gDw, L, D: tl.constexpr, N, Lp, rows, blocks, batch, R: tl.constexpr, T: tl.constexpr,
-            BD: tl.constexpr):
-    """What _gradients leaves in parts: gBC (2, B, L, N), gA (D, N), and gD, gbias as gDw (2, D)."""
+def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, Lp, rows, blocks, batch, gB_l, R: tl.constexpr,
+            T: tl.constexpr, BD: tl.constexpr):
+    """
+    What _gradients leaves in parts: gB and gC (B, L, N), whose steps are gB_l numbers apart, gA (D, N), or with A2 that of
+    log(-A), and gD, gbias as gDw (2, D).
+    """
     i, of_BC = tl.program_id(0), 2 * batch * (Lp // T)
     if i < of_BC:
         t, b = i % (Lp // T) * T + tl.arange(0, T), (i // (Lp // T) // 2).to(tl.int64)
@@ -651,9 +664,13 @@ def _finish(parts, sums, gBC, gA, gDw, L, D: tl.constexpr, N, Lp, rows, blocks, 
                 some = block + tl.arange(0, 8)[:, None, None]
                 of_block = parts + ((some * batch + b) * 2 + which) * N * Lp
                 total += tl.load(of_block + (n * Lp + t)[None], mask=(some < blocks) & (n[None] < N), other=0)
-            tl.store(gBC + ((which * batch + b) * L + t) * N + n, tl.sum(total, 0), mask=(n < N) & (t < L))
+            at = (b * L + t) * gB_l + n
+            if which == 0:
+                tl.store(gB + at, tl.sum(total, 0), mask=(n < N) & (t < L))
+            else:
+                tl.store(gC + at, tl.sum(total, 0), mask=(n < N) & (t < L))
     else:
-        _sum_rows(sums, gA, gDw, rows, N, N + 2, D, i - of_BC, R, BD)
+        _sum_rows(sums, gA, gDw, A2, rows, N, N + 2, D, i - of_BC, R, BD)
 
 
 class Kernel:
@@ -666,12 +683,16 @@ class Kernel:
         self.function, self.options, self.compiled = function, options, {}
 
     def __call__(self, grid, version, *arguments):
-        kernel = self.compiled.get(version)
-        if kernel is None:
-            self.compiled[version] = self.function[grid](*arguments, **self.options)
+        compiled = self.compiled.get(version)
+        if compiled is None:
+            kernel = self.function[grid](*arguments, **self.options)
+            if kernel is not None:      # Triton's interpreter has none
+                self.compiled[version] = kernel.run, kernel.function, kernel.packed_metadata
             return
-        stream = triton.runtime.driver.active.get_current_stream(version[0])
-        kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+        run, function, metadata = compiled
+        # addresses: of a tensor the launcher would ask the driver whose it is
+        arguments = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+        run(*grid, torch._C._cuda_getCurrentRawStream(version[0]), function, metadata, None, None, None, *arguments)
 
 
 _start_pack, _start_finish, _start_carry = Kernel(_pack), Kernel(_finish), Kernel(_carry)
@@ -727,7 +748,7 @@ def _facts(*numbers):
 INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
 FORWARD = f"({INPUTS}, Tensor? state, bool softplus, bool keep) -> ({', '.join(['Tensor'] * 3)})"
 BACKWARD = ("(Tensor gy, Tensor? glast, Tensor kept, Tensor u, Tensor delta, Tensor? D, Tensor? z, Tensor? delta_bias, "
-            f"int N, bool softplus, bool has_state, ScalarType BC_dtype) -> ({', '.join(['Tensor'] * 7)})")
+            f"int N, bool softplus, bool has_state, ScalarType BC_dtype) -> ({', '.join(['Tensor'] * 8)})")
 
 
 def _sizes_kept(batch, L, d_inner, N):
@@ -736,8 +757,11 @@ def _sizes_kept(batch, L, d_inner, N):
     return 2 * batch * tiles * N * d_inner, 2 * batch * N * tiles * TILE.value, N * d_inner
 
 
-def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
-    """y, last (B, N, D) and, with keep, what the backward pass needs: states, BC and A2, one after the other."""
+def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False):
+    """
+    y, last (B, N, D) and, with keep, what the backward pass needs: states, BC and A2, one after the other.
+    log_A: A is log(-A).
+    """
     (batch, L, d_inner), N = u.shape, A.shape[1]
     tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner, FILL)
     u, delta, z = _aligned(u, delta, z)
@@ -752,12 +776,12 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     (u_b, u_l), (delta_b, delta_l), (z_b, z_l) = map(_strides, (u, delta, gate))
     side_by_side = B.stride(2) == C.stride(2) == 1
     has_D, flags = D is not None, (delta_bias is not None, softplus)
-    version = (u.device.index, d_inner, u_l, delta_l, z_l, has_D, *flags, keep, state is None, side_by_side,
+    version = (u.device.index, d_inner, u_l, delta_l, z_l, has_D, *flags, keep, state is None, side_by_side, log_A,
                *_dtypes(u, delta, B, C, z))
     with torch.cuda.device_of(u):
         of_BC = _facts(B.data_ptr(), C.data_ptr(), *B.stride()[:2], *C.stride()[:2])
         _start_pack((tiles + -(-d_inner // TILE.value), batch, 1), (*version, *of_BC), A, B, C, state, A2, BC, states, L, d_inner, N,
-                    Lp, slots, *B.stride(), *C.stride(), side_by_side, TILE.value)
+                    Lp, slots, *B.stride(), *C.stride(), side_by_side, log_A, TILE.value)
         if chunks > 1:
             decays, at_once = A.new_empty(batch, chunks, N, d_inner), min(NB.value, triton.next_power_of_2(N))
             _start_ends((blocks * -(-N // at_once), chunks - 1, batch), (*version, at_once), u, delta, A2, BC, u, delta_bias,
@@ -770,25 +794,34 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
     return y, last, kept if keep else A.new_empty(0)
 
 
-def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_state, BC_dtype):
-    """gu, gdelta, gz; gB and gC as (2, B, L, N); gA (D, N); gD and gbias as (2, D); gstate (B, N, D), if there is a state."""
+def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_state, BC_dtype, gz=None, gB=None, gC=None, log_A=False):
+    """
+    gu, gdelta, gz, gB, gC; gA (D, N); gD and gbias as (2, D); gstate (B, N, D), if there is a state.
+    gz, gB, gC: where to write these, if not into new memory; their steps may be apart.  log_A: as in _run, also for gA.
+    """
     batch, L, d_inner = u.shape
     tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner, FILL_BACK)
     gy, u, delta, z = _aligned(gy, u, delta, z)
     D, delta_bias = _whole(D, delta_bias)
     states, BC, A2 = kept.split_with_sizes(_sizes_kept(batch, L, d_inner, N))
-    gu, gdelta, gz = *_like(u, delta), u.new_empty(0) if z is None else _like(z)[0]
+    gu, gdelta = _like(u, delta)
+    if gz is None:
+        gz = u.new_empty(0 if z is None else z.shape)
+    if gB is None:
+        gB, gC = (u.new_empty(batch, L, N, dtype=BC_dtype) for _ in range(2))
     slots, Lp, rows = chunks * PARTS.value, tiles * TILE.value, batch * chunks * S.value
     states_of_all = batch * slots * N * d_inner
     _, (adjoint, decays, parts, sums) = _pieces(kept, states_of_all, states_of_all if chunks > 1 else 0,
                                                 blocks * batch * 2 * N * Lp, rows * (N + 2) * d_inner)
     if glast is not None:
         adjoint.view(batch, slots, N, d_inner)[:, -1] = glast
-    gBC, gA, gDw = u.new_empty(2, batch, L, N, dtype=BC_dtype), kept.new_empty(d_inner, N), kept.new_empty(2, d_inner)
+    gA, gDw = kept.new_empty(d_inner, N), kept.new_empty(2, d_inner)
     gate = u if z is None else z
     (u_b, u_l), (delta_b, delta_l), (z_b, z_l), (g_b, g_l) = map(_strides, (u, delta, gate, gy))
     has_D, flags, from_zero, exact = D is not None, (delta_bias is not None, softplus), glast is None, u.dtype != torch.bfloat16
-    version = (u.device.index, d_inner, u_l, delta_l, z_l, g_l, has_D, *flags, from_zero, *_dtypes(u, delta, z), BC_dtype)
+    gz_l = d_inner if z is None else gz.stride(1)
+    version = (u.device.index, d_inner, u_l, delta_l, z_l, g_l, gz_l, has_D, *flags, from_zero, log_A,
+               *_dtypes(u, delta, z, gB))
     with torch.cuda.device_of(u):
         if chunks > 1:
             at_once = min(NB.value, triton.next_power_of_2(N))
@@ -799,11 +832,13 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
                          PARTS.value, from_zero)
         _start_gradients((blocks, chunks, batch), version, u, delta, A2, BC, D, gate, delta_bias, gy, states, adjoint, gu, gdelta,
                          gz, parts, sums, L, d_inner, N, tiles, 2 * per_chunk, chunks, 2 * tiles, u_b, u_l, delta_b, delta_l, z_b,
-                         z_l, g_b, g_l, has_D, z is not None, *flags, exact, from_zero)
-        _start_finish((2 * batch * tiles * (TILE.value // 32) + (N + 2) * -(-d_inner // 64), 1, 1), version, parts, sums, gBC, gA,
-                      gDw, L, d_inner, N, Lp, rows, blocks, batch, S.value, 32, 64)
+                         z_l, g_b, g_l, gz_l, has_D, z is not None, *flags, exact, from_zero)
+        of_BC = _facts(gB.data_ptr(), gC.data_ptr())
+        _start_finish((2 * batch * tiles * (TILE.value // 32) + (N + 2) * -(-d_inner // 64), 1, 1), (*version, *of_BC), parts,
+                      sums, gB, gC, gA, gDw, A2 if log_A else None, L, d_inner, N, Lp, rows, blocks, batch, gB.stride(1), S.value,
+                      32, 64)
     gstate = adjoint.view(batch, slots, N, d_inner)[:, PARTS.value - 1].clone() if has_state else kept.new_empty(0)
-    return gu, gdelta, gz, gBC, gA, gDw, gstate
+    return gu, gdelta, gz, gB, gC, gA, gDw, gstate
 
 
 def _setup(ctx, inputs, output):
@@ -818,8 +853,8 @@ def _gradients_of(back, ctx, gy, glast, _gkept=None):
     _, u, _, D, z, delta_bias = saved
     gy = torch.zeros_like(u) if gy is None else gy
     BC_dtype = ctx.B_dtype if ctx.B_dtype == ctx.C_dtype else torch.float32
-    gu, gdelta, gz, gBC, gA, gDw, gstate = back(gy, glast, *saved, ctx.N, ctx.softplus, ctx.has_state, BC_dtype)
-    (gB, gC), (gD, gbias) = gBC.unbind(), gDw.unbind()
+    gu, gdelta, gz, gB, gC, gA, gDw, gstate = back(gy, glast, *saved, ctx.N, ctx.softplus, ctx.has_state, BC_dtype)
+    gD, gbias = gDw.unbind()
     return (gu, gdelta, gA, gB.to(ctx.B_dtype), gC.to(ctx.C_dtype), None if D is None else gD, None if z is None else gz,
             None if delta_bias is None else gbias, gstate.transpose(1, 2) if ctx.has_state else None, None, None)
 
@@ -854,7 +889,8 @@ def _(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep):
 def _(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_state, BC_dtype):
     batch, L, d_inner = u.shape
     gu, gdelta, gz = (u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (u, delta, z))
-    return (gu, gdelta, gz, u.new_empty(2, batch, L, N, dtype=BC_dtype), kept.new_empty(d_inner, N), kept.new_empty(2, d_inner),
+    gB, gC = (u.new_empty(batch, L, N, dtype=BC_dtype) for _ in range(2))
+    return (gu, gdelta, gz, gB, gC, kept.new_empty(d_inner, N), kept.new_empty(2, d_inner),
             kept.new_empty((batch, N, d_inner) if has_state else 0))
 
 
@@ -948,7 +984,7 @@ def _through_silu(gy, rows, taps, bias_d, i, W: tl.constexpr):
 
 @triton.jit(do_not_specialize=("L",))
 def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D: tl.constexpr, x_b, x_l: tl.constexpr, g_b,
-                    g_l: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
+                    g_l: tl.constexpr, gx_l: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
     """
     g, the gradient of what silu gets, for STEPS steps; gx (B, L, D) and gstate (B, W - 1, D), which follow W - 1 steps later;
     sums (B, chunks, W + 1, D): gradients of weight and bias, in parts.
@@ -977,7 +1013,7 @@ def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D: tl.const
                 more, gx_t = more + (parts[k] + g_t * seen[i + k],), gx_t + taps[k] * gs[W - 1 + i - k]
             parts = more + (parts[W] + g_t,)
             t = start + i - (W - 1)
-            tl.store(gx + (b * L + t) * D + d, gx_t, mask=d < tl.where((t >= 0) & (t < L), D, 0))
+            tl.store(gx + (b * L + t) * gx_l + d, gx_t, mask=d < tl.where((t >= 0) & (t < L), D, 0))
             if gstate is not None and i < W - 1:
                 tl.store(gstate + (b * (W - 1) + t + W - 1) * D + d, gx_t, mask=d < tl.where(t < 0, D, 0))
         before, g = (), ()
@@ -990,7 +1026,7 @@ def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D: tl.const
 @triton.jit(do_not_specialize=SIZES)
 def _finish_conv(sums, gweight, gbias, rows, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr):
     """gweight (D, 1, W) and gbias (1, D) from what _conv_gradients leaves in parts."""
-    _sum_rows(sums, gweight, gbias, rows, W, W + 1, D, tl.program_id(0), 1, BD)
+    _sum_rows(sums, gweight, gbias, None, rows, W, W + 1, D, tl.program_id(0), 1, BD)
 
 
 _start_conv, _start_conv_gradients = Kernel(_conv, num_warps=2), Kernel(_conv_gradients, num_warps=1)
@@ -1017,16 +1053,21 @@ def _cuts_of_conv(L, W):
     return steps, -(-(L + W - 1) // steps)
 
 
-def _run_conv_back(gy, x, weight, bias, state):
-    """gx, gweight, gbias and gstate; of what there is not, an empty tensor."""
-    (batch, L, d_inner), W, (gx, gweight) = x.shape, weight.shape[2], _like(x, weight)
+def _run_conv_back(gy, x, weight, bias, state, gx=None):
+    """
+    gx, gweight, gbias and gstate; of what there is not, an empty tensor.
+    gx: where to write it, if not into new memory; its steps may be apart.
+    """
+    (batch, L, d_inner), W, gweight = x.shape, weight.shape[2], torch.empty_like(weight)
+    gx = x.new_empty(x.shape) if gx is None else gx
     gbias, gstate = (weight if bias is None else bias).new_empty(d_inner), x.new_empty(0) if state is None else torch.empty_like(state)
     steps, chunks = _cuts_of_conv(L, W)
     sums = weight.new_empty(batch, chunks, W + 1, d_inner, dtype=torch.float32)
-    version = *_version_of_conv(x, weight, bias, state, gy), gy.stride(1), *_facts(gy.stride(0))
+    version = (*_version_of_conv(x, weight, bias, state, gy, gx), gy.stride(1), gx.stride(1), *_facts(gy.stride(0)))
     with torch.cuda.device_of(x):
         _start_conv_gradients((chunks, -(-d_inner // 64), batch), version, x, weight, bias, state, gy, gx,
-                              None if state is None else gstate, sums, L, d_inner, *x.stride()[:2], *gy.stride()[:2], W, steps, 8, 64)
+                              None if state is None else gstate, sums, L, d_inner, *x.stride()[:2], *gy.stride()[:2],
+                              gx.stride(1), W, steps, 8, 64)
         _start_finish_conv(((W + 1) * -(-d_inner // 64), 1, 1), version, sums, gweight, gbias, batch * chunks, d_inner, W, 64)
     return gx, gweight, gbias, gstate
 
