@@ -73,6 +73,10 @@ def run(main, Config, interrupt=signal.default_int_handler):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
     if message:
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    group = sys.modules.get("torch.distributed")
+    if status and group and group.is_available() and group.is_initialized():
+        sys.stdout.flush()
+        os._exit(status)    # the threads of a group that has not been left may abort Python's end
     if status:
         sys.exit(status)
 
