@@ -47,7 +47,7 @@ __all__ = ["Mamba", "MambaBlock", "MambaConfig", "MambaState", "conv_silu", "sam
 SCAN_METHODS = ("auto", "sequential", "chunked", "triton")
 Maybe = Tensor | None
 FOREVER = 1e12      # a delta after which nothing is left of a state
-Linear = fast.Linear if fast else nn.Linear     # nn.Linear, or what computes it sooner on some CPUs
+Linear, RMSNorm = attrgetter("Linear", "RMSNorm")(fast or nn)   # the same, sooner on some CPUs
 
 @dataclass
 class MambaConfig:
@@ -269,11 +269,11 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Maybe = None, state: Maybe = None
         state = state * (last(document) == document[:, -1:])
     return y, state
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether it is F.linear of its weight and bias: no adapter, hook or quantiser is on it."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks,
-             linear._backward_pre_hooks, "forward" in vars(linear))
-    return (type(linear) in (nn.Linear, Linear) and type(linear.weight) is nn.Parameter
+def is_plain(module: nn.Module, *kinds: type) -> bool:
+    """Whether it is F.linear of its weight and bias, or of these kinds, with no adapter or hook."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+             module._backward_pre_hooks, "forward" in vars(module))
+    return (type(module) in (kinds or (nn.Linear, Linear)) and type(module.weight) is nn.Parameter
             and not any(hooks))
 
 class MambaState(NamedTuple):
@@ -372,7 +372,7 @@ class MambaBlock(Mixer):
                             for shape, weight in zip(shapes, (self.conv1d.weight, self.A_log))))
 
     def mix(self, x, state, mask, seq_idx):
-        if fast and (at_once := fast.mix(self, x, state, mask, seq_idx, is_plain)):
+        if fast and (at_once := fast.mix(self, x, (state, mask, seq_idx), is_plain)):
             return at_once
         conv, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)                             # (B, L, D) each
@@ -412,7 +412,7 @@ class Layer(nn.Module):
     """layer(x, state) -> (x + mixer(norm(x)), state after x), and then + mlp(norm2(x)) if any."""
     def __init__(self, config: MambaConfig):
         super().__init__()
-        c, norm = config, functools.partial(nn.RMSNorm, config.d_model, eps=config.norm_eps)
+        c, norm = config, functools.partial(RMSNorm, config.d_model, eps=config.norm_eps)
         self.norm, self.mixer, self.dropout = norm(), c.block(c), nn.Dropout(c.dropout)
         self.norm2, self.mlp = (norm(), GatedMLP(c)) if c.d_intermediate > 0 else (None, None)
 
@@ -435,7 +435,7 @@ class Mamba(nn.Module):
         self.backbone = nn.ModuleDict({
             "embedding": nn.Embedding(config.padded_vocab_size, config.d_model),
             "layers": nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
-            "norm_f": nn.RMSNorm(config.d_model, eps=config.norm_eps)})
+            "norm_f": RMSNorm(config.d_model, eps=config.norm_eps)})
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
         nn.init.normal_(self.backbone["embedding"].weight, std=0.02)

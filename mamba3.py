@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mamba
-from mamba import PLAIN, Linear, Mixer, beginnings, scan_method
+from mamba import PLAIN, Linear, Mixer, RMSNorm, beginnings, scan_method
 from mamba2 import FORGET, Mamba2Config, in_chunks, of_heads
 
 __all__ = ["Mamba3Block", "Mamba3Config", "Mamba3State"]
@@ -159,8 +159,8 @@ class Mamba3Block(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.B_bias = nn.Parameter(torch.empty(heads, rank, config.d_state))
         self.C_bias = nn.Parameter(torch.empty(heads, rank, config.d_state))
-        self.B_norm = nn.RMSNorm(config.d_state, eps=config.norm_eps)
-        self.C_norm = nn.RMSNorm(config.d_state, eps=config.norm_eps)
+        self.B_norm = RMSNorm(config.d_state, eps=config.norm_eps)
+        self.C_norm = RMSNorm(config.d_state, eps=config.norm_eps)
         self.D = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         if rank > 1:
             for name in ("mimo_x", "mimo_z", "mimo_o"):

@@ -104,6 +104,14 @@ def on_gpu(test):
     return NEEDS_CUDA(fast(test))
 
 
+WITHOUT_COMPILER = pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
+                                      reason="no C++ compiler")
+
+
+def in_cpp(test):
+    return WITHOUT_COMPILER(fast(test))
+
+
 def small(**changes):
     torch.manual_seed(0)
     return Mamba(MambaConfig(**{"vocab_size": 70, "d_model": 32, "n_layer": 3, **changes}))
@@ -3408,7 +3416,7 @@ for shape in ((2, 1, 131, 4), (1, 17, 5, 1), (1, 70, 5, 2)):
     tests.check_conv(*shape, device="cpu", some=tests.OF_CONV[2:])
 
 from mamba_fast import block
-block.OnGPU.runs, block.OnCPU.runs = (lambda block, x, dtype: dtype == torch.float32), (lambda *_: False)
+block.OnGPU.runs, block.OnCPU.runs = (lambda block, x, dtype, _: dtype == torch.float32), (lambda *_: False)
 block.scan_triton = scan_triton
 tests.check_block(tests.OF_BLOCK[1], 3)
 tests.check_block({"expand": 1, "d_state": 2}, 70, frozen=tests.FROZEN[0])
@@ -3648,122 +3656,6 @@ def test_triton_is_a_well_made_operator():
     torch.library.opcheck(torch.ops.selective_scan.conv.default, (x[..., 8:], *others))
 
 
-OF_BLOCK = ({}, {"bias": True, "conv_bias": False, "d_conv": 3, "d_state": 5}, {"d_conv": 2, "dt_rank": 1, "expand": 1})
-
-
-def results_of_block(block, x, gy):
-    """y and the gradients of x and of the block's parameters, None for those that get none; and what has made y."""
-    block.zero_grad()
-    x = x.detach().requires_grad_()
-    y = block(x)
-    y.backward(gy.to(y.dtype))
-    return [y, x.grad, *(p.grad for p in block.parameters())], type(y.grad_fn).__name__
-
-
-def check_block(changes, length=70, dtype=torch.float32, cast=None, frozen=(), device="cpu"):
-    """A block at once is not further from float64 than twice what its parts are, one by one, and gives gradients to the same
-    tensors, in their types. x is a view. cast: of autocast."""
-    torch.manual_seed(0)
-    block = MambaBlock(MambaConfig(d_model=32, **changes)).to(device)
-    for name, p in block.named_parameters():
-        p.data += 0.1 * torch.randn_like(p)
-        p.requires_grad = name not in frozen
-    x, gy = torch.randn(3, length, 40, device=device)[..., 4:36], torch.randn(3, length, 32, device=device)
-    exact = copy.deepcopy(block).double()
-    exact.scan = "sequential"
-    exact, _ = results_of_block(exact, x.double(), gy.double())
-    block, x = block.to(dtype), x.to(dtype)
-    with torch.autocast(device, cast, enabled=cast is not None):
-        ours, made = results_of_block(block, x, gy)
-        again, _ = results_of_block(block, x, gy)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mamba.fast, "mix", lambda *_: None)
-            parts, other = results_of_block(block, x, gy)
-    assert made == "MixBackward" and other != made and same([t for t in ours if t is not None], [t for t in again if t is not None])
-    for one, part, expected, name in zip(ours, parts, exact, ["y", "x", *dict(block.named_parameters())], strict=True):
-        if expected is None:
-            assert one is part is None
-            continue
-        assert one.dtype == part.dtype and one.shape == part.shape
-        assert relative(one, expected) < 2 * relative(part, expected) + 1e-6, (name, relative(one, expected), relative(part, expected))
-
-
-@fast
-@pytest.mark.parametrize("changes", OF_BLOCK)
-@pytest.mark.parametrize("length", [2, 70, 300])
-def test_block_at_once_equals_its_parts(changes, length):
-    check_block(changes, length)
-
-
-FROZEN = (("in_proj.weight", "A_log"), ("x_proj.weight", "dt_proj.weight", "dt_proj.bias", "conv1d.weight", "out_proj.weight", "D"))
-
-
-@fast
-@pytest.mark.parametrize("frozen", FROZEN)
-def test_block_at_once_with_frozen_parameters(frozen):
-    check_block({}, frozen=frozen)
-
-
-@on_gpu
-@pytest.mark.parametrize("dtype, cast", [
-    (torch.float32, None), (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, None), (torch.float16, None)])
-def test_block_at_once_on_a_gpu(dtype, cast):
-    for changes in OF_BLOCK:
-        check_block(changes, dtype=dtype, cast=cast, device="cuda")
-    check_block({}, 1, dtype, cast, device="cuda")
-    for frozen in FROZEN:
-        check_block({}, 300, dtype, cast, frozen, "cuda")
-
-
-def with_hook(block):
-    block.x_proj.register_forward_hook(lambda module, inputs, output: output * 1)
-
-
-def with_global_hook(block):
-    return nn.modules.module.register_module_forward_hook(lambda module, inputs, output: output * 1 if isinstance(output, torch.Tensor) else None)
-
-
-def with_adapter(block):
-    block.in_proj = nn.Sequential(block.in_proj)
-
-
-def with_parametrization(block):
-    nn.utils.parametrizations.weight_norm(block.out_proj)
-
-
-def with_normed_convolution(block):
-    nn.utils.parametrizations.weight_norm(block.conv1d)
-
-
-def with_gradients_twice(block):
-    block.scan = "sequential"
-
-
-@fast
-@pytest.mark.parametrize("change", [with_hook, with_global_hook, with_adapter, with_parametrization, with_normed_convolution,
-                                    with_gradients_twice])
-def test_what_is_on_a_part_of_a_block_acts(change):
-    """Then the block runs part by part, with the same results."""
-    torch.manual_seed(0)
-    block, x = MambaBlock(MambaConfig(d_model=32)), torch.randn(2, 20, 32)
-    expected = block(x)
-    assert type(expected.grad_fn).__name__ == "MixBackward"
-    handle = change(block)
-    y = block(x)
-    if handle is not None:
-        handle.remove()
-    assert type(y.grad_fn).__name__ != "MixBackward" and relative(y, expected) < 1e-5
-
-
-@fast
-def test_block_at_once_has_no_second_derivative():
-    torch.manual_seed(0)
-    block, x = MambaBlock(MambaConfig(d_model=32)), torch.randn(2, 20, 32, requires_grad=True)
-    (gx,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        gx.sum().backward()
-
-
 @on_gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_model_with_triton_equals_chunked(compiled):
@@ -3846,11 +3738,191 @@ def test_tiles_side_by_side_of_all_that_the_others_take(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# mamba_fast: block
+
+OF_BLOCK = ({}, {"bias": True, "conv_bias": False, "d_conv": 3, "d_state": 5}, {"d_conv": 2, "dt_rank": 1, "expand": 1})
+OF_BLOCK2 = tuple({"layer": "mamba2", "headdim": 16, "d_state": 32, **changes} for changes in (
+    {}, {"bias": True, "conv_bias": False, "d_conv": 3, "ngroups": 2, "d_state": 16}, {"d_conv": 2, "headdim": 64, "dt_limit": (0.02, 0.05)}))
+
+
+def results_of_block(block, x, gy):
+    """y and the gradients of x and of the block's parameters, None for those that get none; and what has made y."""
+    block.zero_grad()
+    x = x.detach().requires_grad_()
+    y = block(x)
+    y.backward(gy.to(y.dtype))
+    return [y, x.grad, *(p.grad for p in block.parameters())], type(y.grad_fn).__name__
+
+
+def block_of(changes):
+    config = MambaConfig(d_model=32, **changes)
+    return config.block(config)
+
+
+def check_block(changes, length=70, dtype=torch.float32, cast=None, frozen=(), device="cpu"):
+    """A block at once is not further from float64 than twice what its parts are, one by one, and gives gradients to the same
+    tensors, in their types. x is a view. cast: of autocast."""
+    torch.manual_seed(0)
+    block = block_of(changes).to(device)
+    for name, p in block.named_parameters():
+        p.data += 0.1 * torch.randn_like(p)
+        p.requires_grad = name not in frozen
+    x, gy = torch.randn(3, length, 40, device=device)[..., 4:36], torch.randn(3, length, 32, device=device)
+    exact = copy.deepcopy(block).double()
+    exact.scan = "sequential"
+    exact, _ = results_of_block(exact, x.double(), gy.double())
+    block, x = block.to(dtype), x.to(dtype)
+    with torch.autocast(device, cast, enabled=cast is not None):
+        ours, made = results_of_block(block, x, gy)
+        again, _ = results_of_block(block, x, gy)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mamba.fast, "mix", lambda *_: None)
+            patch.setattr(mamba.fast, "mix2", lambda *_: None)
+            parts, other = results_of_block(block, x, gy)
+    assert made == AT_ONCE[changes.get("layer", "mamba")] and other != made and same([t for t in ours if t is not None], [t for t in again if t is not None])
+    for one, part, expected, name in zip(ours, parts, exact, ["y", "x", *dict(block.named_parameters())], strict=True):
+        if expected is None:
+            assert one is part is None
+            continue
+        assert one.dtype == part.dtype and one.shape == part.shape
+        assert relative(one, expected) < 2 * relative(part, expected) + 1e-6, (name, relative(one, expected), relative(part, expected))
+
+
+AT_ONCE = {"mamba": "MixBackward", "mamba2": "Mix2Backward"}
+
+
+@in_cpp
+@pytest.mark.parametrize("changes", OF_BLOCK + OF_BLOCK2)
+@pytest.mark.parametrize("length", [2, 70, 300])
+def test_block_at_once_equals_its_parts(changes, length):
+    check_block(changes, length)
+
+
+FROZEN = (("in_proj.weight", "A_log", "dt_bias"),
+          ("x_proj.weight", "dt_proj.weight", "dt_proj.bias", "conv1d.weight", "out_proj.weight", "D", "norm.weight"))
+
+
+@in_cpp
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("changes", [OF_BLOCK[0], OF_BLOCK2[0]])
+def test_block_at_once_with_frozen_parameters(frozen, changes):
+    check_block(changes, frozen=frozen)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype, cast", [
+    (torch.float32, None), (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, None), (torch.float16, None)])
+def test_block_at_once_on_a_gpu(dtype, cast):
+    for changes in OF_BLOCK:
+        check_block(changes, dtype=dtype, cast=cast, device="cuda")
+    check_block({}, 1, dtype, cast, device="cuda")
+    for frozen in FROZEN:
+        check_block({}, 300, dtype, cast, frozen, "cuda")
+
+
+def with_hook(block):
+    block.out_proj.register_forward_hook(lambda module, inputs, output: output * 1)
+
+
+def with_global_hook(block):
+    return nn.modules.module.register_module_forward_hook(lambda module, inputs, output: output * 1 if isinstance(output, torch.Tensor) else None)
+
+
+def with_adapter(block):
+    block.in_proj = nn.Sequential(block.in_proj)
+
+
+def with_parametrization(block):
+    nn.utils.parametrizations.weight_norm(block.out_proj)
+
+
+def with_normed_convolution(block):
+    nn.utils.parametrizations.weight_norm(block.conv1d)
+
+
+def with_another_parameter(block):
+    block.out_proj.register_parameter("scale", nn.Parameter(torch.ones(())))
+
+
+def with_gradients_twice(block):
+    block.scan = "sequential"
+
+
+@in_cpp
+@pytest.mark.parametrize("change", [with_hook, with_global_hook, with_adapter, with_parametrization, with_normed_convolution,
+                                    with_gradients_twice, with_another_parameter])
+@pytest.mark.parametrize("changes", [OF_BLOCK[0], OF_BLOCK2[0]])
+def test_what_is_on_a_part_of_a_block_acts(change, changes):
+    """Then the block runs part by part, with the same results."""
+    torch.manual_seed(0)
+    block, x = block_of(changes), torch.randn(2, 20, 32)
+    expected, at_once = block(x), AT_ONCE[block.config.layer]
+    assert type(expected.grad_fn).__name__ == at_once
+    handle = change(block)
+    y = block(x)
+    if handle is not None:
+        handle.remove()
+    assert type(y.grad_fn).__name__ != at_once and relative(y, expected) < 1e-5
+
+
+@in_cpp
+def test_a_norm_of_another_kind_in_a_block_acts():
+    torch.manual_seed(0)
+    block, x = block_of(OF_BLOCK2[0]), torch.randn(2, 20, 32)
+    expected = block(x)
+    block.norm.register_forward_hook(lambda module, inputs, output: 3 * output)
+    assert relative(block(x), 3 * expected) < 1e-5
+
+
+@in_cpp
+@pytest.mark.parametrize("changes", [OF_BLOCK[0], OF_BLOCK2[0]])
+def test_a_block_at_once_under_checkpoint(changes):
+    torch.manual_seed(0)
+    block, x, gy = block_of(changes), torch.randn(2, 20, 32), torch.randn(2, 20, 32)
+    expected, _ = results_of_block(block, x, gy)
+    block.zero_grad()
+    x = x.requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+    y.backward(gy)
+    assert same([y, x.grad, *(p.grad for p in block.parameters())], expected)
+
+
+@in_cpp
+@pytest.mark.parametrize("shape", [(2, 70, 32), (3, 64), (5, 2, 3, 16), (2, 3, 20)])
+def test_norm_equals_that_of_torch(shape):
+    """In C++ where the width is a multiple of that of a vector, with first and second derivatives, and what torch.func does."""
+    torch.manual_seed(0)
+    ours, theirs = (kind(shape[-1], eps=1e-5) for kind in (mamba.RMSNorm, nn.RMSNorm))
+    ours.weight.data.uniform_(0.5, 2)
+    theirs.load_state_dict(ours.state_dict())
+    x, gy, results = torch.randn(shape, requires_grad=True), torch.randn(shape), []
+    for norm, x_of, gy_of in ((ours, x, gy), (theirs.double(), x.detach().double().requires_grad_(), gy.double())):
+        y = norm(x_of)
+        first = torch.autograd.grad(y, (x_of, norm.weight), gy_of, retain_graph=True)
+        again = torch.autograd.grad(y, (x_of, norm.weight), gy_of, create_graph=True)
+        second = torch.autograd.grad(again[0].square().sum(), (x_of, norm.weight))
+        results.append([y, *first, *again, *second])
+    made = type(results[0][0].grad_fn).__name__
+    assert (made == "TwiceDifferentiableBackward") == (shape[-1] % 16 == 0), made
+    assert same([t.double() for t in results[0]], results[1], 1e-6)
+    assert same(torch.func.vmap(ours)(x), results[0][0], 1e-6)
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.autograd.forward_ad.unpack_dual(ours(torch.autograd.forward_ad.make_dual(x, gy))).tangent
+    assert relative(tangent, torch.func.jvp(ours, (x,), (gy,))[1]) < 1e-6
+
+
+@in_cpp
+def test_block_at_once_has_no_second_derivative():
+    torch.manual_seed(0)
+    for changes in (OF_BLOCK[0], OF_BLOCK2[0]):
+        block, x = block_of(changes), torch.randn(2, 20, 32, requires_grad=True)
+        (gx,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gx.sum().backward()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # mamba_fast: scan_cpu, and C++
-
-WITHOUT_COMPILER = pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
-                                      reason="no C++ compiler")
-
 
 @pytest.fixture(params=[pytest.param("C++", marks=WITHOUT_COMPILER), "PyTorch"])
 def scan_of_a_cpu(request, monkeypatch):

@@ -4,10 +4,10 @@ What makes mamba.py faster: the same numbers, sooner. Optional: without this fol
 This file is the one door. What mamba.py asks here, and where the answer is None, which means that
 mamba.py does it in its own way:
 
-    Linear             a class, never None: nn.Linear, but on some CPUs a faster one
+    Linear, RMSNorm    classes, never None: those of torch.nn, but on some CPUs faster ones
     has_triton(...)    True or False: whether the Triton kernels can run here
     scan(...)          None where neither Triton's kernels nor the C++ of scan_cpu.cpp can run
-    mix(...)           None where no gradients are asked for, where the block has an adapter, a hook
+    mix, mix2(...)     None where no gradients are asked for, where the block has an adapter, a hook
                        or the like, and where its kernels cannot run
     in_chunks(...)     None where the C++ of ssd_cpu.cpp cannot run
     ssd, keys_and_queries           never None, and asked only where has_triton says True
@@ -31,15 +31,16 @@ import functools
 import torch
 
 from . import layers, norm_cpu, scan_cpu, scan_side_by_side, ssd_cpu
-from .block import mix
+from .block import mix, mix2
 from .decode import decoder, recorded, replayed
 from .int8 import quantize_int8
 from .kernels import can_run, rows_triton, scan_triton, ssd_triton, turn_triton
 from .layers import Linear, cross_entropy, gated, softplus
+from .norm_cpu import RMSNorm
 
-__all__ = ["Linear", "angles_since", "conv_silu", "cross_entropy", "decoder", "gated", "gated_norm",
-           "has_triton", "in_chunks", "keys_and_queries", "mix", "quantize_int8", "recorded",
-           "recurrence", "replayed", "scan", "softplus", "ssd"]
+__all__ = ["Linear", "RMSNorm", "angles_since", "conv_silu", "cross_entropy", "decoder", "gated",
+           "gated_norm", "has_triton", "in_chunks", "keys_and_queries", "mix", "mix2",
+           "quantize_int8", "recorded", "recurrence", "replayed", "scan", "softplus", "ssd"]
 
 
 def has_triton(u, d_state, headdim=0):

@@ -1,8 +1,8 @@
 """
-The mixer of Mamba-1 in training as one autograd.Function: what MambaBlock.mix does, one part after
-the other, without what autograd costs between them. On a GPU the host takes longer to ask for the
-parts of a small block than the GPU to compute them. And the gradients of u and z, which were one
-projection, are written side by side, as are those of dt, B and C: no pass joins them.
+The mixers of Mamba-1 and Mamba-2 in training, each as one autograd.Function: what mix of MambaBlock
+or Mamba2Block does, one part after the other, without what autograd costs between them. On a GPU
+the host takes longer to ask for the parts of a small block than the GPU to compute them. And the
+gradients of what was one projection, as u and z, are written side by side: no pass joins them.
 """
 from __future__ import annotations
 
@@ -10,49 +10,75 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import cpp, layers, scan_cpu
+from . import cpp, layers, norm_cpu, scan_cpu, ssd_cpu
 from .kernels import can_run, scan_triton
 from .operators import differentiable_once, is_traced
 
-PARTS = "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"
 CASTS = {torch.float32, torch.bfloat16, torch.float16}      # what autocast makes 16 bits of
+OPTIONAL = {"in_proj.bias", "conv1d.bias", "out_proj.bias"}
+# the parameters of the blocks, in the order in which the functions take them
+OF_MAMBA = ("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias", "x_proj.weight",
+            "dt_proj.weight", "dt_proj.bias", "A_log", "D", "out_proj.weight", "out_proj.bias")
+OF_MAMBA2 = ("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log",
+             "D", "norm.weight", "out_proj.weight", "out_proj.bias")
 
 
-def mix(block, x, state, mask, seq_idx, is_plain):
+def mix(block, x, masks, is_plain):
     """
-    block.mix(x, state, mask, seq_idx) of a MambaBlock: (y, None). Or None: where there is a state
-    or a mask, where no gradients are asked for, where a part is not just as MambaBlock made it, and
-    where neither Triton's kernels nor C++ can run.
-    is_plain: that of mamba.py.
+    block.mix(x, *masks) of a MambaBlock: (y, None). Or None: where there is a state or a mask,
+    where no gradients are asked for, where a part is not just as the block made it, and where
+    neither Triton's kernels nor C++ can run.
+    masks: its other arguments.  is_plain: that of mamba.py.
     """
-    if (not torch.is_grad_enabled() or torch.compiler.is_compiling() or block.config.mixer_rms_eps
-            or not state is mask is seq_idx is None or nn.modules.module._has_any_global_hook()):
+    linears = "in_proj", "x_proj", "dt_proj", "out_proj"
+    ready = prepared(block, x, masks, OF_MAMBA, linears, is_plain)
+    if not ready or block.config.mixer_rms_eps > 0:
+        return None
+    dtype, parameters = ready
+    parts = next((p for p in (OnGPU, OnCPU) if p.runs(block, x, dtype, parameters)), None)
+    return parts and (Mix.apply(x, *parameters, dtype, parts), None)
+
+
+def mix2(block, x, masks, is_plain, gated_norm):
+    """
+    The same of a Mamba2Block, where C++ can run.
+    gated_norm: the class of its norm.
+    """
+    config, linears = block.config, ("in_proj", "out_proj")
+    if not config.rmsnorm or config.norm_before_gate or not is_plain(block.norm, gated_norm):
+        return None
+    ready = prepared(block, x, masks, OF_MAMBA2, linears, is_plain)
+    if not ready or not OnCPU.runs2(block, x, *ready):
+        return None
+    return Mix2.apply(x, *ready[1], block), None
+
+
+def prepared(block, x, masks, names, linears, is_plain):
+    """(the dtype to compute in, the parameters of these names), or None as mix says."""
+    if (not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_traced()
+            or any(mask is not None for mask in masks) or nn.modules.module._has_any_global_hook()):
         return None
     # from where modules keep them, which takes less time than by their names, and finds no stand-in
-    modules = [block._modules.get(name) for name in PARTS]
-    if (None in modules or not all(map(is_plain, modules[:1] + modules[2:]))
-            or type(modules[1]) is not nn.Conv1d or is_traced()):
+    modules = block._modules
+    if (not all(name in modules and is_plain(modules[name]) for name in linears)
+            or type(modules.get("conv1d")) is not nn.Conv1d):
         return None
-    (w_in, b_in), (w_conv, b_conv), (w_x, b_x), (w_dt, b_dt), (w_out, b_out) = (
-        map(m._parameters.get, ("weight", "bias")) for m in modules)
-    needed = w_in, w_conv, w_x, w_dt, b_dt, w_out, *map(block._parameters.get, ("A_log", "D"))
-    given = *needed, *(t for t in (b_in, b_conv, b_out) if t is not None)
-    if b_x is not None or any(type(t) is not nn.Parameter for t in given):
+    there = {**block._parameters, **{f"{name}.{key}": t for name, module in modules.items()
+                                     for key, t in module._parameters.items()}}
+    there = {name: t for name, t in there.items() if t is not None}
+    if not set(names) - OPTIONAL <= there.keys() <= set(names):
         return None
-    dtype = x.dtype
-    dtypes = {dtype, *(t.dtype for t in (w_in, b_in, w_x, w_dt, w_out, b_out) if t is not None)}
-    if torch.is_autocast_enabled(x.device.type):
-        dtype, fit = torch.get_autocast_dtype(x.device.type), dtypes <= CASTS
-    else:
-        fit = len(dtypes) == 1
-    if not fit or type(x) is not torch.Tensor or x.numel() == 0:
+    if type(x) is not torch.Tensor or any(type(t) is not nn.Parameter for t in there.values()):
         return None
-    parts = next((p for p in (OnGPU, OnCPU) if p.runs(block, x, dtype)), None)
-    if parts is None or not any(t.requires_grad for t in (x, *given)):
+    dtype, cast = x.dtype, torch.is_autocast_enabled(x.device.type)
+    dtypes = {dtype, *(t.dtype for name, t in there.items()
+                       if name.partition(".")[0] in linears and name not in block.exact)}
+    if cast:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    fit = x.numel() > 0 and (dtypes <= CASTS if cast else len(dtypes) == 1)
+    if not fit or not (x.requires_grad or any(t.requires_grad for t in there.values())):
         return None
-    *_, A_log, D = needed
-    return Mix.apply(x, w_in, b_in, w_conv, b_conv, w_x, w_dt, b_dt, A_log, D, w_out, b_out, dtype,
-                     parts), None
+    return dtype, [there.get(name) for name in names]
 
 
 class Mix(torch.autograd.Function):
@@ -119,13 +145,90 @@ def all_to(dtype, *tensors):
     return [t if t is None or t.dtype == dtype else next(made) for t in tensors]
 
 
+class Mix2(torch.autograd.Function):
+    """On a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, w_in, b_in, w_conv, b_conv, dt_bias, A_log, D, w_norm, w_out, b_out, block):
+        parts, rows = OnCPU, x.flatten(0, 1)                                # (B L, d_model)
+        ctx.block, ctx.has_bias = block, (b_in is not None, b_out is not None)
+        projected = parts.product(rows, w_in, b_in).view(*x.shape[:2], -1)
+        z, uBC, dt = Mix2.split(projected, block)
+        uBC = parts.conv(uBC, w_conv, b_conv)
+        u, B, C = Mix2.of_heads(uBC, block)
+        delta, a, own = Mix2.steps(dt, dt_bias, A_log, D, B, C, block)
+        state = u.new_zeros(len(u), *u.shape[2:], B.shape[3])               # (B, H, P, N)
+        y, kept = ssd_cpu.scanned(u, delta, a, B, C, own, state, True)
+        y = y.flatten(2)                                                    # (B, L, D)
+        normed = norm_cpu.normed(y, z, w_norm, block.norm.groups, block.norm.eps)
+        out = parts.product(normed.flatten(0, 1), w_out, b_out)
+        ctx.save_for_backward(rows, projected, uBC, kept, y, normed, w_in, w_conv, b_conv, dt_bias,
+                              A_log, D, w_norm, w_out)
+        return out.view(*x.shape[:2], -1)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, gout):
+        (rows, projected, uBC, kept, y, normed, w_in, w_conv, b_conv, dt_bias, A_log, D, w_norm,
+         w_out) = ctx.saved_tensors
+        parts, block, dtype, needs = OnCPU, ctx.block, rows.dtype, ctx.needs_input_grad
+        gout = gout.reshape(len(rows), -1)                                  # (B L, d_model)
+        gy, gw_out = parts.product_back(gout, normed.flatten(0, 1), w_out, True, needs[9], dtype)
+        gprojected, guBC = torch.empty_like(projected), torch.empty_like(uBC)
+        (z, u_in, dt), (gz, gu_in, gdt) = (Mix2.split(t, block) for t in (projected, gprojected))
+        (u, B, C), (gu, gB, gC) = (Mix2.of_heads(t, block) for t in (uBC, guBC))
+        gy, gw_norm = norm_cpu.gradients(gy.view(y.shape), y, z, w_norm, block.norm.groups,
+                                         block.norm.eps, gz)
+        with torch.enable_grad():       # of the little that is around the scan
+            little = [t.detach().requires_grad_() for t in (dt, dt_bias, A_log, D, B, C)]
+            steps = Mix2.steps(*little, block)
+        delta, a, own = (t.detach() for t in steps)
+        gstate = u.new_zeros(len(u), *u.shape[2:], B.shape[3])
+        gsteps = ssd_cpu.gradients(gy.view(u.shape), gstate, kept, u, delta, a, B, C, own, gu, gB,
+                                   gC)
+        of_dt, gdt_bias, gA_log, gD, of_B, of_C = torch.autograd.grad(steps, little, gsteps)
+        for g, more in ((gB, of_B), (gC, of_C)):
+            g.add_(more)
+        gdt.copy_(of_dt)
+        gw_conv, gb_conv = parts.conv_back(guBC, u_in, w_conv, b_conv, gu_in)
+        gprojected = gprojected.flatten(0, 1)
+        gx, gw_in = parts.product_back(gprojected, rows, w_in, needs[0], needs[1], dtype)
+        gb_in, gb_out = (g.sum(0) if has else None
+                         for g, has in zip((gprojected, gout), ctx.has_bias))
+        gx = None if gx is None else gx.view(*y.shape[:2], -1)
+        return (gx, gw_in, gb_in, gw_conv, gb_conv, gdt_bias, gA_log, gD, gw_norm, gw_out, gb_out,
+                None)
+
+    @staticmethod
+    def split(t, block):
+        """z (B, L, D), u with B and C (B, L, D + 2 G N), dt (B, L, H), of what in_proj gives."""
+        c = block.config
+        return t.split((c.d_inner, c.d_inner + 2 * c.ngroups * c.d_state, c.nheads), dim=-1)
+
+    @staticmethod
+    def of_heads(uBC, block):
+        """u (B, L, H, P), and B and C (B, L, G, N)."""
+        c = block.config
+        u, B, C = uBC.split((c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state), dim=-1)
+        return (u.unflatten(-1, (c.nheads, -1)), B.unflatten(-1, (c.ngroups, -1)),
+                C.unflatten(-1, (c.ngroups, -1)))
+
+    @staticmethod
+    def steps(dt, dt_bias, A_log, D, B, C, block):
+        """delta, a, and own, (B, L, H) each, as in ssd of mamba2.py."""
+        c = block.config
+        delta = F.softplus(dt + dt_bias).clamp(*c.dt_limit)
+        own = (B * C).sum(-1).repeat_interleave(c.nheads // c.ngroups, dim=2) * delta + D
+        return delta, delta * -torch.exp(A_log), own
+
+
 class OnGPU:
     """The parts by Triton's kernels."""
 
     product = staticmethod(F.linear)
 
     @staticmethod
-    def runs(block, x, dtype):
+    def runs(block, x, _dtype, _parameters):
         d_inner, d_state = block.A_log.shape
         return (block.scan in ("auto", "triton") and can_run(x) and d_inner % 8 == 0
                 and d_state <= 256)
@@ -173,13 +276,20 @@ class OnCPU:
     """The parts by C++ and oneDNN, in float32."""
 
     @staticmethod
-    def runs(block, x, dtype):
-        taps = block.conv1d.weight.shape[2]
+    def runs(block, x, dtype, parameters):
+        channels, _, taps = block.conv1d.weight.shape
         return (block.scan in ("auto", "chunked") and dtype == torch.float32
-                and all(p.dtype == torch.float32 for p in block.parameters(recurse=False))
-                and block.conv1d.weight.dtype == torch.float32
-                and len(block.D) % cpp.WIDTH == 0 and x.shape[1] > 1 and taps in (2, 3, 4)
+                and all(t is None or t.dtype == torch.float32 for t in parameters)
+                and channels % cpp.WIDTH == 0 and x.shape[1] > 1 and taps in (2, 3, 4)
                 and cpp.runs(scan_cpu.NAME, x) and cpp.runs("conv_cpu", x))
+
+    @staticmethod
+    def runs2(block, x, dtype, parameters):
+        """The same for Mamba-2."""
+        c = block.config
+        sizes = c.headdim, c.d_state, c.d_inner // c.ngroups
+        return (OnCPU.runs(block, x, dtype, parameters) and not any(n % cpp.WIDTH for n in sizes)
+                and cpp.runs(ssd_cpu.NAME, x) and cpp.runs(norm_cpu.NAME, x))
 
     @staticmethod
     def product(x, weight, bias):

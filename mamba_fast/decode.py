@@ -20,6 +20,7 @@ from torch import nn
 from .int8 import Int8Embedding, Int8Linear
 from .kernels import scan_triton, step_triton
 from .layers import Linear, at_least_float32
+from .norm_cpu import RMSNorm
 
 # what may stand in which place of a model, by the last part of its name
 LINEARS = ("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2", "lm_head")
@@ -29,7 +30,7 @@ PLACES = {
     "embedding": (nn.Embedding, Int8Embedding),
     "conv1d": (nn.Conv1d,),
     "dropout": (nn.Dropout,),
-    **dict.fromkeys(("norm", "norm2", "norm_f", "B_norm", "C_norm"), (nn.RMSNorm,)),
+    **dict.fromkeys(("norm", "norm2", "norm_f", "B_norm", "C_norm"), (RMSNorm, nn.RMSNorm)),
     **dict.fromkeys(LINEARS, (Linear, nn.Linear, Int8Linear)),
 }
 
@@ -68,7 +69,7 @@ def is_plain(model, plain):
             return False
         if getattr(module, "eps", model.config.norm_eps) != model.config.norm_eps:
             return False
-        if kind is nn.RMSNorm and module.weight is None:
+        if isinstance(module, nn.RMSNorm) and module.weight is None:
             return False
         if name.endswith("dt_proj") and (kind is not nn.Linear or module.bias is None):
             return False

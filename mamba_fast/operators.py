@@ -14,10 +14,12 @@ is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)   # torch 
 
 
 def is_traced():
-    """Whether PyTorch's calls are written down, to be done again: what is not one of them, as C++
-    and kernels, would be missing."""
-    return (torch.jit.is_tracing() or torch._C._get_dispatch_mode(
-        torch._C._TorchDispatchModeKey.PROXY) is not None)
+    """Whether PyTorch's calls are written down, to be done again, or are something else, as
+    torch.func and forward-mode differentiation make them: what is not one of them, as C++ and
+    kernels, would be missing."""
+    return (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch.autograd.forward_ad._current_level >= 0
+            or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None)
 
 
 def as_operator(name, function, schema, results):

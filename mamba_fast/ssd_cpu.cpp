@@ -228,6 +228,7 @@ static float dot(long n, const float *a, const float *b)
 
 struct Sizes {
     long batch, length, heads, P, groups, N;
+    long u_row, BC_row;     // from one step to the next in u, and in B and C
     long per_group() const { return heads / groups; }
     long runs() const { return (per_group() + HEADS - 1) / HEADS; }     // tasks of a group
     long tasks() const { return batch * groups * runs(); }
@@ -279,9 +280,9 @@ struct Chunk {
     {
         steps = std::min<long>(T, n.length - number * T);
         row = task.b * n.length + number * T;
-        long stride = n.groups * n.N, at = row * stride + task.group * n.N;
-        copy_in(steps, n.N, in.B + at, stride, B);
-        copy_in(steps, n.N, in.C + at, stride, C);
+        long at = row * n.BC_row + task.group * n.N;
+        copy_in(steps, n.N, in.B + at, n.BC_row, B);
+        copy_in(steps, n.N, in.C + at, n.BC_row, C);
         transpose(T, n.N, B, B_t);
         transpose(T, n.N, C, C_t);
         multiply<PLAIN>(T, n.N, T, C, B_t, scores);
@@ -300,7 +301,7 @@ struct Head {
     void read(const Inputs &in, const Chunk &chunk, long head)
     {
         long at = chunk.row * n.heads + head;
-        copy_in(chunk.steps, n.P, in.u + at * n.P, n.heads * n.P, u);
+        copy_in(chunk.steps, n.P, in.u + chunk.row * n.u_row + head * n.P, n.u_row, u);
         copy_in(chunk.steps, in.delta + at, n.heads, delta);
         copy_in(chunk.steps, in.own + at, n.heads, own);
         alignas(64) float a[T];
@@ -380,6 +381,7 @@ struct Forward {
 
 struct Outputs {
     float *u, *delta, *a, *B, *C, *own;     // gradients of the inputs
+    long u_row;
 };
 
 // A chunk, and what the heads add up for it: gradients of B, C and scores.
@@ -500,10 +502,11 @@ struct Backward {
         for (int r = T - 1; r >= 0; r--) ga[r] += sum += gsince[r];
     }
 
-    // A chunk of a head. g: the gradient of the state after it, and then of h, that before it.
+    // A chunk of head i. g: the gradient of the state after it, and then of h, that before it.
     void step(ChunkBackward &chunk, const Head &head, const float *h, float *g, const Outputs &out,
-              long at)
+              long i)
     {
+        long at = chunk.row * n.heads + i;
         alignas(64) float gdelta[T], ga[T], gown[T], guntil[T], gsince[T], scale[T];
         transpose(T, n.P, head.u, u_t);
         through_S(chunk, head, gdelta);
@@ -511,7 +514,8 @@ struct Backward {
         through_until(chunk, head, g, gdelta, guntil, scale);
         through_since(chunk, head, h, g, gsince);
         decays(gsince, guntil, ga);
-        add_out(chunk.steps, n.P, gu, read_t, scale, out.u + at * n.P, n.heads * n.P);
+        add_out(chunk.steps, n.P, gu, read_t, scale, out.u + chunk.row * out.u_row + i * n.P,
+                out.u_row);
         copy_out(chunk.steps, gdelta, out.delta + at, n.heads);
         copy_out(chunk.steps, ga, out.a + at, n.heads);
         copy_out(chunk.steps, gown, out.own + at, n.heads);
@@ -541,7 +545,7 @@ struct Backward {
                 for (int c = count - 1; c >= 0; c--) {
                     long at = chunks[c].row * n.heads + i;
                     copy_in(chunks[c].steps, n.P, gy_in + at * n.P, n.heads * n.P, gy);
-                    step(chunks[c], heads[c], h[c], gstate + n.state_at(0, task.b, i), out, at);
+                    step(chunks[c], heads[c], h[c], gstate + n.state_at(0, task.b, i), out, i);
                 }
             }
             for (int c = 0; c < count; c++) chunks[c].write(task, out);
@@ -554,13 +558,13 @@ struct Backward {
 extern "C" {
 
 // u, y (batch, length, heads, P); delta, a, own (batch, length, heads); B, C (batch, length, groups,
-// N); state (batch, heads, P, N), which becomes the last one; kept (stretches, batch, heads, P, N),
+// N); the steps of u are u_row numbers apart, those of B and C BC_row; state (batch, heads, P, N), which becomes the last one; kept (stretches, batch, heads, P, N),
 // the states before every KEPT chunks, or null.
 void forward(int threads, long batch, long length, long heads, long P, long groups, long N,
-             const float *u, const float *delta, const float *a, const float *B, const float *C,
+             long u_row, long BC_row, const float *u, const float *delta, const float *a, const float *B, const float *C,
              const float *own, float *state, float *y, float *kept)
 {
-    const Sizes n = {batch, length, heads, P, groups, N};
+    const Sizes n = {batch, length, heads, P, groups, N, u_row, BC_row};
     const Inputs in = {u, delta, a, B, C, own};
     #pragma omp parallel num_threads(threads)
     {
@@ -575,13 +579,14 @@ void forward(int threads, long batch, long length, long heads, long P, long grou
 // gstate: that of the last state, becomes that of the first. gB, gC: (runs, batch, length, groups,
 // N), to be summed, where runs is the number of tasks of a group, per_group / HEADS rounded up.
 void backward(int threads, long batch, long length, long heads, long P, long groups, long N,
-              const float *u, const float *delta, const float *a, const float *B, const float *C,
-              const float *own, const float *kept, const float *gy, float *gstate, float *gu,
-              float *gdelta, float *ga, float *gB, float *gC, float *gown)
+              long u_row, long BC_row, const float *u, const float *delta, const float *a,
+              const float *B, const float *C, const float *own, const float *kept, const float *gy,
+              float *gstate, long gu_row, float *gu, float *gdelta, float *ga, float *gB, float *gC,
+              float *gown)
 {
-    const Sizes n = {batch, length, heads, P, groups, N};
+    const Sizes n = {batch, length, heads, P, groups, N, u_row, BC_row};
     const Inputs in = {u, delta, a, B, C, own};
-    const Outputs out = {gu, gdelta, ga, gB, gC, gown};
+    const Outputs out = {gu, gdelta, ga, gB, gC, gown, gu_row};
     #pragma omp parallel num_threads(threads)
     {
         NoTinyNumbers here;

@@ -30,11 +30,8 @@ class NativeSSD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, delta, a, B, C, own, state, keep):
-        inputs = [t.contiguous() for t in (u, delta, a, B, C, own)]
-        last, y = state.clone(memory_format=torch.contiguous_format), torch.empty_like(inputs[0])
-        kept = last.new_empty(math.ceil(u.shape[1] / STEPS) if keep else 0, *last.shape)
-        cpp.call(cpp.compiled(NAME).forward, *u.shape, *B.shape[2:], *inputs, last, y,
-                 kept if keep else None)
+        last = state.clone(memory_format=torch.contiguous_format)
+        y, kept = scanned(u, delta, a, B, C, own, last, keep)
         ctx.save_for_backward(kept, u, delta, a, B, C, own)
         return y, last
 
@@ -43,14 +40,46 @@ class NativeSSD(torch.autograd.Function):
     def backward(ctx, gy, glast):
         kept, *inputs = ctx.saved_tensors
         cpp.check_kept(kept)
-        inputs = [t.contiguous() for t in inputs]
-        u, B = inputs[0], inputs[3]
-        gu, gdelta, ga, _, _, gown = map(torch.empty_like, inputs)
         gstate = glast.clone(memory_format=torch.contiguous_format)
-        gB, gC = B.new_empty(2, math.ceil(u.shape[2] // B.shape[2] / HEADS), *B.shape)
-        cpp.call(cpp.compiled(NAME).backward, *u.shape, *B.shape[2:], *inputs, kept,
-                 gy.contiguous(), gstate, gu, gdelta, ga, gB, gC, gown)
-        return gu, gdelta, ga, gB.sum(0), gC.sum(0), gown, gstate, None
+        gu, gB, gC = (t.new_empty(t.shape) for t in (inputs[0], inputs[3], inputs[4]))
+        gdelta, ga, gown = gradients(gy.contiguous(), gstate, kept, *inputs, gu, gB, gC)
+        return gu, gdelta, ga, gB, gC, gown, gstate, None
+
+
+def scanned(u, delta, a, B, C, own, state, keep):
+    """y, and with keep what backward needs. state becomes the last one."""
+    kept = state.new_empty(math.ceil(u.shape[1] / STEPS) if keep else 0, *state.shape)
+    y = u.new_empty(u.shape)
+    cpp.call(cpp.compiled(NAME).forward, *given(u, delta, a, B, C, own), state, y,
+             kept if keep else None)
+    return y, kept
+
+
+def gradients(gy, gstate, kept, u, delta, a, B, C, own, gu, gB, gC):
+    """gdelta, ga, gown. gstate, that of the last state, becomes that of the first. gu, gB, gC:
+    where to write these; their steps may be apart."""
+    gdelta, ga, gown = (t.new_empty(t.shape) for t in (delta, a, own))
+    sums = B.new_empty(2, math.ceil(u.shape[2] // B.shape[2] / HEADS), *B.shape)
+    cpp.call(cpp.compiled(NAME).backward, *given(u, delta, a, B, C, own), kept, gy, gstate,
+             gu.stride(1), gu, gdelta, ga, *sums, gown)
+    for g, sums_g in zip((gB, gC), sums):
+        torch.sum(sums_g, 0, out=g)
+    return gdelta, ga, gown
+
+
+def given(u, delta, a, B, C, own):
+    """What both passes read, as C++ takes it: the steps of u, and of B and C, may be apart."""
+    u, B, C = (t if has_even_steps(t) else t.contiguous() for t in (u, B, C))
+    if B.stride(1) != C.stride(1):
+        B, C = B.contiguous(), C.contiguous()
+    delta, a, own = (t.contiguous() for t in (delta, a, own))
+    return *u.shape, *B.shape[2:], u.stride(1), B.stride(1), u, delta, a, B, C, own
+
+
+def has_even_steps(t):
+    """Whether t (B, L, X, Y) lies in memory as part of a (B, L, Z) that is contiguous."""
+    _, length, _, last = t.shape
+    return t.stride()[2:] == (last, 1) and t.stride(0) == length * t.stride(1)
 
 
 # for torch.compile
