@@ -51,7 +51,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
-from bench_compare import GPT, HEADS, MODELS, compare, compare_what, tasks
+from bench_compare import HEADS, MODELS, compare, compare_what, gpt_of_size, options_of_heads, tasks
 from common import (
     Problem,
     autocast,
@@ -62,7 +62,6 @@ from common import (
     pick_dtype,
     repeatable,
     run,
-    usual_headdim,
 )
 from mamba import Mamba, MambaConfig, selective_scan
 
@@ -566,9 +565,8 @@ def build(name, vocab_size, d_model, n_layer, layer):
         if hasattr(config, "use_mambapy"):      # its own loop takes 20 times longer to train
             config.use_mambapy = importlib.util.find_spec("mambapy") is not None
         return transformers.MambaForCausalLM(config)
-    of_heads = {"headdim": usual_headdim(2 * d_model)} if layer in HEADS else {}
     return Mamba(MambaConfig(vocab_size=vocab_size, d_model=d_model, n_layer=n_layer, layer=layer,
-                             **of_heads))
+                             **options_of_heads(layer, d_model)))
 
 
 def models_among(bench):
@@ -579,11 +577,9 @@ def models_among(bench):
 def training_step(bench, name, x, y, remarks):
     """A call that does a whole step: forward, loss, backward, AdamW."""
     cfg = bench.cfg
+    model = build(name, cfg.vocab_size, cfg.d_model, cfg.n_layer, cfg.layer)
     if name == "Transformer":
-        # a Mamba layer has 6 d_model^2 parameters, a Transformer's 12: for one size half as many
-        model = GPT(cfg.vocab_size, cfg.d_model, max(1, cfg.n_layer // 2), 4 * cfg.d_model)
-    else:
-        model = build(name, cfg.vocab_size, cfg.d_model, cfg.n_layer, cfg.layer)
+        model = gpt_of_size(model.num_params(), cfg.vocab_size, cfg.d_model, cfg.n_layer)
     parameters = sum(p.numel() for p in model.parameters())
     remarks.append(f"{name}: {parameters / 1e6:.2f}M parameters")
     model = model.to(bench.device).train()

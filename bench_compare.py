@@ -268,21 +268,29 @@ def publish(bench, title, rows, columns, remarks=()):
 
 # ---- Models on the same text ---------------------------------------------------------------------
 
+def options_of_heads(layer, d_model):
+    """Of a layer with heads; from a width of 768 on as released, below with smaller states."""
+    d_state = {} if d_model >= 768 else {"d_state": 64}
+    return {"headdim": usual_headdim(2 * d_model), **d_state} if layer in HEADS else {}
+
 def build_mamba(cfg, vocab_size, layer="mamba"):
-    of_heads = {}
-    if layer in HEADS:
-        of_heads = {"d_state": 64, "headdim": usual_headdim(2 * cfg.d_model)}
     return Mamba(MambaConfig(vocab_size=vocab_size, d_model=cfg.d_model, n_layer=cfg.n_layer,
-                             dropout=cfg.dropout, layer=layer, **of_heads))
+                             dropout=cfg.dropout, layer=layer,
+                             **options_of_heads(layer, cfg.d_model)))
 
 def build_gpt(cfg, vocab_size, sparse=False):
     """One with as many active parameters as build_mamba's."""
-    width, n_layer = cfg.d_model, max(1, round(cfg.n_layer / 2))
     with torch.device("meta"):
         wanted = build_mamba(cfg, vocab_size).num_params()
+    return gpt_of_size(wanted, vocab_size, cfg.d_model, cfg.n_layer, cfg.dropout, sparse)
+
+def gpt_of_size(wanted, vocab_size, width, n_layer, dropout=0.0, sparse=False):
+    """One with as many active parameters as wanted, and half as many layers, as those of a Mamba
+    have 6 d_model^2 parameters, and a Transformer's 12. The width of the MLPs makes up the rest."""
+    n_layer = max(1, round(n_layer / 2))
     beside_mlps = vocab_size * width + n_layer * (4 * width ** 2 + 2 * width) + width
     hidden = max(1, round((wanted - beside_mlps) / (2 * width * n_layer) / 16)) * 16
-    return GPT(vocab_size, width, n_layer, hidden // 2 if sparse else hidden, cfg.dropout, sparse)
+    return GPT(vocab_size, width, n_layer, hidden // 2 if sparse else hidden, dropout, sparse)
 
 build_moe = functools.partial(build_gpt, sparse=True)
 HEADS = ("mamba2", "mamba3")    # layers of the kinds that have heads
