@@ -41,7 +41,7 @@ if __name__ == "__main__":
     # As in train.py: torch reads these once. Large pages, on Linux: fresh memory costs less.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")    # a thread that waits soon sleeps
-    # Without such a workspace PyTorch does not trust cuBLAS to repeat itself; see repeatable.
+    # Without such a workspace PyTorch does not trust cuBLAS to repeat itself; see set_up.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
@@ -60,8 +60,8 @@ from common import (
     nearest,
     pick_device,
     pick_dtype,
-    repeatable,
     run,
+    set_up,
 )
 from mamba import Mamba, MambaConfig, selective_scan
 
@@ -607,8 +607,7 @@ def training_step(bench, name, x, y, remarks):
 
 def train_suite(bench):
     cfg, remarks = bench.cfg, []
-    if bench.device.type == "cuda":
-        repeatable()
+    set_up(bench.device)
     shape = (cfg.batch_size, cfg.block_size + 1)
     tokens = torch.randint(cfg.vocab_size, shape, device=bench.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -50,9 +50,9 @@ from common import (
     autocast,
     compiled,
     nearest,
-    repeatable,
     say,
     seed_of,
+    set_up,
     usual_headdim,
 )
 from mamba import Mamba, MambaBlock, MambaConfig
@@ -378,8 +378,7 @@ def compare(bench, rates, data):
     """Trains the models in turns, then lets them write. Ctrl-C keeps what is done."""
     cfg, device = bench.cfg, bench.device
     batch = functools.partial(random_windows, bench, data.train)
-    if device.type == "cuda":
-        repeatable()
+    set_up(device)
 
     def start(name):
         torch.manual_seed(cfg.seed)

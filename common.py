@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import difflib
 import errno
 import math
 import os
+import platform
 import re
 import select
 import shlex
@@ -413,13 +415,20 @@ def seed_of(*numbers):
     import numpy as np
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
-def repeatable():
-    """The same bits from the same input on CUDA too, where the gradient of an embedding is else
-    summed in any order."""
+def set_up(device):
+    """For training: the same bits from the same input on CUDA too, where the gradient of an
+    embedding is else summed in any order; and on a CPU memory that stays this process's, for to get
+    it from Linux anew at each step takes a tenth of it."""
     import torch
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # This one helps to find mistakes, and takes time.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # This one helps to find mistakes, and takes time.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    elif device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_threshold = -1, -3     # as malloc.h numbers them
+        mallopt(trim_threshold, 2 ** 31 - 1)
+        mallopt(mmap_threshold, 2 ** 25)            # the largest that it takes
 
 # ---- Files: written whole or not at all, and a lock on a folder ----------------------------------
 

@@ -4432,7 +4432,7 @@ def test_recorded_gradients_equal_those_launched_one_by_one(request):
     """Bit for bit, of any batch, whatever the weights have become; and with dropout that only the seed decides."""
     import common
     request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
-    common.repeatable()
+    common.set_up(torch.device("cuda"))
     model = Mamba(MambaConfig(vocab_size=70, d_model=40, n_layer=2, dropout=0.2)).cuda().train()
     batches = [(tokens(40, 100, seed=s).cuda(), tokens(40, 100, seed=s + 1).cuda()) for s in range(3)]
 

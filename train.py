@@ -27,7 +27,7 @@ if __name__ == "__main__":
     # A thread that waits for others checks this many times whether they are done, then sleeps.
     # 300,000 are usual: where other programs use the cores too, threads would do little else.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    # For common.repeatable: cuBLAS repeats itself only with a workspace of a fixed size.
+    # For common.set_up: cuBLAS repeats itself only with a workspace of a fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import contextlib
@@ -241,8 +241,7 @@ def train(cfg, given, at_end):
     cfg.device = processes.own_device(cfg.device, world)
     device = common.pick_device(cfg.device)
     dtype = common.pick_dtype(cfg.dtype, device)
-    if device.type == "cuda":
-        common.repeatable()
+    common.set_up(device)
     if world > 1:
         processes.join_others(rank, world, device)
 
