@@ -12,7 +12,7 @@ from torch import nn
 
 from . import cpp, layers, norm_cpu, scan_cpu, ssd_cpu
 from .kernels import can_run, scan_triton
-from .operators import differentiable_once, is_traced
+from .operators import Context, differentiable_once, is_traced
 
 CASTS = {torch.float32, torch.bfloat16, torch.float16}      # what autocast makes 16 bits of
 OPTIONAL = {"in_proj.bias", "conv1d.bias", "out_proj.bias"}
@@ -36,7 +36,17 @@ def mix(block, x, masks, is_plain):
         return None
     dtype, parameters = ready
     parts = next((p for p in (OnGPU, OnCPU) if p.runs(block, x, dtype, parameters)), None)
-    return parts and (Mix.apply(x, *parameters, dtype, parts), None)
+    if parts is None:
+        return None
+    inputs = x, *parameters, dtype, parts
+    if x.is_cuda:
+        scan_triton.compile_ahead((x.device, dtype, parameters[0].shape), lambda: rehearse(*inputs))
+    return Mix.apply(*inputs), None
+
+
+def rehearse(*inputs):
+    context = Context(needs_input_grad=[True] * len(inputs))
+    Mix.backward(context, Mix.forward(context, *inputs))
 
 
 def mix2(block, x, masks, is_plain, gated_norm):

@@ -28,6 +28,8 @@ _gradients, which issue one in 67 and 64 % of the cycles; in _ends the exponenti
 """
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import partial
 
 import torch
@@ -40,7 +42,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import constexpr, gather
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .operators import differentiable_once
+from .operators import Context, differentiable_once
 
 S, LANES = constexpr(4), constexpr(8)       # a warp: segments of a tile, and channels
 WARPS, BD = constexpr(4), constexpr(32)     # a program: warps, and channels
@@ -673,6 +675,23 @@ def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, Lp, rows, b
         _sum_rows(sums, gA, gDw, A2, rows, N, N + 2, D, i - of_BC, R, BD)
 
 
+rehearsing = ContextVar("rehearsing", default=False)    # then kernels are compiled, but not started
+REHEARSED = set()
+
+
+def compile_ahead(key, call):
+    """Before the first call of this key: its kernels are compiled side by side, as one after the other they take seconds."""
+    if key in REHEARSED or rehearsing.get():
+        return
+    REHEARSED.add(key)
+    before = rehearsing.set(True)
+    try:
+        with torch.no_grad(), ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
+            call()
+    finally:
+        rehearsing.reset(before)
+
+
 class Kernel:
     """
     A kernel that starts within a few microseconds: kernel(grid, version, *arguments). Triton looks at all arguments of each call,
@@ -684,6 +703,10 @@ class Kernel:
 
     def __call__(self, grid, version, *arguments):
         compiled = self.compiled.get(version)
+        if rehearsing.get():
+            if compiled is None:
+                self.function.warmup(*arguments, grid=grid, **self.options)
+            return
         if compiled is None:
             kernel = self.function[grid](*arguments, **self.options)
             if kernel is not None:      # Triton's interpreter has none
@@ -907,6 +930,12 @@ def runs_on(device):
 runs_on._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does, but that imports the compiler
 
 
+def _rehearse(*inputs):
+    context = Context()
+    y, _ = _Scan.forward(context, *inputs, True)
+    _Scan.backward(context, y, None)
+
+
 def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state):
     """
     The same function as selective_scan in mamba.py, arguments as there. u, delta, B, C, z: float32, bfloat16 or
@@ -918,9 +947,12 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
         pad = lambda t, *last: t if t is None else F.pad(t, (*last, 0, more))
         u, delta, z, D, delta_bias = pad(u), pad(delta), pad(z), pad(D), pad(delta_bias)
         A, state = pad(A, 0, 0), pad(state, 0, 0)
-    keep = _wants_gradients(u, delta, A, B, C, D, z, delta_bias, state)
+    inputs = u, delta, A, B, C, D, z, delta_bias, state
+    keep = _wants_gradients(*inputs)
+    if keep and u.is_cuda and not torch.compiler.is_compiling():
+        compile_ahead((u.device, *_dtypes(u, delta, B, z), A.shape), partial(_rehearse, *inputs, delta_softplus))
     scan = torch.ops.selective_scan.forward if torch.compiler.is_compiling() else _Scan.apply if keep else _run
-    y, last, *_ = scan(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, keep)
+    y, last, *_ = scan(*inputs, delta_softplus, keep)
     last_state = last.transpose(1, 2)
     return (y[..., :d_inner], last_state[:, :d_inner]) if more else (y, last_state)
 
