@@ -76,7 +76,7 @@ def run(main, Config, interrupt=signal.default_int_handler):
     if message:
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     group = sys.modules.get("torch.distributed")
-    if status and group and group.is_available() and group.is_initialized():
+    if ours and status and group and group.is_available() and group.is_initialized():
         sys.stdout.flush()
         os._exit(status)    # the threads of a group that has not been left may abort Python's end
     if status:
@@ -416,9 +416,9 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 def set_up(device):
-    """For training: the same bits from the same input on CUDA too, where the gradient of an
-    embedding is else summed in any order; and on a CPU memory that stays this process's, for to get
-    it from Linux anew at each step takes a tenth of it."""
+    """For training. On CUDA, where the gradient of an embedding is else summed in any order, the
+    same bits from the same input. On a CPU this process keeps the memory that it has had: to get it
+    from Linux again takes a tenth of a step's time."""
     import torch
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)

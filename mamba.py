@@ -270,7 +270,7 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Maybe = None, state: Maybe = None
     return y, state
 
 def is_plain(module: nn.Module, *kinds: type) -> bool:
-    """Whether it is F.linear of its weight and bias, or of these kinds, with no adapter or hook."""
+    """Whether it is a plain nn.Linear, or of one of these kinds: no adapter or hook is on it."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
              module._backward_pre_hooks, "forward" in vars(module))
     return (type(module) in (kinds or (nn.Linear, Linear)) and type(module.weight) is nn.Parameter
@@ -372,8 +372,8 @@ class MambaBlock(Mixer):
                             for shape, weight in zip(shapes, (self.conv1d.weight, self.A_log))))
 
     def mix(self, x, state, mask, seq_idx):
-        if fast and (at_once := fast.mix(self, x, (state, mask, seq_idx), is_plain)):
-            return at_once
+        if fast and (at_once := fast.mix(self, x, (state, mask, seq_idx), is_plain, PLAIN)):
+            return at_once      # what follows, in training; if you edit that, take this out
         conv, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)                             # (B, L, D) each
         x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv, self.scan, mask, seq_idx)
@@ -592,7 +592,7 @@ class Mamba(nn.Module):
         torch.save(weights, Path(folder, "pytorch_model.bin"))
         Path(folder, "config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
 
-# what mamba_fast/ may take over in generate: take out a class that you edit, or it runs as it was
+# what mamba_fast/ may take over: take out a class that you edit, or it may run as it was before
 PLAIN = {c: (c.forward, getattr(c, "mix", None)) for c in (Mamba, Layer, MambaBlock, GatedMLP)}
 
 def read_folder(folder, _):

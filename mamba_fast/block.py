@@ -6,6 +6,8 @@ gradients of what was one projection, as u and z, are written side by side: no p
 """
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,16 +25,20 @@ OF_MAMBA2 = ("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias", "
              "D", "norm.weight", "out_proj.weight", "out_proj.bias")
 
 
-def mix(block, x, masks, is_plain):
+def mix(block, x, others, is_plain, plain):
     """
-    block.mix(x, *masks) of a MambaBlock: (y, None). Or None: where there is a state or a mask,
+    block.mix(x, *others) of a MambaBlock: (y, None). Or None: where there is a state or a mask,
     where no gradients are asked for, where a part is not just as the block made it, and where
     neither Triton's kernels nor C++ can run.
-    masks: its other arguments.  is_plain: that of mamba.py.
+    is_plain: that of mamba.py.  plain: its PLAIN.
     """
-    linears = "in_proj", "x_proj", "dt_proj", "out_proj"
-    ready = prepared(block, x, masks, OF_MAMBA, linears, is_plain)
-    if not ready or block.config.mixer_rms_eps > 0:
+    c, linears = block.config, ("in_proj", "x_proj", "dt_proj", "out_proj")
+    D, N, rank = c.d_inner, c.d_state, c.dt_rank
+    shapes = ((2 * D, c.d_model), (2 * D,), (D, 1, c.d_conv), (D,), (rank + 2 * N, D), (D, rank),
+              (D,), (D, N), (D,), (c.d_model, D), (c.d_model,))
+    names = dict(zip(OF_MAMBA, shapes))
+    ready = prepared(block, x, others, names, linears, is_plain, plain)
+    if not ready or c.mixer_rms_eps > 0:
         return None
     dtype, parameters = ready
     parts = next((p for p in (OnGPU, OnCPU) if p.runs(block, x, dtype, parameters)), None)
@@ -40,45 +46,60 @@ def mix(block, x, masks, is_plain):
         return None
     inputs = x, *parameters, dtype, parts
     if x.is_cuda:
-        scan_triton.compile_ahead((x.device, dtype, parameters[0].shape), lambda: rehearse(*inputs))
+        key = x.device, dtype, *(None if t is None else t.shape for t in parameters)
+        scan_triton.compile_ahead(key, lambda: rehearse(*inputs))
     return Mix.apply(*inputs), None
 
 
 def rehearse(*inputs):
+    """Forward and backward, for compile_ahead."""
     context = Context(needs_input_grad=[True] * len(inputs))
     Mix.backward(context, Mix.forward(context, *inputs))
 
 
-def mix2(block, x, masks, is_plain, gated_norm):
+def mix2(block, x, others, is_plain, plain, gated_norm):
     """
-    The same of a Mamba2Block, where C++ can run.
+    block.mix(x, *others) of a Mamba2Block, as mix, but only where C++ can run.
     gated_norm: the class of its norm.
     """
-    config, linears = block.config, ("in_proj", "out_proj")
-    if not config.rmsnorm or config.norm_before_gate or not is_plain(block.norm, gated_norm):
+    c, linears = block.config, ("in_proj", "out_proj")
+    if (not c.rmsnorm or not is_plain(block.norm, gated_norm) or block.norm.norm_before_gate
+            or c.d_inner % (block.norm.groups * cpp.WIDTH) > 0):
         return None
-    ready = prepared(block, x, masks, OF_MAMBA2, linears, is_plain)
+    D, H, channels = c.d_inner, c.nheads, c.d_inner + 2 * c.ngroups * c.d_state
+    shapes = ((D + channels + H, c.d_model), (D + channels + H,), (channels, 1, c.d_conv),
+              (channels,), (H,), (H,), (H,), (D,), (c.d_model, D), (c.d_model,))
+    names = dict(zip(OF_MAMBA2, shapes))
+    ready = prepared(block, x, others, names, linears, is_plain, plain)
     if not ready or not OnCPU.runs2(block, x, *ready):
         return None
     return Mix2.apply(x, *ready[1], block), None
 
 
-def prepared(block, x, masks, names, linears, is_plain):
-    """(the dtype to compute in, the parameters of these names), or None as mix says."""
+def prepared(block, x, others, names, linears, is_plain, plain):
+    """(the dtype to compute in, the parameters of these names, {name: shape}), or None as mix
+    says."""
+    kind = type(block)
     if (not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_traced()
-            or any(mask is not None for mask in masks) or nn.modules.module._has_any_global_hook()):
+            or any(t is not None for t in others) or nn.modules.module._has_any_global_hook()
+            or plain.get(kind) != (kind.forward, kind.mix) or "mix" in vars(block)):
         return None
     # from where modules keep them, which takes less time than by their names, and finds no stand-in
     modules = block._modules
     if (not all(name in modules and is_plain(modules[name]) for name in linears)
             or type(modules.get("conv1d")) is not nn.Conv1d):
         return None
-    there = {**block._parameters, **{f"{name}.{key}": t for name, module in modules.items()
-                                     for key, t in module._parameters.items()}}
-    there = {name: t for name, t in there.items() if t is not None}
-    if not set(names) - OPTIONAL <= there.keys() <= set(names):
+    # a bias may have become something else than a parameter
+    if any(getattr(m, "bias", None) is not m._parameters.get("bias")
+           for m in map(modules.get, (*linears, "conv1d"))):
         return None
-    if type(x) is not torch.Tensor or any(type(t) is not nn.Parameter for t in there.values()):
+    there = {**block._parameters, **{f"{name}.{key}": t for name, m in modules.items() if m
+                                     for key, t in m._parameters.items()}}
+    there = {name: t for name, t in there.items() if t is not None}
+    if not names.keys() - OPTIONAL <= there.keys() <= names.keys() or type(x) is not torch.Tensor:
+        return None
+    if any(type(t) is not nn.Parameter or t.shape != names[name] or t.device != x.device
+           for name, t in there.items()) or x.shape[2] != block.config.d_model:
         return None
     dtype, cast = x.dtype, torch.is_autocast_enabled(x.device.type)
     dtypes = {dtype, *(t.dtype for name, t in there.items()
@@ -89,6 +110,19 @@ def prepared(block, x, masks, names, linears, is_plain):
     if not fit or not (x.requires_grad or any(t.requires_grad for t in there.values())):
         return None
     return dtype, [there.get(name) for name in names]
+
+
+def without_autocast(backward):
+    """Decorator of a backward pass that computes in the types of what was saved, wherever it is
+    called."""
+    @functools.wraps(backward)
+    def run(ctx, gout):
+        kind = gout.device.type
+        if not torch.is_autocast_enabled(kind):
+            return backward(ctx, gout)
+        with torch.autocast(kind, enabled=False):
+            return backward(ctx, gout)
+    return run
 
 
 class Mix(torch.autograd.Function):
@@ -107,15 +141,18 @@ class Mix(torch.autograd.Function):
         y, kept = parts.scan(u, delta, A_log, B, C, D, z, b_dt)
         out = parts.product(y.flatten(0, 1), w_out, b_out)
         ctx.parts, ctx.kept_as, ctx.has_bias = parts, kept_as, (b_in is not None, b_out is not None)
-        ctx.save_for_backward(rows, xz, u, dtBC, delta, kept, y, w_in, w_conv, b_conv, w_x, w_dt,
-                              b_dt, A_log, D, w_out)
+        # x itself if it can be: through what is derived from it here nobody finds it
+        ctx.save_for_backward(x if x.dtype == dtype else rows, xz, u, dtBC, delta, kept, y, w_in,
+                              w_conv, b_conv, w_x, w_dt, b_dt, A_log, D, w_out)
         return out.view(batch, length, -1)
 
     @staticmethod
     @differentiable_once
+    @without_autocast
     def backward(ctx, gout):
-        (rows, xz, u, dtBC, delta, kept, y, w_in, w_conv, b_conv, w_x, w_dt, b_dt, A_log, D,
+        (x, xz, u, dtBC, delta, kept, y, w_in, w_conv, b_conv, w_x, w_dt, b_dt, A_log, D,
          w_out) = ctx.saved_tensors
+        rows = x.reshape(-1, x.shape[-1])
         (needs_x, needs_in, _, _, _, needs_w_x, needs_dt, _, _, _, needs_out, *_) = (
             ctx.needs_input_grad)
         (batch, length, _), rank, parts, kept_as = u.shape, w_dt.shape[1], ctx.parts, ctx.kept_as
@@ -172,15 +209,17 @@ class Mix2(torch.autograd.Function):
         y = y.flatten(2)                                                    # (B, L, D)
         normed = norm_cpu.normed(y, z, w_norm, block.norm.groups, block.norm.eps)
         out = parts.product(normed.flatten(0, 1), w_out, b_out)
-        ctx.save_for_backward(rows, projected, uBC, kept, y, normed, w_in, w_conv, b_conv, dt_bias,
+        ctx.save_for_backward(x, projected, uBC, kept, y, normed, w_in, w_conv, b_conv, dt_bias,
                               A_log, D, w_norm, w_out)
         return out.view(*x.shape[:2], -1)
 
     @staticmethod
     @differentiable_once
+    @without_autocast
     def backward(ctx, gout):
-        (rows, projected, uBC, kept, y, normed, w_in, w_conv, b_conv, dt_bias, A_log, D, w_norm,
+        (x, projected, uBC, kept, y, normed, w_in, w_conv, b_conv, dt_bias, A_log, D, w_norm,
          w_out) = ctx.saved_tensors
+        rows = x.flatten(0, 1)
         parts, block, dtype, needs = OnCPU, ctx.block, rows.dtype, ctx.needs_input_grad
         gout = gout.reshape(len(rows), -1)                                  # (B L, d_model)
         gy, gw_out = parts.product_back(gout, normed.flatten(0, 1), w_out, True, needs[9], dtype)
@@ -262,21 +301,22 @@ class OnGPU:
 
     @staticmethod
     def conv_back(gy, x, weight, bias, gx):
+        weight, bias = scan_triton._whole(weight, bias)
         _, gweight, gbias, _ = scan_triton._run_conv_back(gy, x, weight, bias, None, gx)
         return gweight, None if bias is None else gbias
 
     @staticmethod
-    def exact(u, delta, A_log, B, C, D, z, bias):
+    def in_float32(u, delta, A_log, B, C, D, z, bias):
         return u, delta, A_log.float(), B, C, D.float(), z, bias.float()
 
     @staticmethod
     def scan(*inputs):
-        y, _, kept = scan_triton._run(*OnGPU.exact(*inputs), None, True, True, log_A=True)
+        y, _, kept = scan_triton._run(*OnGPU.in_float32(*inputs), None, True, True, log_A=True)
         return y, kept
 
     @staticmethod
     def scan_back(gy, kept, u, delta, A_log, B, C, D, z, bias, *into):
-        _, _, _, _, _, D, z, bias = OnGPU.exact(u, delta, A_log, B, C, D, z, bias)
+        _, _, _, _, _, D, z, bias = OnGPU.in_float32(u, delta, A_log, B, C, D, z, bias)
         gu, gdelta, _, _, _, gA_log, (gD, gbias), _ = scan_triton._run_back(
             gy, None, kept, u, delta, D, z, bias, A_log.shape[1], True, False, None, *into, True)
         return gu, gdelta, gA_log, gD, gbias
@@ -286,20 +326,20 @@ class OnCPU:
     """The parts by C++ and oneDNN, in float32."""
 
     @staticmethod
-    def runs(block, x, dtype, parameters):
+    def runs(block, x, dtype, parameters, *names):
+        """names: of the C++ that is needed beside the convolution, by default the scan."""
         channels, _, taps = block.conv1d.weight.shape
         return (block.scan in ("auto", "chunked") and dtype == torch.float32
                 and all(t is None or t.dtype == torch.float32 for t in parameters)
                 and channels % cpp.WIDTH == 0 and x.shape[1] > 1 and taps in (2, 3, 4)
-                and cpp.runs(scan_cpu.NAME, x) and cpp.runs("conv_cpu", x))
+                and all(cpp.runs(name, x) for name in ("conv_cpu", *(names or (scan_cpu.NAME,)))))
 
     @staticmethod
     def runs2(block, x, dtype, parameters):
-        """The same for Mamba-2."""
-        c = block.config
-        sizes = c.headdim, c.d_state, c.d_inner // c.ngroups
-        return (OnCPU.runs(block, x, dtype, parameters) and not any(n % cpp.WIDTH for n in sizes)
-                and cpp.runs(ssd_cpu.NAME, x) and cpp.runs(norm_cpu.NAME, x))
+        """Whether Mix2 can run."""
+        sizes = block.config.headdim, block.config.d_state
+        return (not any(n % cpp.WIDTH for n in sizes)
+                and OnCPU.runs(block, x, dtype, parameters, ssd_cpu.NAME, norm_cpu.NAME))
 
     @staticmethod
     def product(x, weight, bias):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import step_cpu
 from .int8 import Int8Embedding, Int8Linear
 from .kernels import scan_triton, step_triton
 from .layers import Linear, at_least_float32
@@ -130,7 +131,9 @@ def make_step(model, state, compile=False):
     of Mamba.init_state(B)."""
     embedding, config = model.backbone["embedding"], model.config
     ready = functools.partial(made_ready, rows=len(state[0].h), compile=compile)
-    layers = [layer_step(*both, ready) for both in zip(model.backbone["layers"], state)]
+    at_once = None if compile else step_cpu.layers(model, state)
+    layers = [at_once] if at_once else [
+        layer_step(*both, ready) for both in zip(model.backbone["layers"], state)]
     norm, head = ready(model.backbone["norm_f"]), ready(model.lm_head)
 
     def step(token):
@@ -288,6 +291,8 @@ def made_ready(module, rows, compile):
     weight, bias = module.weight, getattr(module, "bias", None)
     on_cpu, int8 = weight.device.type == "cpu", weight.dtype == torch.int8
     plus_bias = (lambda y: y) if bias is None else (lambda y: y + bias)
+    if on_cpu and not compile and (product := step_cpu.product(module, rows)):
+        return product
     if compile and rows <= (8 if int8 else 1):
         def product(x):         # becomes one loop over the weights
             wide = at_least_float32(x)

@@ -156,7 +156,7 @@ class ConvSilu(torch.autograd.Function):
 
     @staticmethod
     def gradients_in_cpp(gout, x, taps, bias, state, gx):
-        """gtaps, gbias, gstate, and gx, which is given, as its rows may be apart."""
+        """gtaps, gbias and gstate. gx: where to write that of x; its rows may be apart."""
         rows, (batch, _, d_inner) = cpp.rows_of(x), x.shape
         gtaps, gbias = x.new_empty(batch, *taps.shape), x.new_empty(batch, d_inner)
         gstate = x.new_empty(state.shape)

@@ -3,8 +3,9 @@
 //
 //     gated = y silu(z)    out = gated size weight    size = 1 / sqrt(mean of gated^2 + eps)
 //
-// so that each number comes from memory once. Without z, gated is y. Shapes: y, out and the gradients (rows, groups * D);
-// the rows of z and of its gradient are z_row and gz_row numbers apart; weight (groups * D,). D is a multiple of W.
+// so that each number comes from memory once. Without z, gated is y. Shapes: y, out and the
+// gradients (rows, groups * D); the rows of z and of its gradient are z_row and gz_row numbers
+// apart; weight (groups * D,). D is a multiple of W.
 #include "vectors.h"
 #include <cmath>
 
@@ -57,7 +58,8 @@ void backward(int threads, long rows, long groups, long D, long z_row, const flo
         for (long row = task * ROWS; row < rows && row < (task + 1) * ROWS; row++)
             for (long first = 0; first < groups * D; first += D) {
                 long at = row * groups * D + first;
-                const float *z_d = z ? z + row * z_row + first : nullptr, *weight_d = weight + first;
+                const float *z_d = z ? z + row * z_row + first : nullptr;
+                const float *weight_d = weight + first;
                 float *gweight_d = gweight + task * groups * D + first;
                 vec squares = {}, along = {};       // along: gout weight . gated
                 for (long d = 0; d < D; d += W) {

@@ -10,6 +10,7 @@ from .operators import as_operator, differentiable_once, is_exporting
 
 NAME = "norm_cpu"
 ROWS = 64       # of a task, as in norm_cpu.cpp
+FEWEST = 2 ** 13    # numbers, of which RMSNorm takes longer by PyTorch
 
 
 def gated_norm(y, z, weight, groups, eps):
@@ -50,7 +51,8 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         weight, eps = self.weight, self.eps
         fits = (not torch.compiler.is_compiling() and weight is not None and eps is not None
-                and weight.shape == x.shape[-1:] and x.numel() > 0 and len(weight) % cpp.WIDTH == 0)
+                and weight.shape == x.shape[-1:] and x.numel() >= FEWEST
+                and len(weight) % cpp.WIDTH == 0)
         if fits and cpp.runs(NAME, x, weight):
             return TwiceDifferentiable.apply(x, None, weight, 1, eps)
         return super().forward(x)
@@ -61,12 +63,14 @@ class TwiceDifferentiable(NativeNorm):
 
     @staticmethod
     def backward(ctx, gout):
-        if not torch.is_grad_enabled():
+        again = torch.is_grad_enabled()
+        if not (again or torch._C._functorch.is_legacy_batchedtensor(gout)):
             return NativeNorm.backward(ctx, gout)
         _, x, _, weight = ctx.saved_tensors
-        y = F.rms_norm(x, weight.shape, weight, ctx.eps)
+        with torch.enable_grad():
+            y = F.rms_norm(x, weight.shape, weight, ctx.eps)
         needed = [t for t in (x, weight) if t.requires_grad]
-        grads = dict(zip(map(id, needed), torch.autograd.grad(y, needed, gout, create_graph=True)))
+        grads = dict(zip(map(id, needed), torch.autograd.grad(y, needed, gout, create_graph=again)))
         return grads.get(id(x)), None, grads.get(id(weight)), None, None
 
 
@@ -77,7 +81,7 @@ def normed(y, z, weight, groups, eps):
 
 
 def gradients(gout, y, z, weight, groups, eps, gz):
-    """gy, gweight, and gz (B, L, D), if there is a z, which is given, as its rows may be apart."""
+    """gy and gweight. gz: where to write that of z, if there is one; its rows may be apart."""
     rows, gy = y.numel() // y.shape[-1], y.new_empty(y.shape)
     gweight = y.new_zeros((rows + ROWS - 1) // ROWS, y.shape[-1])
     cpp.call(cpp.compiled(NAME).backward, *given(y, z, weight, groups, eps), gout, gy,

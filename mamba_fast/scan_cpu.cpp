@@ -9,8 +9,8 @@
 // and around it delta = softplus(delta + bias), out = (y + D u) silu(z), as far as they are asked
 // for. Kept is the state that enters each tile; backward makes those of its steps again. Shapes: u,
 // delta, z, out and their gradients (batch, L, D); the rows of z and of its gradient are z_row and
-// gz_row numbers apart; A (N, D), divided by ln 2; B, C (batch, L, N); states (batch, N, D); D, bias
-// (D,). D is a multiple of W.
+// gz_row numbers apart; A (N, D), divided by ln 2; B, C (batch, L, N); states (batch, N, D); D and
+// bias (D,). D is a multiple of W.
 #include "vectors.h"
 
 constexpr int T = 16;           // steps of a tile
@@ -222,8 +222,9 @@ void backward(int threads, long batch, long L, long D, long N, const float *u, c
                     if (D_u) gu_t += gy_t * load(D_u + begin + d);
                     if (z) {
                         vec z_t = load(z + (row + i) * z_row + begin + d), s = sigmoid(z_t);
-                        vec gz_t = load(gout + at) * load(y_s[i] + d) * (s * (1.f + z_t * (1.f - s)));
-                        store(gz + (row + i) * gz_row + begin + d, gz_t);
+                        vec slope = s * (1.f + z_t * (1.f - s));    // of silu
+                        store(gz + (row + i) * gz_row + begin + d,
+                              load(gout + at) * load(y_s[i] + d) * slope);
                     }
                     gD_d += gy_t * u_t;
                     gbias_d += gdelta_t;

@@ -683,6 +683,8 @@ def compile_ahead(key, call):
     """Before the first call of this key: its kernels are compiled side by side, as one after the other they take seconds."""
     if key in REHEARSED or rehearsing.get():
         return
+    if torch._C._len_torch_dispatch_stack() > 0 or torch.cuda.is_current_stream_capturing():
+        return      # who looks on, or records, is not to see it
     REHEARSED.add(key)
     before = rehearsing.set(True)
     try:
@@ -710,9 +712,9 @@ class Kernel:
         if compiled is None:
             kernel = self.function[grid](*arguments, **self.options)
             if kernel is not None:      # Triton's interpreter has none
-                self.compiled[version] = kernel.run, kernel.function, kernel.packed_metadata
+                self.compiled[version] = kernel.run, kernel.function, kernel.packed_metadata, kernel
             return
-        run, function, metadata = compiled
+        run, function, metadata, _ = compiled
         # addresses: of a tensor the launcher would ask the driver whose it is
         arguments = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
         run(*grid, torch._C._cuda_getCurrentRawStream(version[0]), function, metadata, None, None, None, *arguments)
@@ -844,7 +846,7 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
     has_D, flags, from_zero, exact = D is not None, (delta_bias is not None, softplus), glast is None, u.dtype != torch.bfloat16
     gz_l = d_inner if z is None else gz.stride(1)
     version = (u.device.index, d_inner, u_l, delta_l, z_l, g_l, gz_l, has_D, *flags, from_zero, log_A,
-               *_dtypes(u, delta, z, gB))
+               *_dtypes(gy, u, delta, z, gB))
     with torch.cuda.device_of(u):
         if chunks > 1:
             at_once = min(NB.value, triton.next_power_of_2(N))
@@ -948,6 +950,8 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
         u, delta, z, D, delta_bias = pad(u), pad(delta), pad(z), pad(D), pad(delta_bias)
         A, state = pad(A, 0, 0), pad(state, 0, 0)
     inputs = u, delta, A, B, C, D, z, delta_bias, state
+    if any(t is not None and t.device != u.device for t in inputs):
+        raise ValueError(f"all inputs must be on {u.device}, as u is")
     keep = _wants_gradients(*inputs)
     if keep and u.is_cuda and not torch.compiler.is_compiling():
         compile_ahead((u.device, *_dtypes(u, delta, B, z), A.shape), partial(_rehearse, *inputs, delta_softplus))

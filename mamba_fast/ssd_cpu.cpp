@@ -558,11 +558,12 @@ struct Backward {
 extern "C" {
 
 // u, y (batch, length, heads, P); delta, a, own (batch, length, heads); B, C (batch, length, groups,
-// N); the steps of u are u_row numbers apart, those of B and C BC_row; state (batch, heads, P, N), which becomes the last one; kept (stretches, batch, heads, P, N),
-// the states before every KEPT chunks, or null.
+// N); the steps of u are u_row numbers apart, those of B and C BC_row; state (batch, heads, P, N),
+// which becomes the last one; kept (stretches, batch, heads, P, N), the states before every KEPT
+// chunks, or null.
 void forward(int threads, long batch, long length, long heads, long P, long groups, long N,
-             long u_row, long BC_row, const float *u, const float *delta, const float *a, const float *B, const float *C,
-             const float *own, float *state, float *y, float *kept)
+             long u_row, long BC_row, const float *u, const float *delta, const float *a,
+             const float *B, const float *C, const float *own, float *state, float *y, float *kept)
 {
     const Sizes n = {batch, length, heads, P, groups, N, u_row, BC_row};
     const Inputs in = {u, delta, a, B, C, own};
