@@ -4426,6 +4426,48 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "torch.compile does not work here (RuntimeError); going on without it\n")
 
 
+@in_cpp
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.int8, 5e-2)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("shape", [0, 1, 5])
+@torch.no_grad()
+def test_the_step_in_cpp(shape, rows, dtype, tolerance):
+    """All layers in C++ give the logits and states of one call in float32 of the same weights."""
+    from mamba_fast import decode, step_cpu
+    model = awkward(SHAPES[shape], dtype)
+    exact = awkward(SHAPES[shape]) if dtype == torch.int8 else awkward(SHAPES[shape], dtype).float()
+    assert step_cpu.layers(model, model.init_state(rows)) is not None
+    idx = tokens(rows, 20) % model.config.vocab_size
+    whole, _, last = exact(idx, state=exact.init_state(rows))
+    step = decode.EagerDecoder(model, model.init_state(rows), False)
+    got = torch.stack([step(token) for token in idx.unbind(1)], dim=1)
+    assert got.shape == whole.shape and relative(got.float(), whole) < tolerance
+    assert all(one.dtype == before.dtype for one, before in zip(tree_leaves(step.state), tree_leaves(model.init_state(rows))))
+    for one, expected in zip(tree_leaves(step.state), tree_leaves(last)):
+        assert one.numel() == 0 or relative(one.float(), expected) < tolerance
+
+
+@in_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@torch.no_grad()
+def test_products_of_few_rows_in_cpp(dtype):
+    from mamba_fast import step_cpu
+    for n_in, n_out, bias in ((64, 3, True), (70, 211, False), (5, 1, True), (1536, 80, False)):
+        linear = nn.Linear(n_in, n_out, bias).to(dtype if dtype != torch.int8 else torch.float32)
+        linear = linear if dtype != torch.int8 else mamba_fast_int8(linear)
+        weight = linear.weight.double() * (linear.scale.double()[:, None] if dtype == torch.int8 else 1)
+        for rows in (1, 2, 3, 4, 7, 8):
+            x = torch.randn(rows, n_in)
+            expected = F.linear(x.double(), weight, None if linear.bias is None else linear.bias.double())
+            assert relative(step_cpu.product(linear, rows)(x), expected) < 1e-6
+        assert step_cpu.product(linear, 9) is None
+
+
+def mamba_fast_int8(linear):
+    from mamba_fast.int8 import Int8Linear
+    return Int8Linear(linear)
+
+
 @fast
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3])
