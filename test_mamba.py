@@ -1835,7 +1835,9 @@ def test_residual_in_float32(at_once):
             else:
                 step = model.decoder([row[:1] for row in idx], model.init_state(4))
                 logits[residual] = torch.stack([step(token).clone() for token in idx.unbind(1)], 1)
-        assert error(logits[True]) < 1.02 * error(theirs.bfloat16()(idx).logits) and error(logits[True]) < error(logits[False])
+        assert error(logits[True]) < 1.02 * error(theirs.bfloat16()(idx).logits)
+        # the step in C++ keeps it in float32 in any case
+        assert error(logits[True]) < error(logits[False]) or not at_once and torch.equal(*logits.values())
 
 
 def test_what_an_import_costs():
