@@ -61,7 +61,7 @@ def product(linear, rows):
 def fits(linear):
     weight = linear.weight
     return (weight.device.type == "cpu" and weight.dtype in TYPES
-            and cpp.runs(NAME, torch.empty(0, device="cpu")))   # which asks for a float32
+            and cpp.runs(NAME, torch.empty(0, dtype=torch.float32, device="cpu")))
 
 
 def layers(model, state):
@@ -81,7 +81,7 @@ def layers(model, state):
         return None
     kept, D, N, rank = [], config.d_inner, config.d_state, config.dt_rank
     sizes = config.d_model, config.d_model, 2 * D, D, rank + 2 * N, D, D
-    buffers = [torch.empty(rows, size) for size in sizes]
+    buffers = [torch.empty(rows, size, dtype=torch.float32, device="cpu") for size in sizes]
 
     def number(t):
         """Its address in float32."""
