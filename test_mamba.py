@@ -4451,6 +4451,58 @@ def test_the_step_in_cpp(shape, rows, dtype, tolerance):
         assert one.numel() == 0 or relative(one.float(), expected) < tolerance
 
 
+def with_an_mlp(model):
+    model.backbone["layers"][1].mlp = lively(d_intermediate=24).backbone["layers"][1].mlp
+    model.backbone["layers"][1].norm2 = nn.RMSNorm(32, eps=1e-5)
+
+
+def with_a_narrow_parameter(model):
+    model.backbone["layers"][2].mixer.conv1d.bias = nn.Parameter(torch.ones(1))
+
+
+def with_a_scale(model):
+    model.lm_head.scale = 0.5
+
+
+@in_cpp
+@pytest.mark.parametrize("change", [with_an_mlp, with_a_narrow_parameter, with_a_scale])
+@torch.no_grad()
+def test_the_step_of_a_changed_model(change):
+    """C++ does not take over what it would get wrong."""
+    model = lively()
+    change(model)
+    step, state = model.decoder([tokens(1)], model.init_state(1)), model.init_state(1)
+    for i, token in enumerate(tokens(6, 1)):
+        logits, _, state = model(token[:, None], state=state)
+        assert relative(step(token), logits[:, 0]) < 1e-5, i
+
+
+@in_cpp
+@torch.no_grad()
+def test_the_step_in_cpp_with_states_and_tokens_that_do_not_fit():
+    model = lively()
+    for other in (lively(d_state=8), lively(d_conv=2), lively(n_layer=2)):
+        with pytest.raises((ValueError, RuntimeError)):
+            model.decoder([tokens(1)], other.init_state(1))(tokens(1))
+    for rows, given in ((2, 1), (1, 2), (3, 1)):
+        with pytest.raises(ValueError, match="tokens must be"):
+            model.decoder([tokens(1)] * rows, model.init_state(rows))(tokens(given))
+    from mamba_fast import step_cpu
+    linear, x = nn.Linear(64, 1000), torch.randn(1, 64)
+    product, expected = step_cpu.product(linear, 1), linear(x)
+    linear.weight.data, linear.bias.data = torch.zeros(1000, 64), torch.zeros(1000)
+    others = [torch.zeros(64000) for _ in range(8)]     # in the memory that would be free
+    assert relative(product(x), expected) < 1e-6 and len(others) == 8
+
+
+@in_cpp
+@torch.no_grad()
+def test_a_row_gets_the_same_bits_in_any_company():
+    model = lively()
+    results = [model.decoder([tokens(1)] * n, model.init_state(n))(tokens(1).expand(n)) for n in (1, 2, 3, 5, 8)]
+    assert all(torch.equal(row, results[0][0]) for result in results for row in result)
+
+
 @in_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @torch.no_grad()

@@ -32,13 +32,9 @@ def mix(block, x, others, is_plain, plain):
     neither Triton's kernels nor C++ can run.
     is_plain: that of mamba.py.  plain: its PLAIN.
     """
-    c, linears = block.config, ("in_proj", "x_proj", "dt_proj", "out_proj")
-    D, N, rank = c.d_inner, c.d_state, c.dt_rank
-    shapes = ((2 * D, c.d_model), (2 * D,), (D, 1, c.d_conv), (D,), (rank + 2 * N, D), (D, rank),
-              (D,), (D, N), (D,), (c.d_model, D), (c.d_model,))
-    names = dict(zip(OF_MAMBA, shapes))
-    ready = prepared(block, x, others, names, linears, is_plain, plain)
-    if not ready or c.mixer_rms_eps > 0:
+    linears = "in_proj", "x_proj", "dt_proj", "out_proj"
+    ready = prepared(block, x, others, shapes_of(block.config), linears, is_plain, plain)
+    if not ready or block.config.mixer_rms_eps > 0:
         return None
     dtype, parameters = ready
     parts = next((p for p in (OnGPU, OnCPU) if p.runs(block, x, dtype, parameters)), None)
@@ -49,6 +45,14 @@ def mix(block, x, others, is_plain, plain):
         key = x.device, dtype, *(None if t is None else t.shape for t in parameters)
         scan_triton.compile_ahead(key, lambda: rehearse(*inputs))
     return Mix.apply(*inputs), None
+
+
+def shapes_of(c):
+    """{name: shape} of the parameters of a MambaBlock with this config."""
+    D, N, rank = c.d_inner, c.d_state, c.dt_rank
+    return dict(zip(OF_MAMBA, (
+        (2 * D, c.d_model), (2 * D,), (D, 1, c.d_conv), (D,), (rank + 2 * N, D), (D, rank), (D,),
+        (D, N), (D,), (c.d_model, D), (c.d_model,))))
 
 
 def rehearse(*inputs):

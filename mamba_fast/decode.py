@@ -130,6 +130,7 @@ def make_step(model, state, compile=False):
     """step(token) -> logits, (B,) -> (B, vocab_size). It updates in place state, which is like that
     of Mamba.init_state(B)."""
     embedding, config = model.backbone["embedding"], model.config
+    rows_of_token = state[0].h.shape[:1]
     ready = functools.partial(made_ready, rows=len(state[0].h), compile=compile)
     at_once = None if compile else step_cpu.layers(model, state)
     layers = [at_once] if at_once else [
@@ -137,6 +138,8 @@ def make_step(model, state, compile=False):
     norm, head = ready(model.backbone["norm_f"]), ready(model.lm_head)
 
     def step(token):
+        if token.shape != rows_of_token:    # C++ would not notice
+            raise ValueError(f"tokens must be {[*rows_of_token]}, not {[*token.shape]}")
         x = embedding(token)                                                    # (B, d_model)
         x = x.to(at_least_float32(x)) if config.residual_in_fp32 else x
         for layer in layers:

@@ -1,7 +1,7 @@
 // The step of a token on a CPU: products of a few rows with a matrix, y = (x w^T) scale + bias, and
 // with them a whole layer of Mamba-1. Such a product takes as long as reading w does, so w is read
-// once, by all threads, and in its own type: floats, bfloat16 (the upper half of a float), or 8
-// bits. All else is in float32.
+// once for up to four rows, by all threads, and in its own type: floats, bfloat16 (the upper half
+// of a float), or 8 bits. All else is in float32.
 #include "vectors.h"
 #include <cmath>
 
@@ -67,12 +67,14 @@ struct Layer {
 
 }
 
-// R rows of x with row n of w, U vectors at a time. To go through more rows of w side by side is
-// slower: memory likes to be read in order.
+// R rows of x with row n of w, U vectors at a time: as many for any R, so that a row gets the same
+// bits in any company. To go through more rows of w side by side is slower: memory likes to be read
+// in order.
+constexpr int U = 2;
+
 template <int R, class T>
 static inline void output(const Matrix &m, long n, const float *x, long x_row, float *y, bool add)
 {
-    constexpr int U = R > 2 ? 2 : 4;
     vec sums[R][U] = {};
     const T *w = (const T *)m.w + n * m.K;
     long k = 0;
@@ -116,8 +118,11 @@ static void normalize(const Layer &l)
     #pragma omp for
     for (long r = 0; r < l.rows; r++) {
         const float *x = l.hidden + r * l.d_model;
-        float squares = 0, *out = l.normed + r * l.d_model;
-        for (long i = 0; i < l.d_model; i++) squares += x[i] * x[i];
+        vec all = {};
+        long whole = l.d_model - l.d_model % W;
+        for (long i = 0; i < whole; i += W) all += load(x + i) * load(x + i);
+        float squares = sum(all), *out = l.normed + r * l.d_model;
+        for (long i = whole; i < l.d_model; i++) squares += x[i] * x[i];
         float size = 1 / std::sqrt(squares / l.d_model + l.eps);
         for (long i = 0; i < l.d_model; i++) out[i] = x[i] * size * l.norm[i];
     }
@@ -187,16 +192,19 @@ static void silu(long size, float *x)
 
 extern "C" {
 
+// To start other threads for a small matrix would take longer.
+static int useful(int threads, const Matrix &m) { return m.N * m.K < 1 << 15 ? 1 : threads; }
+
 // x (rows, K) -> y (rows, N)
 void few_rows(int threads, const Matrix *m, long rows, const float *x, float *y)
 {
-    #pragma omp parallel num_threads(m->N * m->K < 1 << 15 ? 1 : threads)
+    #pragma omp parallel num_threads(useful(threads, *m))
     product(*m, rows, x, m->K, y, false);
 }
 
 void layers(int threads, long count, const Layer *all)
 {
-    #pragma omp parallel num_threads(threads)
+    #pragma omp parallel num_threads(useful(threads, all->in))
     for (const Layer *l = all; l < all + count; l++) {
         NoTinyNumbers here;
         normalize(*l);

@@ -7,6 +7,8 @@ import math
 import torch
 
 from . import cpp
+from .block import shapes_of
+from .int8 import Int8Linear
 
 NAME = "step_cpu"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}    # as in step_cpu.cpp
@@ -21,9 +23,11 @@ class Matrix(ctypes.Structure):
 
     @classmethod
     def of(cls, linear, kept):
-        weight = linear.weight.contiguous()
-        scale, bias = (getattr(linear, name, None) for name in ("scale", "bias"))
-        given = [weight, *(None if t is None else t.float().contiguous() for t in (scale, bias))]
+        weight, bias = linear.weight.detach().contiguous(), linear.bias
+        scale = linear.scale if weight.dtype == torch.int8 else None
+        # detached: a parameter that is given another memory would let go of this one
+        given = [weight, *(None if t is None else t.detach().float().contiguous()
+                           for t in (scale, bias))]
         kept += given
         return cls(*map(address, given), *weight.shape, TYPES[weight.dtype])
 
@@ -59,8 +63,14 @@ def product(linear, rows):
 
 
 def fits(linear):
-    weight = linear.weight
-    return (weight.device.type == "cpu" and weight.dtype in TYPES
+    weight, others = linear.weight, [linear.bias]
+    if isinstance(linear, Int8Linear):
+        others.append(linear.scale)
+    elif weight.dtype == torch.int8:
+        return False
+    return (weight.device.type == "cpu" and weight.dtype in TYPES and weight.layout is torch.strided
+            and type(weight) in (torch.Tensor, torch.nn.Parameter)
+            and all(t is None or t.shape == weight.shape[:1] for t in others)
             and cpp.runs(NAME, torch.empty(0, dtype=torch.float32, device="cpu")))
 
 
@@ -70,22 +80,29 @@ def layers(model, state):
     place; or None where C++ cannot run, or a layer has parts that are not in it.
     """
     blocks = [layer.mixer for layer in model.backbone["layers"]]
-    config, rows = model.config, len(state[0].h)
-    if (config.layer != "mamba" or config.d_intermediate or config.mixer_rms_eps or rows > MOST
-            or config.d_inner % cpp.WIDTH or any(b.config != config for b in blocks)):
+    config, rows, kept = model.config, len(state[0].h), []
+    if (config.layer != "mamba" or config.mixer_rms_eps > 0 or config.d_inner % cpp.WIDTH > 0
+            or rows > MOST or any(b.config != config for b in blocks)
+            or any(layer.mlp is not None for layer in model.backbone["layers"])):
         return None
-    linears = [m for b in blocks for m in (b.in_proj, b.x_proj, b.dt_proj, b.out_proj)]
-    if not all(map(fits, linears)) or any(
-            own.conv.dtype not in (torch.float32, torch.bfloat16) or own.h.dtype != torch.float32
-            for own in state):
-        return None
-    kept, D, N, rank = [], config.d_inner, config.d_state, config.dt_rank
+    D, N, rank, shapes = config.d_inner, config.d_state, config.dt_rank, shapes_of(config)
+    of_state = (rows, config.d_conv - 1, D), (rows, D, N)
+    for layer, own in zip(model.backbone["layers"], state, strict=True):
+        b, there = layer.mixer, dict(layer.mixer.named_parameters())
+        if (any(t.shape != shapes.get(name) or t.device.type != "cpu" for name, t in there.items())
+                or not all(map(fits, (b.in_proj, b.x_proj, b.dt_proj, b.out_proj)))
+                or layer.norm.weight.shape != (config.d_model,)
+                or any(t.shape != shape or t.device.type != "cpu"
+                       for t, shape in zip(own, of_state))
+                or own.conv.dtype not in (torch.float32, torch.bfloat16)
+                or own.h.dtype != torch.float32):
+            return None
     sizes = config.d_model, config.d_model, 2 * D, D, rank + 2 * N, D, D
     buffers = [torch.empty(rows, size, dtype=torch.float32, device="cpu") for size in sizes]
 
     def number(t):
         """Its address in float32."""
-        kept.append(None if t is None else t.float().contiguous())
+        kept.append(None if t is None else t.detach().float().contiguous())
         return address(kept[-1])
     made = [Layer(
         rows, config.d_model, D, N, rank, config.d_conv, layer.norm.eps, TYPES[own.conv.dtype],
