@@ -83,9 +83,11 @@ def mix2(block, x, others, is_plain, plain, gated_norm):
 def prepared(block, x, others, names, linears, is_plain, plain):
     """(the dtype to compute in, the parameters of these names, {name: shape}), or None as mix
     says."""
-    kind = type(block)
+    kind, of_all = type(block), nn.modules.module
+    global_hooks = (of_all._global_forward_hooks, of_all._global_forward_pre_hooks,
+                    of_all._global_backward_hooks, of_all._global_backward_pre_hooks)
     if (not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_traced()
-            or any(t is not None for t in others) or nn.modules.module._has_any_global_hook()
+            or any(t is not None for t in others) or any(global_hooks)
             or plain.get(kind) != (kind.forward, kind.mix) or "mix" in vars(block)):
         return None
     # from where modules keep them, which takes less time than by their names, and finds no stand-in
