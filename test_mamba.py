@@ -4507,21 +4507,16 @@ def test_a_row_gets_the_same_bits_in_any_company():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @torch.no_grad()
 def test_products_of_few_rows_in_cpp(dtype):
-    from mamba_fast import step_cpu
+    from mamba_fast import int8, step_cpu
     for n_in, n_out, bias in ((64, 3, True), (70, 211, False), (5, 1, True), (1536, 80, False)):
         linear = nn.Linear(n_in, n_out, bias).to(dtype if dtype != torch.int8 else torch.float32)
-        linear = linear if dtype != torch.int8 else mamba_fast_int8(linear)
+        linear = linear if dtype != torch.int8 else int8.Int8Linear(linear)
         weight = linear.weight.double() * (linear.scale.double()[:, None] if dtype == torch.int8 else 1)
         for rows in (1, 2, 3, 4, 7, 8):
             x = torch.randn(rows, n_in)
             expected = F.linear(x.double(), weight, None if linear.bias is None else linear.bias.double())
             assert relative(step_cpu.product(linear, rows)(x), expected) < 1e-6
         assert step_cpu.product(linear, 9) is None
-
-
-def mamba_fast_int8(linear):
-    from mamba_fast.int8 import Int8Linear
-    return Int8Linear(linear)
 
 
 @fast

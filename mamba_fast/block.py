@@ -73,16 +73,19 @@ def mix2(block, x, others, is_plain, plain, gated_norm):
     D, H, channels = c.d_inner, c.nheads, c.d_inner + 2 * c.ngroups * c.d_state
     shapes = ((D + channels + H, c.d_model), (D + channels + H,), (channels, 1, c.d_conv),
               (channels,), (H,), (H,), (H,), (D,), (c.d_model, D), (c.d_model,))
-    names = dict(zip(OF_MAMBA2, shapes))
-    ready = prepared(block, x, others, names, linears, is_plain, plain)
+    shapes = dict(zip(OF_MAMBA2, shapes))
+    ready = prepared(block, x, others, shapes, linears, is_plain, plain)
     if not ready or not OnCPU.runs2(block, x, *ready):
         return None
     return Mix2.apply(x, *ready[1], block), None
 
 
-def prepared(block, x, others, names, linears, is_plain, plain):
-    """(the dtype to compute in, the parameters of these names, {name: shape}), or None as mix
-    says."""
+def prepared(block, x, others, shapes, linears, is_plain, plain):
+    """
+    (the dtype to compute in, the parameters in the order of shapes), or None where the block has to
+    run part by part.
+    shapes: {name: shape} of all parameters.  linears: the names of the layers that are products.
+    """
     kind, of_all = type(block), nn.modules.module
     global_hooks = (of_all._global_forward_hooks, of_all._global_forward_pre_hooks,
                     of_all._global_backward_hooks, of_all._global_backward_pre_hooks)
@@ -102,9 +105,9 @@ def prepared(block, x, others, names, linears, is_plain, plain):
     there = {**block._parameters, **{f"{name}.{key}": t for name, m in modules.items() if m
                                      for key, t in m._parameters.items()}}
     there = {name: t for name, t in there.items() if t is not None}
-    if not names.keys() - OPTIONAL <= there.keys() <= names.keys() or type(x) is not torch.Tensor:
+    if not shapes.keys() - OPTIONAL <= there.keys() <= shapes.keys() or type(x) is not torch.Tensor:
         return None
-    if any(type(t) is not nn.Parameter or t.shape != names[name] or t.device != x.device
+    if any(type(t) is not nn.Parameter or t.shape != shapes[name] or t.device != x.device
            for name, t in there.items()) or x.shape[2] != block.config.d_model:
         return None
     dtype, cast = x.dtype, torch.is_autocast_enabled(x.device.type)
@@ -115,7 +118,7 @@ def prepared(block, x, others, names, linears, is_plain, plain):
     fit = x.numel() > 0 and (dtypes <= CASTS if cast else len(dtypes) == 1)
     if not fit or not (x.requires_grad or any(t.requires_grad for t in there.values())):
         return None
-    return dtype, [there.get(name) for name in names]
+    return dtype, [there.get(name) for name in shapes]
 
 
 def without_autocast(backward):
@@ -135,7 +138,7 @@ class Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_in, b_in, w_conv, b_conv, w_x, w_dt, b_dt, A_log, D, w_out, b_out, dtype,
                 parts):
-        (batch, length, _), rank, kept_as = x.shape, w_dt.shape[1], w_in.dtype
+        (batch, length, _), rank, weight_dtype = x.shape, w_dt.shape[1], w_in.dtype
         w_in, b_in, w_x, w_dt, w_out, b_out = all_to(dtype, w_in, b_in, w_x, w_dt, w_out, b_out)
         rows = x.to(dtype).flatten(0, 1)                                    # (B L, d_model)
         xz = parts.product(rows, w_in, b_in)                                # (B L, 2 D)
@@ -146,8 +149,10 @@ class Mix(torch.autograd.Function):
         B, C = Mix.B_and_C(dtBC, u, A_log)
         y, kept = parts.scan(u, delta, A_log, B, C, D, z, b_dt)
         out = parts.product(y.flatten(0, 1), w_out, b_out)
-        ctx.parts, ctx.kept_as, ctx.has_bias = parts, kept_as, (b_in is not None, b_out is not None)
-        # x itself if it can be: through what is derived from it here nobody finds it
+        ctx.parts, ctx.weight_dtype = parts, weight_dtype
+        ctx.has_bias = b_in is not None, b_out is not None
+        # x itself if it can be: to differentiate again is an error of what was saved, and a view
+        # that is made here does not know that it comes from x
         ctx.save_for_backward(x if x.dtype == dtype else rows, xz, u, dtBC, delta, kept, y, w_in,
                               w_conv, b_conv, w_x, w_dt, b_dt, A_log, D, w_out)
         return out.view(batch, length, -1)
@@ -161,9 +166,11 @@ class Mix(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         (needs_x, needs_in, _, _, _, needs_w_x, needs_dt, _, _, _, needs_out, *_) = (
             ctx.needs_input_grad)
-        (batch, length, _), rank, parts, kept_as = u.shape, w_dt.shape[1], ctx.parts, ctx.kept_as
+        (batch, length, _), rank = u.shape, w_dt.shape[1]
+        parts, weight_dtype = ctx.parts, ctx.weight_dtype
         gout = gout.to(rows.dtype).reshape(len(rows), -1)                   # (B L, d_model)
-        gy, gw_out = parts.product_back(gout, y.flatten(0, 1), w_out, True, needs_out, kept_as)
+        gy, gw_out = parts.product_back(gout, y.flatten(0, 1), w_out, True, needs_out, weight_dtype)
+        # written part by part below: gz, gB, gC by the scan, dt's by a product, u's by conv_back
         gxz, gdtBC = torch.empty_like(xz), torch.empty_like(dtBC)
         (u_in, z), (gu_in, gz) = (t.view(batch, length, -1).chunk(2, dim=-1) for t in (xz, gxz))
         (B, C), gBC = (Mix.B_and_C(t, u, A_log) for t in (dtBC, gdtBC))
@@ -171,11 +178,11 @@ class Mix(torch.autograd.Function):
                                                         C, D, z, b_dt, gz, *gBC)
         gdelta, u_rows = gdelta.flatten(0, 1), u.flatten(0, 1)
         torch.mm(gdelta, w_dt, out=gdtBC[:, :rank])
-        gw_dt = parts.of_weight(gdelta, dtBC[:, :rank], kept_as) if needs_dt else None
-        gw_x = parts.of_weight(gdtBC, u_rows, kept_as) if needs_w_x else None
-        gu.view(u_rows.shape).addmm_(gdtBC, w_x)
+        gw_dt = parts.of_weight(gdelta, dtBC[:, :rank], weight_dtype) if needs_dt else None
+        gw_x = parts.of_weight(gdtBC, u_rows, weight_dtype) if needs_w_x else None
+        gu.view(u_rows.shape).addmm_(gdtBC, w_x)        # u is what x_proj has read, too
         gw_conv, gb_conv = parts.conv_back(gu, u_in, w_conv, b_conv, gu_in)
-        gx, gw_in = parts.product_back(gxz, rows, w_in, needs_x, needs_in, kept_as)
+        gx, gw_in = parts.product_back(gxz, rows, w_in, needs_x, needs_in, weight_dtype)
         gb_in, gb_out = (g.sum(0) if has else None for g, has in zip((gxz, gout), ctx.has_bias))
         gx = None if gx is None else gx.view(batch, length, -1)
         return (gx, gw_in, gb_in, gw_conv, gb_conv, gw_x, gw_dt, gb_dt, gA_log, gD, gw_out,
@@ -234,14 +241,14 @@ class Mix2(torch.autograd.Function):
         (u, B, C), (gu, gB, gC) = (Mix2.of_heads(t, block) for t in (uBC, guBC))
         gy, gw_norm = norm_cpu.gradients(gy.view(y.shape), y, z, w_norm, block.norm.groups,
                                          block.norm.eps, gz)
-        with torch.enable_grad():       # of the little that is around the scan
-            little = [t.detach().requires_grad_() for t in (dt, dt_bias, A_log, D, B, C)]
-            steps = Mix2.steps(*little, block)
+        with torch.enable_grad():       # once more, for autograd: they are few beside the rest
+            leaves = [t.detach().requires_grad_() for t in (dt, dt_bias, A_log, D, B, C)]
+            steps = Mix2.steps(*leaves, block)
         delta, a, own = (t.detach() for t in steps)
         gstate = u.new_zeros(len(u), *u.shape[2:], B.shape[3])
         gsteps = ssd_cpu.gradients(gy.view(u.shape), gstate, kept, u, delta, a, B, C, own, gu, gB,
                                    gC)
-        of_dt, gdt_bias, gA_log, gD, of_B, of_C = torch.autograd.grad(steps, little, gsteps)
+        of_dt, gdt_bias, gA_log, gD, of_B, of_C = torch.autograd.grad(steps, leaves, gsteps)
         for g, more in ((gB, of_B), (gC, of_C)):
             g.add_(more)
         gdt.copy_(of_dt)
@@ -270,7 +277,8 @@ class Mix2(torch.autograd.Function):
 
     @staticmethod
     def steps(dt, dt_bias, A_log, D, B, C, block):
-        """delta, a, and own, (B, L, H) each, as in ssd of mamba2.py."""
+        """delta, a = delta A, and own, what u_t counts for y_t, (B, L, H) each: as in ssd of
+        mamba2.py."""
         c = block.config
         delta = F.softplus(dt + dt_bias).clamp(*c.dt_limit)
         own = (B * C).sum(-1).repeat_interleave(c.nheads // c.ngroups, dim=2) * delta + D
@@ -312,19 +320,16 @@ class OnGPU:
         return gweight, None if bias is None else gbias
 
     @staticmethod
-    def in_float32(u, delta, A_log, B, C, D, z, bias):
-        return u, delta, A_log.float(), B, C, D.float(), z, bias.float()
-
-    @staticmethod
-    def scan(*inputs):
-        y, _, kept = scan_triton._run(*OnGPU.in_float32(*inputs), None, True, True, log_A=True)
+    def scan(u, delta, A_log, B, C, D, z, bias):
+        y, _, kept = scan_triton._run(u, delta, A_log.float(), B, C, D.float(), z, bias.float(),
+                                      state=None, softplus=True, keep=True, log_A=True)
         return y, kept
 
     @staticmethod
-    def scan_back(gy, kept, u, delta, A_log, B, C, D, z, bias, *into):
-        _, _, _, _, _, D, z, bias = OnGPU.in_float32(u, delta, A_log, B, C, D, z, bias)
+    def scan_back(gy, kept, u, delta, A_log, _B, _C, D, z, bias, gz, gB, gC):
         gu, gdelta, _, _, _, gA_log, (gD, gbias), _ = scan_triton._run_back(
-            gy, None, kept, u, delta, D, z, bias, A_log.shape[1], True, False, None, *into, True)
+            gy, None, kept, u, delta, D.float(), z, bias.float(), A_log.shape[1], softplus=True,
+            has_state=False, BC_dtype=None, gz=gz, gB=gB, gC=gC, log_A=True)
         return gu, gdelta, gA_log, gD, gbias
 
 
@@ -348,9 +353,13 @@ class OnCPU:
                 and OnCPU.runs(block, x, dtype, parameters, ssd_cpu.NAME, norm_cpu.NAME))
 
     @staticmethod
+    def by_convolution(x):
+        """Whether products with the rows x are sooner so."""
+        return layers.Linear is layers.LinearByConvolution and layers.are_many(len(x))
+
+    @staticmethod
     def product(x, weight, bias):
-        by_convolution = layers.Linear is layers.LinearByConvolution and len(x) >= 512
-        return (layers.by_convolution if by_convolution else F.linear)(x, weight, bias)
+        return (layers.by_convolution if OnCPU.by_convolution(x) else F.linear)(x, weight, bias)
 
     @staticmethod
     def of_weight(gy, x, _dtype):
@@ -358,7 +367,7 @@ class OnCPU:
 
     @staticmethod
     def product_back(gy, x, weight, needs_x, needs_weight, _dtype):
-        if layers.Linear is layers.LinearByConvolution and len(x) >= 512:
+        if OnCPU.by_convolution(x):
             return layers.by_convolution_back(gy, x, weight, needs_x, needs_weight)
         return gy @ weight if needs_x else None, gy.t() @ x if needs_weight else None
 

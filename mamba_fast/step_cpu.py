@@ -33,6 +33,8 @@ class Matrix(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
+    """A layer, its state and buffers, as C++ takes it."""
+
     _fields_ = (
         *((name, ctypes.c_long) for name in ("rows", "d_model", "D", "N", "rank", "width")),
         ("eps", ctypes.c_double), ("conv_type", ctypes.c_long),
