@@ -213,16 +213,17 @@ class Mix2(torch.autograd.Function):
         parts, rows = OnCPU, x.flatten(0, 1)                                # (B L, d_model)
         ctx.block, ctx.has_bias = block, (b_in is not None, b_out is not None)
         projected = parts.product(rows, w_in, b_in).view(*x.shape[:2], -1)
-        z, uBC, dt = Mix2.split(projected, block)
-        uBC = parts.conv(uBC, w_conv, b_conv)
-        u, B, C = Mix2.of_heads(uBC, block)
-        delta, a, own = Mix2.steps(dt, dt_bias, A_log, D, B, C, block)
+        z, u, BC, dt = Mix2.split(projected, block)
+        of_u, of_BC = Mix2.convolutions(w_conv, b_conv, block)
+        B, C = Mix2.B_and_C(parts.conv(BC, *of_BC), block)
+        # delta and what the convolution makes of u are not kept: the scan makes them as it goes
+        first = ssd_cpu.Block.of(*Mix2.arrays(A_log, D, dt_bias, *of_u), block.config.dt_limit)
         state = u.new_zeros(len(u), *u.shape[2:], B.shape[3])               # (B, H, P, N)
-        y, kept = ssd_cpu.scanned(u, delta, a, B, C, own, state, True)
+        y, kept = ssd_cpu.scanned(first, u, dt, None, B, C, None, state, True)
         y = y.flatten(2)                                                    # (B, L, D)
         normed = norm_cpu.normed(y, z, w_norm, block.norm.groups, block.norm.eps)
         out = parts.product(normed.flatten(0, 1), w_out, b_out)
-        ctx.save_for_backward(x, projected, uBC, kept, y, normed, w_in, w_conv, b_conv, dt_bias,
+        ctx.save_for_backward(x, projected, B, C, kept, y, normed, w_in, w_conv, b_conv, dt_bias,
                               A_log, D, w_norm, w_out)
         return out.view(*x.shape[:2], -1)
 
@@ -230,59 +231,60 @@ class Mix2(torch.autograd.Function):
     @differentiable_once
     @without_autocast
     def backward(ctx, gout):
-        (x, projected, uBC, kept, y, normed, w_in, w_conv, b_conv, dt_bias, A_log, D, w_norm,
+        (x, projected, B, C, kept, y, normed, w_in, w_conv, b_conv, dt_bias, A_log, D, w_norm,
          w_out) = ctx.saved_tensors
         rows = x.flatten(0, 1)
         parts, block, dtype, needs = OnCPU, ctx.block, rows.dtype, ctx.needs_input_grad
         gout = gout.reshape(len(rows), -1)                                  # (B L, d_model)
         gy, gw_out = parts.product_back(gout, normed.flatten(0, 1), w_out, True, needs[9], dtype)
-        gprojected, guBC = torch.empty_like(projected), torch.empty_like(uBC)
-        (z, u_in, dt), (gz, gu_in, gdt) = (Mix2.split(t, block) for t in (projected, gprojected))
-        (u, B, C), (gu, gB, gC) = (Mix2.of_heads(t, block) for t in (uBC, guBC))
+        gprojected = torch.empty_like(projected)        # written part by part below
+        (z, u, BC_in, dt), (gz, gu, gBC_in, gdt) = (Mix2.split(t, block)
+                                                    for t in (projected, gprojected))
         gy, gw_norm = norm_cpu.gradients(gy.view(y.shape), y, z, w_norm, block.norm.groups,
                                          block.norm.eps, gz)
-        with torch.enable_grad():       # once more, for autograd: they are few beside the rest
-            leaves = [t.detach().requires_grad_() for t in (dt, dt_bias, A_log, D, B, C)]
-            steps = Mix2.steps(*leaves, block)
-        delta, a, own = (t.detach() for t in steps)
-        gstate = u.new_zeros(len(u), *u.shape[2:], B.shape[3])
-        gsteps = ssd_cpu.gradients(gy.view(u.shape), gstate, kept, u, delta, a, B, C, own, gu, gB,
-                                   gC)
-        of_dt, gdt_bias, gA_log, gD, of_B, of_C = torch.autograd.grad(steps, leaves, gsteps)
-        for g, more in ((gB, of_B), (gC, of_C)):
-            g.add_(more)
-        gdt.copy_(of_dt)
-        gw_conv, gb_conv = parts.conv_back(guBC, u_in, w_conv, b_conv, gu_in)
+        of_u, of_BC = Mix2.convolutions(w_conv, b_conv, block)
+        arrays = Mix2.arrays(A_log, D, dt_bias, *of_u)
+        grads = [t.new_zeros(len(x), *t.shape) for t in arrays]
+        first = ssd_cpu.Block.of(*arrays, block.config.dt_limit, grads)
+        gBC, gstate = torch.empty(BC_in.shape, dtype=dtype), u.new_zeros(kept.shape[1:])
+        ssd_cpu.gradients(gy.view(u.shape), gstate, kept, first, u, dt, None, B, C, None, gu, gdt,
+                          None, *Mix2.B_and_C(gBC, block), None)
+        gA, gD, gdt_bias, gtaps, gbias = (g.sum(0) for g in grads)
+        gw_BC, gb_BC = parts.conv_back(gBC, BC_in, *of_BC, gBC_in)
+        gw_conv = torch.cat([gtaps.t()[:, None], gw_BC])                    # (D + 2 G N, 1, d_conv)
+        gb_conv = None if b_conv is None else torch.cat([gbias, gb_BC])
         gprojected = gprojected.flatten(0, 1)
         gx, gw_in = parts.product_back(gprojected, rows, w_in, needs[0], needs[1], dtype)
         gb_in, gb_out = (g.sum(0) if has else None
                          for g, has in zip((gprojected, gout), ctx.has_bias))
         gx = None if gx is None else gx.view(*y.shape[:2], -1)
-        return (gx, gw_in, gb_in, gw_conv, gb_conv, gdt_bias, gA_log, gD, gw_norm, gw_out, gb_out,
-                None)
+        return (gx, gw_in, gb_in, gw_conv, gb_conv, gdt_bias, gA * arrays[0], gD, gw_norm, gw_out,
+                gb_out, None)
 
     @staticmethod
     def split(t, block):
-        """z (B, L, D), u with B and C (B, L, D + 2 G N), dt (B, L, H), of what in_proj gives."""
+        """z (B, L, D), u (B, L, H, P), B with C (B, L, 2 G N), dt (B, L, H), of what in_proj
+        gives."""
         c = block.config
-        return t.split((c.d_inner, c.d_inner + 2 * c.ngroups * c.d_state, c.nheads), dim=-1)
+        z, u, BC, dt = t.split((c.d_inner, c.d_inner, 2 * c.ngroups * c.d_state, c.nheads), dim=-1)
+        return z, u.unflatten(-1, (c.nheads, -1)), BC, dt
 
     @staticmethod
-    def of_heads(uBC, block):
-        """u (B, L, H, P), and B and C (B, L, G, N)."""
-        c = block.config
-        u, B, C = uBC.split((c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state), dim=-1)
-        return (u.unflatten(-1, (c.nheads, -1)), B.unflatten(-1, (c.ngroups, -1)),
-                C.unflatten(-1, (c.ngroups, -1)))
+    def B_and_C(BC, block):
+        """(B, L, G, N) each."""
+        return (t.unflatten(-1, (block.config.ngroups, -1)) for t in BC.chunk(2, dim=-1))
 
     @staticmethod
-    def steps(dt, dt_bias, A_log, D, B, C, block):
-        """delta, a = delta A, and own, what u_t counts for y_t, (B, L, H) each: as in ssd of
-        mamba2.py."""
-        c = block.config
-        delta = F.softplus(dt + dt_bias).clamp(*c.dt_limit)
-        own = (B * C).sum(-1).repeat_interleave(c.nheads // c.ngroups, dim=2) * delta + D
-        return delta, delta * -torch.exp(A_log), own
+    def convolutions(weight, bias, block):
+        """Weight and bias, or None, of that of u, and of that of B with C."""
+        D = block.config.d_inner
+        return zip((weight[:D], weight[D:]), (None, None) if bias is None else (bias[:D], bias[D:]))
+
+    @staticmethod
+    def arrays(A_log, D, dt_bias, weight, bias):
+        """Those of ssd_cpu.Block."""
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        return -torch.exp(A_log), D, dt_bias, weight[:, 0].t(), bias
 
 
 class OnGPU:

@@ -42,7 +42,7 @@ def compiled(name):
     command = [*compiler.split(), *FLAGS, *flags, f"-DW={width}", str(source)]
     try:
         made_of = repr((command, platform.machine(), platform.libc_ver())).encode()
-        for file in (source, source.with_name("vectors.h")):
+        for file in (source, *sorted(source.parent.glob("*.h"))):
             made_of += file.read_bytes()
         path = folder() / f"{name}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
         if not path.exists():
@@ -124,12 +124,14 @@ def rows_of(x):
 
 
 def call(function, *arguments):
-    """Calls a C++ function with tensors, of which it gets the addresses, None, and numbers; first
-    of all comes the number of threads."""
+    """Calls a C++ function with tensors and structures, of which it gets the addresses, None, and
+    numbers; first of all comes the number of threads."""
     function(ctypes.c_int(torch.get_num_threads()), *map(as_c, arguments))
 
 
 def as_c(argument):
     if argument is None or isinstance(argument, torch.Tensor):
         return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    if isinstance(argument, ctypes.Structure):
+        return ctypes.byref(argument)
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_long(argument)

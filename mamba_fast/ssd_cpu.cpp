@@ -18,7 +18,7 @@
 #include <algorithm>
 #include <new>
 #include <utility>
-#include "vectors.h"
+#include "conv.h"
 
 constexpr int T = 16;                   // steps of a chunk
 constexpr int KEPT = 4;                 // chunks from one kept state to the next
@@ -228,7 +228,7 @@ static float dot(long n, const float *a, const float *b)
 
 struct Sizes {
     long batch, length, heads, P, groups, N;
-    long u_row, BC_row;     // from one step to the next in u, and in B and C
+    long u_row, BC_row, delta_row;      // from one step to the next in u, in B and C, in delta
     long per_group() const { return heads / groups; }
     long runs() const { return (per_group() + HEADS - 1) / HEADS; }     // tasks of a group
     long tasks() const { return batch * groups * runs(); }
@@ -242,8 +242,26 @@ struct Sizes {
     }
 };
 
+// Of a block of Mamba-2, what is done before the scan, where that is to be done here, too. Then u is
+// what the convolution reads, delta has no bias yet and is before softplus, and a = delta A and
+// own = D + delta (C . B) are made here. And the gradients, of each sequence by itself.
+struct Block {
+    const float *A, *D, *dt_bias;               // (heads,)
+    const float *taps, *bias;                   // of the convolution, (K, heads P), (heads P,)
+    float *gA, *gD, *gdt_bias, *gtaps, *gbias;  // (batch, ...), which have to be zeros
+    long K;
+    float least, most;                          // delta lies between
+};
+
 struct Inputs {
     const float *u, *delta, *a, *B, *C, *own;
+    const Block *block;                         // or null
+    Channels channels(const Sizes &n, long b, long head) const
+    {
+        const Channels all = {n.u_row, n.heads * n.P, u + b * n.length * n.u_row, block->taps,
+                              block->bias, nullptr};
+        return all.from(head * n.P);
+    }
 };
 
 // An array that starts with a cache line, so that no vector of it lies across two of them.
@@ -269,7 +287,7 @@ struct Task {
 // A chunk of a task: what its heads share.
 struct Chunk {
     const Sizes &n;
-    long row;                               // of its first step in (batch, length)
+    long b, first, row;                     // of its first step, and that in (batch, length)
     int steps;                              // fewer than T at the end
     Floats B, C, B_t, C_t, scores;          // scores (T, T): C_t . B_s
 
@@ -278,8 +296,8 @@ struct Chunk {
 
     void read(const Inputs &in, const Task &task, long number)
     {
-        steps = std::min<long>(T, n.length - number * T);
-        row = task.b * n.length + number * T;
+        b = task.b, first = number * T, row = b * n.length + first;
+        steps = std::min<long>(T, n.length - first);
         long at = row * n.BC_row + task.group * n.N;
         copy_in(steps, n.N, in.B + at, n.BC_row, B);
         copy_in(steps, n.N, in.C + at, n.BC_row, C);
@@ -292,24 +310,56 @@ struct Chunk {
 // A head of a chunk. In steps behind the end everything is 0, and they change nothing.
 struct Head {
     const Sizes &n;
-    Floats u, delta, own, since, until, between, S, B_until;
+    Floats u, delta, slope, own, since, until, between, S, B_until;
 
     Head(const Sizes &n)
-        : n(n), u(T * n.P), delta(T), own(T), since(T), until(T), between(T * T), S(T * T),
-          B_until(T * n.N) {}
+        : n(n), u(T * n.P), delta(T), slope(T), own(T), since(T), until(T), between(T * T),
+          S(T * T), B_until(T * n.N) {}
 
     void read(const Inputs &in, const Chunk &chunk, long head)
     {
         long at = chunk.row * n.heads + head;
-        copy_in(chunk.steps, n.P, in.u + chunk.row * n.u_row + head * n.P, n.u_row, u);
-        copy_in(chunk.steps, in.delta + at, n.heads, delta);
-        copy_in(chunk.steps, in.own + at, n.heads, own);
         alignas(64) float a[T];
-        copy_in(chunk.steps, in.a + at, n.heads, a);
+        copy_in(chunk.steps, in.delta + chunk.row * n.delta_row + head, n.delta_row, delta);
+        if (in.block) {
+            convolve(in, chunk, head);
+            open(*in.block, chunk, head, a);
+        } else {
+            copy_in(chunk.steps, n.P, in.u + chunk.row * n.u_row + head * n.P, n.u_row, u);
+            copy_in(chunk.steps, in.own + at, n.heads, own);
+            copy_in(chunk.steps, in.a + at, n.heads, a);
+        }
         decays(a);
         for (int i = 0; i < T * T; i += W)
             store(S + i, load(chunk.scores + i) * load(between + i) * load(delta + i % T));
         for (int t = 0; t < T; t++) S[t * T + t] = own[t];
+    }
+
+    void convolve(const Inputs &in, const Chunk &chunk, long head)
+    {
+        long K = in.block->K;
+        auto steps = K == 4 ? forward_steps<4> : K == 3 ? forward_steps<3> : forward_steps<2>;
+        const Channels of = in.channels(n, chunk.b, head);
+        for (long p = 0; p < n.P; p += W)
+            steps(chunk.first, chunk.first + chunk.steps, of.from(p), u + p, n.P);
+        memset(u + chunk.steps * n.P, 0, 4 * n.P * (T - chunk.steps));
+    }
+
+    // delta, a and own, and the slope of delta
+    void open(const Block &block, const Chunk &chunk, long head, float *a)
+    {
+        for (int v = 0; v < T; v += W) {
+            vec x = load(delta + v) + block.dt_bias[head], wide = softplus(x);
+            vec least = vec{} + block.least, most = vec{} + block.most;
+            auto there = numbers(v, LANES) < chunk.steps;
+            store(slope + v, only(there & (wide >= least) & (wide <= most), sigmoid(x)));
+            wide = wide < least ? least : wide;
+            wide = only(there, wide > most ? most : wide);
+            store(delta + v, wide);
+            store(a + v, wide * block.A[head]);
+        }
+        for (int t = 0; t < T; t++)
+            own[t] = block.D[head] + delta[t] * chunk.scores[t * T + t];
     }
 
     // since, until and between
@@ -381,7 +431,7 @@ struct Forward {
 
 struct Outputs {
     float *u, *delta, *a, *B, *C, *own;     // gradients of the inputs
-    long u_row;
+    long u_row, delta_row;
 };
 
 // A chunk, and what the heads add up for it: gradients of B, C and scores.
@@ -418,10 +468,11 @@ struct Backward {
     Head heads[KEPT] = {n, n, n, n};        // of one head, in each of the chunks
     Floats states;                          // (KEPT - 1, P, N), before all of them but the first
     Floats gC, gy, u_t, read_t, gu, gS, gbetween;
+    Floats gsilu;                           // (KEPT T, P), of what the convolution gave
 
     explicit Backward(const Sizes &n)
         : n(n), states((KEPT - 1) * n.size()), gC(T * n.N), gy(T * n.P), u_t(T * n.P),
-          read_t(T * n.P), gu(T * n.P), gS(T * T), gbetween(T * T) {}
+          read_t(T * n.P), gu(T * n.P), gS(T * T), gbetween(T * T), gsilu(KEPT * T * n.P) {}
 
     // What goes through S: gdelta, gscores += and gbetween; and gu, but for what is added in step.
     // gS_ts is gy_t . u_s.
@@ -502,9 +553,50 @@ struct Backward {
         for (int r = T - 1; r >= 0; r--) ga[r] += sum += gsince[r];
     }
 
+    // What goes through the block's delta, a and own: gdelta, that of what is before softplus, and
+    // gscores.
+    void through_open(const Block &block, ChunkBackward &chunk, const Head &head, const float *ga,
+                      const float *gown, float *gdelta, long i)
+    {
+        float gA = 0, gD = 0, gbias = 0;
+        for (int t = 0; t < T; t++) {
+            gdelta[t] += ga[t] * block.A[i] + gown[t] * chunk.scores[t * T + t];
+            gdelta[t] *= head.slope[t];
+            chunk.gscores[t * T + t] += gown[t] * head.delta[t];
+            gA += ga[t] * head.delta[t], gD += gown[t], gbias += gdelta[t];
+        }
+        long at = chunk.b * n.heads + i;
+        block.gA[at] += gA, block.gD[at] += gD, block.gdt_bias[at] += gbias;
+    }
+
+    // What goes through the convolution of stretch k. The last steps of a stretch are read by the
+    // next one, too, which has written what they get from it.
+    void through_conv(const Inputs &in, const Task &task, long k, long i, const Outputs &out)
+    {
+        const Block &block = *in.block;
+        long first = k * KEPT * T, end = std::min(first + KEPT * T, n.length), K = block.K;
+        auto steps = K == 4 ? backward_steps<4> : K == 3 ? backward_steps<3> : backward_steps<2>;
+        const Channels of = in.channels(n, task.b, i);
+        for (long p = 0; p < n.P; p += W) {
+            Sums sums = {};
+            float *gx = out.u + task.b * n.length * out.u_row + i * n.P + p;
+            steps(first, end, of.from(p), gsilu + p, n.P, gx, out.u_row, nullptr, sums);
+            for (long j = std::max(0L, K - 1 - end); j < K - 1; j++) {
+                float *at = gx + (end - (K - 1) + j) * out.u_row;
+                store(at, end == n.length ? sums.gseen[j] : load(at) + sums.gseen[j]);
+            }
+            float *gbias = block.gbias + task.b * of.D + i * n.P + p;
+            store(gbias, load(gbias) + sums.gbias);
+            for (long j = 0; j < K; j++) {
+                float *gtap = block.gtaps + (task.b * K + j) * of.D + i * n.P + p;
+                store(gtap, load(gtap) + sums.gtaps[j]);
+            }
+        }
+    }
+
     // A chunk of head i. g: the gradient of the state after it, and then of h, that before it.
     void step(ChunkBackward &chunk, const Head &head, const float *h, float *g, const Outputs &out,
-              long i)
+              const Block *block, long i)
     {
         long at = chunk.row * n.heads + i;
         alignas(64) float gdelta[T], ga[T], gown[T], guntil[T], gsince[T], scale[T];
@@ -514,11 +606,17 @@ struct Backward {
         through_until(chunk, head, g, gdelta, guntil, scale);
         through_since(chunk, head, h, g, gsince);
         decays(gsince, guntil, ga);
-        add_out(chunk.steps, n.P, gu, read_t, scale, out.u + chunk.row * out.u_row + i * n.P,
-                out.u_row);
-        copy_out(chunk.steps, gdelta, out.delta + at, n.heads);
-        copy_out(chunk.steps, ga, out.a + at, n.heads);
-        copy_out(chunk.steps, gown, out.own + at, n.heads);
+        if (block) {
+            through_open(*block, chunk, head, ga, gown, gdelta, i);
+            add_out(chunk.steps, n.P, gu, read_t, scale, gsilu + chunk.first % (KEPT * T) * n.P,
+                    n.P);
+        } else {
+            add_out(chunk.steps, n.P, gu, read_t, scale, out.u + chunk.row * out.u_row + i * n.P,
+                    out.u_row);
+            copy_out(chunk.steps, ga, out.a + at, n.heads);
+            copy_out(chunk.steps, gown, out.own + at, n.heads);
+        }
+        copy_out(chunk.steps, gdelta, out.delta + chunk.row * out.delta_row + i, out.delta_row);
     }
 
     // h: the state of head i before each of the chunks, from that before the first, and heads
@@ -545,8 +643,10 @@ struct Backward {
                 for (int c = count - 1; c >= 0; c--) {
                     long at = chunks[c].row * n.heads + i;
                     copy_in(chunks[c].steps, n.P, gy_in + at * n.P, n.heads * n.P, gy);
-                    step(chunks[c], heads[c], h[c], gstate + n.state_at(0, task.b, i), out, i);
+                    step(chunks[c], heads[c], h[c], gstate + n.state_at(0, task.b, i), out,
+                         in.block, i);
                 }
+                if (in.block) through_conv(in, task, k, i, out);
             }
             for (int c = 0; c < count; c++) chunks[c].write(task, out);
         }
@@ -558,15 +658,16 @@ struct Backward {
 extern "C" {
 
 // u, y (batch, length, heads, P); delta, a, own (batch, length, heads); B, C (batch, length, groups,
-// N); the steps of u are u_row numbers apart, those of B and C BC_row; state (batch, heads, P, N),
-// which becomes the last one; kept (stretches, batch, heads, P, N), the states before every KEPT
-// chunks, or null.
-void forward(int threads, long batch, long length, long heads, long P, long groups, long N,
-             long u_row, long BC_row, const float *u, const float *delta, const float *a,
-             const float *B, const float *C, const float *own, float *state, float *y, float *kept)
+// N); the steps of u are u_row numbers apart, those of B and C BC_row, those of delta delta_row;
+// state (batch, heads, P, N), which becomes the last one; kept (stretches, batch, heads, P, N), the
+// states before every KEPT chunks, or null. With a block, a and own are null.
+void forward(int threads, const Block *block, long batch, long length, long heads, long P,
+             long groups, long N, long u_row, long BC_row, long delta_row, const float *u,
+             const float *delta, const float *a, const float *B, const float *C, const float *own,
+             float *state, float *y, float *kept)
 {
-    const Sizes n = {batch, length, heads, P, groups, N, u_row, BC_row};
-    const Inputs in = {u, delta, a, B, C, own};
+    const Sizes n = {batch, length, heads, P, groups, N, u_row, BC_row, delta_row};
+    const Inputs in = {u, delta, a, B, C, own, block};
     #pragma omp parallel num_threads(threads)
     {
         NoTinyNumbers here;
@@ -578,16 +679,17 @@ void forward(int threads, long batch, long length, long heads, long P, long grou
 }
 
 // gstate: that of the last state, becomes that of the first. gB, gC: (runs, batch, length, groups,
-// N), to be summed, where runs is the number of tasks of a group, per_group / HEADS rounded up.
-void backward(int threads, long batch, long length, long heads, long P, long groups, long N,
-              long u_row, long BC_row, const float *u, const float *delta, const float *a,
-              const float *B, const float *C, const float *own, const float *kept, const float *gy,
-              float *gstate, long gu_row, float *gu, float *gdelta, float *ga, float *gB, float *gC,
-              float *gown)
+// N), to be summed, where runs is the number of tasks of a group, per_group / HEADS rounded up. With
+// a block, ga and gown are null.
+void backward(int threads, const Block *block, long batch, long length, long heads, long P,
+              long groups, long N, long u_row, long BC_row, long delta_row, const float *u,
+              const float *delta, const float *a, const float *B, const float *C, const float *own,
+              const float *kept, const float *gy, float *gstate, long gu_row, long gdelta_row,
+              float *gu, float *gdelta, float *ga, float *gB, float *gC, float *gown)
 {
-    const Sizes n = {batch, length, heads, P, groups, N, u_row, BC_row};
-    const Inputs in = {u, delta, a, B, C, own};
-    const Outputs out = {gu, gdelta, ga, gB, gC, gown, gu_row};
+    const Sizes n = {batch, length, heads, P, groups, N, u_row, BC_row, delta_row};
+    const Inputs in = {u, delta, a, B, C, own, block};
+    const Outputs out = {gu, gdelta, ga, gB, gC, gown, gu_row, gdelta_row};
     #pragma omp parallel num_threads(threads)
     {
         NoTinyNumbers here;

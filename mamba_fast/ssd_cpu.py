@@ -1,6 +1,7 @@
 """The scan of Mamba-2 and 3 on a CPU by ssd_cpu.cpp, for numbers in float32."""
 from __future__ import annotations
 
+import ctypes
 import math
 
 import torch
@@ -25,13 +26,31 @@ def ssd(u, delta, a, B, C, state, own):
     return (operator if compiling else NativeSSD.apply)(*inputs, keep)
 
 
+class Block(ctypes.Structure):
+    """What a block of Mamba-2 has for C++ to do before the scan, too; said in ssd_cpu.cpp."""
+
+    arrays = ("A", "D", "dt_bias", "taps", "bias")      # (H,), and those of the convolution of u
+    _fields_ = (*((name, ctypes.c_void_p) for name in arrays),
+                *((f"g{name}", ctypes.c_void_p) for name in arrays),
+                ("K", ctypes.c_long), ("least", ctypes.c_float), ("most", ctypes.c_float))
+
+    @classmethod
+    def of(cls, A, D, dt_bias, taps, bias, limits, grads=()):
+        """limits: of delta.  grads: in the order of arrays, those of each sequence, zeros."""
+        given = [t.contiguous() for t in (A, D, dt_bias, taps, bias)]
+        block = cls(*(t.data_ptr() for t in (*given, *grads)), K=len(taps), least=limits[0],
+                    most=limits[1])
+        block.kept = given, grads       # they have to live as long
+        return block
+
+
 class NativeSSD(torch.autograd.Function):
     saved = "u", "delta", "a", "B", "C", "own"
 
     @staticmethod
     def forward(ctx, u, delta, a, B, C, own, state, keep):
         last = state.clone(memory_format=torch.contiguous_format)
-        y, kept = scanned(u, delta, a, B, C, own, last, keep)
+        y, kept = scanned(None, u, delta, a, B, C, own, last, keep)
         ctx.save_for_backward(kept, u, delta, a, B, C, own)
         return y, last
 
@@ -42,38 +61,41 @@ class NativeSSD(torch.autograd.Function):
         cpp.check_kept(kept)
         gstate = glast.clone(memory_format=torch.contiguous_format)
         gu, gB, gC = (t.new_empty(t.shape) for t in (inputs[0], inputs[3], inputs[4]))
-        gdelta, ga, gown = gradients(gy.contiguous(), gstate, kept, *inputs, gu, gB, gC)
+        gdelta, ga, gown = (t.new_empty(t.shape) for t in (inputs[1], inputs[2], inputs[5]))
+        gradients(gy.contiguous(), gstate, kept, None, *inputs, gu, gdelta, ga, gB, gC, gown)
         return gu, gdelta, ga, gB, gC, gown, gstate, None
 
 
-def scanned(u, delta, a, B, C, own, state, keep):
-    """y, and with keep what backward needs. state becomes the last one."""
+def scanned(block, u, delta, a, B, C, own, state, keep):
+    """y, and with keep what backward needs. state becomes the last one. block: None, or a Block,
+    with which a and own are None."""
     kept = state.new_empty(math.ceil(u.shape[1] / STEPS) if keep else 0, *state.shape)
     y = u.new_empty(u.shape)
-    cpp.call(cpp.compiled(NAME).forward, *given(u, delta, a, B, C, own), state, y,
+    cpp.call(cpp.compiled(NAME).forward, *given(block, u, delta, a, B, C, own), state, y,
              kept if keep else None)
     return y, kept
 
 
-def gradients(gy, gstate, kept, u, delta, a, B, C, own, gu, gB, gC):
-    """gdelta, ga, gown. gstate, that of the last state, becomes that of the first. gu, gB, gC:
-    where to write these; their steps may be apart."""
-    gdelta, ga, gown = (t.new_empty(t.shape) for t in (delta, a, own))
+def gradients(gy, gstate, kept, block, u, delta, a, B, C, own, gu, gdelta, ga, gB, gC, gown):
+    """gu, ...: where to write these; the steps of gu and gdelta may be apart. gstate, that of the
+    last state, becomes that of the first."""
     sums = B.new_empty(2, math.ceil(u.shape[2] // B.shape[2] / HEADS), *B.shape)
-    cpp.call(cpp.compiled(NAME).backward, *given(u, delta, a, B, C, own), kept, gy, gstate,
-             gu.stride(1), gu, gdelta, ga, *sums, gown)
+    cpp.call(cpp.compiled(NAME).backward, *given(block, u, delta, a, B, C, own), kept, gy, gstate,
+             gu.stride(1), gdelta.stride(1), gu, gdelta, ga, *sums, gown)
     for g, sums_g in zip((gB, gC), sums):
         torch.sum(sums_g, 0, out=g)
-    return gdelta, ga, gown
 
 
-def given(u, delta, a, B, C, own):
-    """What both passes read, as C++ takes it: the steps of u, and of B and C, may be apart."""
+def given(block, u, delta, a, B, C, own):
+    """What both passes read, as C++ takes it: the steps of u, of delta, and of B and C, may be
+    apart."""
     u, B, C = (t if has_even_steps(t) else t.contiguous() for t in (u, B, C))
     if B.stride(1) != C.stride(1):
         B, C = B.contiguous(), C.contiguous()
-    delta, a, own = (t.contiguous() for t in (delta, a, own))
-    return *u.shape, *B.shape[2:], u.stride(1), B.stride(1), u, delta, a, B, C, own
+    if block is None:
+        delta, a, own = (t.contiguous() for t in (delta, a, own))
+    return (block, *u.shape, *B.shape[2:], u.stride(1), B.stride(1), delta.stride(1), u, delta, a,
+            B, C, own)
 
 
 def has_even_steps(t):

@@ -1,0 +1,87 @@
+// Some steps of the causal convolution with silu: of conv_cpu.cpp, which says what is computed, and
+// of ssd_cpu.cpp.
+#pragma once
+#include "vectors.h"
+
+// W channels of a sequence: x (L, W), its rows x_row numbers apart; taps (K, W), state (K - 1, W),
+// which is zeros if null, their rows D apart; bias (W,).
+struct Channels {
+    long x_row, D;
+    const float *x, *taps, *bias, *state;
+    Channels from(long d) const
+    {
+        return {x_row, D, x + d, taps + d, bias + d, state ? state + d : nullptr};
+    }
+};
+
+// The K - 1 inputs before step t.
+template <int K>
+static inline void see(vec *seen, long t, const Channels &of)
+{
+    EACH for (int k = 0; k < K - 1; k++) {
+        long at = t - (K - 1) + k;
+        if (at >= 0) seen[k] = load(of.x + at * of.x_row);
+        else seen[k] = of.state ? load(of.state + (at + K - 1) * of.D) : vec{};
+    }
+}
+
+template <int K>
+static inline vec convolved(const vec *seen, const vec *taps, vec bias)
+{
+    EACH for (int k = 0; k < K; k++) bias += taps[k] * seen[k];
+    return bias;
+}
+
+// The next step is in place of this one.
+template <int K>
+static inline void go_on(vec *of_steps)
+{
+    EACH for (int k = 0; k < K - 1; k++) of_steps[k] = of_steps[k + 1];
+}
+
+// out: of step t.
+template <int K>
+static void forward_steps(long t, long end, const Channels &of, float *out, long out_row)
+{
+    vec seen[K], taps[K], bias = load(of.bias);
+    EACH for (int k = 0; k < K; k++) taps[k] = load(of.taps + k * of.D);
+    see<K>(seen, t, of);
+    for (; t < end; t++, out += out_row) {
+        seen[K - 1] = load(of.x + t * of.x_row);
+        vec y = convolved<K>(seen, taps, bias);
+        store(out, y * sigmoid(y));
+        go_on<K>(seen);
+    }
+}
+
+// What is added up over the steps: the gradients of taps and bias, and of seen_t, seen_{t+1}, ...
+struct Sums {
+    vec gtaps[4], gbias, gseen[4];
+};
+
+// gout: of step t.  gx: of step 0.  gstate: that of the state, or null.
+template <int K>
+static void backward_steps(long t, long end, const Channels &of, const float *gout, long gout_row,
+                           float *gx, long gx_row, float *gstate, Sums &all)
+{
+    Sums sums = all;
+    vec seen[K], taps[K], bias = load(of.bias);
+    EACH for (int k = 0; k < K; k++) taps[k] = load(of.taps + k * of.D);
+    see<K>(seen, t, of);
+    for (; t < end; t++, gout += gout_row) {
+        seen[K - 1] = load(of.x + t * of.x_row);
+        vec y = convolved<K>(seen, taps, bias), s = sigmoid(y);
+        vec gy = load(gout) * (s * (1.f + y * (1.f - s)));
+        EACH for (int k = 0; k < K; k++) {
+            sums.gtaps[k] += gy * seen[k];
+            sums.gseen[k] += gy * taps[k];
+        }
+        sums.gbias += gy;
+        if (t >= K - 1) store(gx + (t - (K - 1)) * gx_row, sums.gseen[0]);
+        else if (gstate) store(gstate + t * of.D, sums.gseen[0]);
+        go_on<K>(seen);
+        go_on<K>(sums.gseen);
+        sums.gseen[K - 1] = vec{};
+    }
+    all = sums;
+}
