@@ -216,32 +216,36 @@ class Mix2(torch.autograd.Function):
         z, u, BC, dt = Mix2.split(projected, block)
         of_u, of_BC = Mix2.convolutions(w_conv, b_conv, block)
         B, C = Mix2.B_and_C(parts.conv(BC, *of_BC), block)
-        # delta and what the convolution makes of u are not kept: the scan makes them as it goes
+        # delta and what the convolution makes of u are not kept: the scan makes them as it goes. Nor
+        # is what out_proj reads: memory takes longer than to compute it again.
         first = ssd_cpu.Block.of(*Mix2.arrays(A_log, D, dt_bias, *of_u), block.config.dt_limit)
         state = u.new_zeros(len(u), *u.shape[2:], B.shape[3])               # (B, H, P, N)
         y, kept = ssd_cpu.scanned(first, u, dt, None, B, C, None, state, True)
         y = y.flatten(2)                                                    # (B, L, D)
         normed = norm_cpu.normed(y, z, w_norm, block.norm.groups, block.norm.eps)
         out = parts.product(normed.flatten(0, 1), w_out, b_out)
-        ctx.save_for_backward(x, projected, B, C, kept, y, normed, w_in, w_conv, b_conv, dt_bias,
-                              A_log, D, w_norm, w_out)
+        ctx.save_for_backward(x, projected, B, C, kept, y, w_in, w_conv, b_conv, dt_bias, A_log, D,
+                              w_norm, w_out)
         return out.view(*x.shape[:2], -1)
 
     @staticmethod
     @differentiable_once
     @without_autocast
     def backward(ctx, gout):
-        (x, projected, B, C, kept, y, normed, w_in, w_conv, b_conv, dt_bias, A_log, D, w_norm,
+        (x, projected, B, C, kept, y, w_in, w_conv, b_conv, dt_bias, A_log, D, w_norm,
          w_out) = ctx.saved_tensors
         rows = x.flatten(0, 1)
         parts, block, dtype, needs = OnCPU, ctx.block, rows.dtype, ctx.needs_input_grad
         gout = gout.reshape(len(rows), -1)                                  # (B L, d_model)
-        gy, gw_out = parts.product_back(gout, normed.flatten(0, 1), w_out, True, needs[9], dtype)
+        y_rows = y.flatten(0, 1)
+        gnormed, _ = parts.product_back(gout, y_rows, w_out, True, False, dtype)
         gprojected = torch.empty_like(projected)        # written part by part below
         (z, u, BC_in, dt), (gz, gu, gBC_in, gdt) = (Mix2.split(t, block)
                                                     for t in (projected, gprojected))
-        gy, gw_norm = norm_cpu.gradients(gy.view(y.shape), y, z, w_norm, block.norm.groups,
-                                         block.norm.eps, gz)
+        normed = torch.empty_like(y_rows)
+        gy, gw_norm = norm_cpu.gradients(gnormed.view(y.shape), y, z, w_norm, block.norm.groups,
+                                         block.norm.eps, gz, normed)
+        _, gw_out = parts.product_back(gout, normed, w_out, False, needs[9], dtype)
         of_u, of_BC = Mix2.convolutions(w_conv, b_conv, block)
         arrays = Mix2.arrays(A_log, D, dt_bias, *of_u)
         grads = [t.new_zeros(len(x), *t.shape) for t in arrays]

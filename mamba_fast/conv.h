@@ -3,6 +3,8 @@
 #pragma once
 #include "vectors.h"
 
+constexpr long AHEAD = 16;      // rows: CPUs do not guess that memory so far apart comes next
+
 // W channels of a sequence: x (L, W), its rows x_row numbers apart; taps (K, W), state (K - 1, W),
 // which is zeros if null, their rows D apart; bias (W,).
 struct Channels {
@@ -48,6 +50,7 @@ static void forward_steps(long t, long end, const Channels &of, float *out, long
     see<K>(seen, t, of);
     for (; t < end; t++, out += out_row) {
         seen[K - 1] = load(of.x + t * of.x_row);
+        __builtin_prefetch(of.x + (t + AHEAD) * of.x_row);
         vec y = convolved<K>(seen, taps, bias);
         store(out, y * sigmoid(y));
         go_on<K>(seen);
@@ -70,6 +73,8 @@ static void backward_steps(long t, long end, const Channels &of, const float *go
     see<K>(seen, t, of);
     for (; t < end; t++, gout += gout_row) {
         seen[K - 1] = load(of.x + t * of.x_row);
+        __builtin_prefetch(of.x + (t + AHEAD) * of.x_row);
+        __builtin_prefetch(gx + (t + AHEAD) * gx_row, 1);       // 1: to be written
         vec y = convolved<K>(seen, taps, bias), s = sigmoid(y);
         vec gy = load(gout) * (s * (1.f + y * (1.f - s)));
         EACH for (int k = 0; k < K; k++) {

@@ -47,10 +47,11 @@ void forward(int threads, long rows, long groups, long D, long z_row, const floa
     }
 }
 
-// gweight (tasks, groups * D), which has to be zeros, is still to be summed over the tasks.
+// gweight (tasks, groups * D), which has to be zeros, is still to be summed over the tasks. out: null,
+// or where to write what forward gave.
 void backward(int threads, long rows, long groups, long D, long z_row, const float *y,
               const float *z, const float *weight, float eps, const float *gout, float *gy,
-              long gz_row, float *gz, float *gweight)
+              long gz_row, float *gz, float *gweight, float *out)
 {
     #pragma omp parallel for num_threads(threads)
     for (long task = 0; task < (rows + ROWS - 1) / ROWS; task++) {
@@ -61,21 +62,25 @@ void backward(int threads, long rows, long groups, long D, long z_row, const flo
                 const float *z_d = z ? z + row * z_row + first : nullptr;
                 const float *weight_d = weight + first;
                 float *gweight_d = gweight + task * groups * D + first;
+                float *gy_d = gy + at, *gz_d = z ? gz + row * gz_row + first : nullptr;
                 vec squares = {}, along = {};       // along: gout weight . gated
                 for (long d = 0; d < D; d += W) {
-                    vec gated = load(y + at + d) * gate(z_d, d).open;
+                    Gate g = gate(z_d, d);
+                    if (z) store(gy_d + d, g.open), store(gz_d + d, g.slope);   // until below
+                    vec gated = load(y + at + d) * g.open;
                     squares += gated * gated;
                     along += load(gout + at + d) * load(weight_d + d) * gated;
                 }
                 float size = 1 / std::sqrt(sum(squares) / D + eps);
                 float less = sum(along) * size * size / D;
                 for (long d = 0; d < D; d += W) {
-                    Gate g = gate(z_d, d);
-                    vec y_v = load(y + at + d), gated = y_v * g.open, gout_v = load(gout + at + d);
+                    vec open = z ? load(gy_d + d) : vec{} + 1.f;
+                    vec y_v = load(y + at + d), gated = y_v * open, gout_v = load(gout + at + d);
                     vec ggated = size * (gout_v * load(weight_d + d) - less * gated);
                     store(gweight_d + d, load(gweight_d + d) + gout_v * gated * size);
-                    store(gy + at + d, ggated * g.open);
-                    if (z) store(gz + row * gz_row + first + d, ggated * y_v * g.slope);
+                    if (out) store(out + at + d, gated * size * load(weight_d + d));
+                    store(gy_d + d, ggated * open);
+                    if (z) store(gz_d + d, ggated * y_v * load(gz_d + d));
                 }
             }
     }

@@ -41,7 +41,7 @@ class NativeNorm(torch.autograd.Function):
     def backward(ctx, gout):
         _, y, z, weight = ctx.saved_tensors
         gz = None if z is None else y.new_empty(y.shape)
-        gy, gweight = gradients(gout.contiguous(), y, z, weight, ctx.groups, ctx.eps, gz)
+        gy, gweight = gradients(gout.contiguous(), y, z, weight, ctx.groups, ctx.eps, gz, None)
         return gy, gz, gweight, None, None
 
 
@@ -80,12 +80,13 @@ def normed(y, z, weight, groups, eps):
     return out
 
 
-def gradients(gout, y, z, weight, groups, eps, gz):
-    """gy and gweight. gz: where to write that of z, if there is one; its rows may be apart."""
+def gradients(gout, y, z, weight, groups, eps, gz, out):
+    """gy and gweight. gz: where to write that of z, if there is one; its rows may be apart. out:
+    None, or where to write what normed gave."""
     rows, gy = y.numel() // y.shape[-1], y.new_empty(y.shape)
     gweight = y.new_zeros((rows + ROWS - 1) // ROWS, y.shape[-1])
     cpp.call(cpp.compiled(NAME).backward, *given(y, z, weight, groups, eps), gout, gy,
-             0 if gz is None else gz.stride(1), gz, gweight)
+             0 if gz is None else gz.stride(1), gz, gweight, out)
     return gy, gweight.sum(0)
 
 
