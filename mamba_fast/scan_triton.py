@@ -870,7 +870,8 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
 
 def _setup(ctx, inputs, output):
     u, delta, A, B, C, D, z, delta_bias, state, ctx.softplus, _keep = inputs
-    ctx.B_dtype, ctx.C_dtype, ctx.has_state, ctx.N = B.dtype, C.dtype, state is not None, A.shape[1]
+    ctx.has_state, ctx.N = state is not None, A.shape[1]
+    ctx.BC_dtype = B.dtype if B.dtype == C.dtype else torch.float32     # autograd makes gradients of the types of the inputs
     ctx.save_for_backward(output[2], u, delta, D, z, delta_bias)
     ctx.set_materialize_grads(False)
 
@@ -879,10 +880,9 @@ def _gradients_of(back, ctx, gy, glast, _gkept=None):
     saved = ctx.saved_tensors       # taken once: a checkpoint computes them for one taking
     _, u, _, D, z, delta_bias = saved
     gy = torch.zeros_like(u) if gy is None else gy
-    BC_dtype = ctx.B_dtype if ctx.B_dtype == ctx.C_dtype else torch.float32
-    gu, gdelta, gz, gB, gC, gA, gDw, gstate = back(gy, glast, *saved, ctx.N, ctx.softplus, ctx.has_state, BC_dtype)
+    gu, gdelta, gz, gB, gC, gA, gDw, gstate = back(gy, glast, *saved, ctx.N, ctx.softplus, ctx.has_state, ctx.BC_dtype)
     gD, gbias = gDw.unbind()
-    return (gu, gdelta, gA, gB.to(ctx.B_dtype), gC.to(ctx.C_dtype), None if D is None else gD, None if z is None else gz,
+    return (gu, gdelta, gA, gB, gC, None if D is None else gD, None if z is None else gz,
             None if delta_bias is None else gbias, gstate.transpose(1, 2) if ctx.has_state else None, None, None)
 
 
