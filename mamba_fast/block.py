@@ -119,7 +119,8 @@ def prepared(block, x, others, shapes, linears, is_plain, plain):
         found, wanted = found + 1, wanted or t.requires_grad
         if name in OF_PRODUCTS:
             dtypes.add(t.dtype)
-    there = [1 for m in (block, *modules.values()) if m for t in m._parameters.values()
+    # another parameter, as an adapter's, may mean another function
+    there = [t for m in (block, *modules.values()) if m for t in m._parameters.values()
              if t is not None]
     if len(there) != found or x.shape[2] != block.config.d_model:
         return None
@@ -150,7 +151,8 @@ class Mix(torch.autograd.Function):
         D_inner, N = A_log.shape
         ctx.parts, ctx.weight_dtype = parts, w_in.dtype
         w_in, b_in, w_x, w_dt, w_out, b_out = all_to(dtype, w_in, b_in, w_x, w_dt, w_out, b_out)
-        x = x.to(dtype)     # x itself, if it can be: differentiable_once asks what depends on it
+        # x itself if it has this type: differentiable_once asks if what is saved needs gradients
+        x = x.to(dtype)
         xz = parts.product(x, w_in, b_in)                                   # (B, L, 2 D)
         u, z = xz.split_with_sizes((D_inner, D_inner), -1)                  # (B, L, D) each
         u = parts.conv(u, w_conv, b_conv)

@@ -1072,7 +1072,7 @@ _start_finish_conv = Kernel(_finish_conv)
 
 
 def _version_of_conv(x, *tensors):
-    """For which kernels of this channels, taps, strides, types and addresses are compiled."""
+    """What _conv and _conv_gradients are compiled for: the GPU, channels, taps, strides, types and addresses."""
     of_batch, of_time, _ = x.stride()
     return x.device.index, x.shape[2], tensors[0].shape[2], of_time, *_facts(of_batch), *_kinds(x, *tensors)
 
