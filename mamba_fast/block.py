@@ -18,11 +18,15 @@ from .operators import Context, differentiable_once, is_traced
 
 CASTS = {torch.float32, torch.bfloat16, torch.float16}      # what autocast makes 16 bits of
 OPTIONAL = {"in_proj.bias", "conv1d.bias", "out_proj.bias"}
-# the parameters of the blocks, in the order in which the functions take them
+# the parameters of products, which autocast takes in 16 bits
+OF_PRODUCTS = {"in_proj.weight", "in_proj.bias", "x_proj.weight", "dt_proj.weight",
+               "out_proj.weight", "out_proj.bias"}
+# all parameters of the blocks, in the order in which the functions take them
 OF_MAMBA = ("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias", "x_proj.weight",
             "dt_proj.weight", "dt_proj.bias", "A_log", "D", "out_proj.weight", "out_proj.bias")
 OF_MAMBA2 = ("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log",
              "D", "norm.weight", "out_proj.weight", "out_proj.bias")
+PLACES = {name: name.rpartition(".")[::2] for name in OF_MAMBA + OF_MAMBA2}     # module and key
 
 
 def mix(block, x, others, is_plain, plain):
@@ -90,35 +94,41 @@ def prepared(block, x, others, shapes, linears, is_plain, plain):
     global_hooks = (of_all._global_forward_hooks, of_all._global_forward_pre_hooks,
                     of_all._global_backward_hooks, of_all._global_backward_pre_hooks)
     if (not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_traced()
-            or any(t is not None for t in others) or any(global_hooks)
+            or type(x) is not torch.Tensor or any(t is not None for t in others)
+            or any(global_hooks)
             or plain.get(kind) != (kind.forward, kind.mix) or "mix" in vars(block)):
         return None
     # from where modules keep them, which takes less time than by their names, and finds no stand-in
-    modules = block._modules
+    modules, device, dtype = block._modules, x.device, x.dtype
     if (not all(name in modules and is_plain(modules[name]) for name in linears)
             or type(modules.get("conv1d")) is not nn.Conv1d):
         return None
-    # a bias may have become something else than a parameter
-    if any(getattr(m, "bias", None) is not m._parameters.get("bias")
-           for m in map(modules.get, (*linears, "conv1d"))):
+    for name in (*linears, "conv1d"):   # a bias may have become something else than a parameter
+        m = modules[name]
+        if "bias" in m.__dict__ or "bias" in m._buffers or "bias" in m._modules:
+            return None
+    parameters, dtypes, found, wanted = [], {dtype}, 0, x.requires_grad
+    for name, shape in shapes.items():
+        of, key = PLACES[name]
+        t = (modules[of] if of else block)._parameters.get(key)
+        parameters.append(t)
+        if t is None and name in OPTIONAL:
+            continue
+        if type(t) is not nn.Parameter or t.shape != shape or t.device != device:
+            return None
+        found, wanted = found + 1, wanted or t.requires_grad
+        if name in OF_PRODUCTS:
+            dtypes.add(t.dtype)
+    # another parameter, as an adapter's, may mean another function
+    there = [t for m in (block, *modules.values()) if m for t in m._parameters.values()
+             if t is not None]
+    if len(there) != found or x.shape[2] != block.config.d_model:
         return None
-    there = {**block._parameters, **{f"{name}.{key}": t for name, m in modules.items() if m
-                                     for key, t in m._parameters.items()}}
-    there = {name: t for name, t in there.items() if t is not None}
-    if not shapes.keys() - OPTIONAL <= there.keys() <= shapes.keys() or type(x) is not torch.Tensor:
-        return None
-    if any(type(t) is not nn.Parameter or t.shape != shapes[name] or t.device != x.device
-           for name, t in there.items()) or x.shape[2] != block.config.d_model:
-        return None
-    dtype, cast = x.dtype, torch.is_autocast_enabled(x.device.type)
-    dtypes = {dtype, *(t.dtype for name, t in there.items()
-                       if name.partition(".")[0] in linears and name not in block.exact)}
-    if cast:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    cast = torch.is_autocast_enabled(device.type)
     fit = x.numel() > 0 and (dtypes <= CASTS if cast else len(dtypes) == 1)
-    if not fit or not (x.requires_grad or any(t.requires_grad for t in there.values())):
+    if not fit or not wanted:
         return None
-    return dtype, [there.get(name) for name in shapes]
+    return torch.get_autocast_dtype(device.type) if cast else dtype, parameters
 
 
 def without_autocast(backward):
@@ -138,24 +148,21 @@ class Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_in, b_in, w_conv, b_conv, w_x, w_dt, b_dt, A_log, D, w_out, b_out, dtype,
                 parts):
-        (batch, length, _), rank, weight_dtype = x.shape, w_dt.shape[1], w_in.dtype
+        D_inner, N = A_log.shape
+        ctx.parts, ctx.weight_dtype = parts, w_in.dtype
         w_in, b_in, w_x, w_dt, w_out, b_out = all_to(dtype, w_in, b_in, w_x, w_dt, w_out, b_out)
-        rows = x.to(dtype).flatten(0, 1)                                    # (B L, d_model)
-        xz = parts.product(rows, w_in, b_in)                                # (B L, 2 D)
-        u, z = xz.view(batch, length, -1).chunk(2, dim=-1)                  # (B, L, D) each
+        # x itself if it has this type: differentiable_once asks if what is saved needs gradients
+        x = x.to(dtype)
+        xz = parts.product(x, w_in, b_in)                                   # (B, L, 2 D)
+        u, z = xz.split_with_sizes((D_inner, D_inner), -1)                  # (B, L, D) each
         u = parts.conv(u, w_conv, b_conv)
-        dtBC = parts.product(u.flatten(0, 1), w_x, None)                    # (B L, rank + 2 N)
-        delta = F.linear(dtBC[:, :rank], w_dt).view(u.shape)
-        B, C = Mix.B_and_C(dtBC, u, A_log)
+        dtBC = parts.product(u, w_x, None)                                  # (B, L, rank + 2 N)
+        dt, B, C = dtBC.split_with_sizes((w_dt.shape[1], N, N), -1)
+        delta = F.linear(dt, w_dt)                                          # (B, L, D)
         y, kept = parts.scan(u, delta, A_log, B, C, D, z, b_dt)
-        out = parts.product(y.flatten(0, 1), w_out, b_out)
-        ctx.parts, ctx.weight_dtype = parts, weight_dtype
-        ctx.has_bias = b_in is not None, b_out is not None
-        # x itself if it can be: to differentiate again is an error of what was saved, and a view
-        # that is made here does not know that it comes from x
-        ctx.save_for_backward(x if x.dtype == dtype else rows, xz, u, dtBC, delta, kept, y, w_in,
-                              w_conv, b_conv, w_x, w_dt, b_dt, A_log, D, w_out)
-        return out.view(batch, length, -1)
+        ctx.save_for_backward(x, xz, u, dtBC, delta, kept, y, w_in, w_conv, b_conv, w_x, w_dt,
+                              b_dt, A_log, D, w_out)
+        return parts.product(y, w_out, b_out)
 
     @staticmethod
     @differentiable_once
@@ -163,35 +170,29 @@ class Mix(torch.autograd.Function):
     def backward(ctx, gout):
         (x, xz, u, dtBC, delta, kept, y, w_in, w_conv, b_conv, w_x, w_dt, b_dt, A_log, D,
          w_out) = ctx.saved_tensors
-        rows = x.reshape(-1, x.shape[-1])
-        (needs_x, needs_in, _, _, _, needs_w_x, needs_dt, _, _, _, needs_out, *_) = (
-            ctx.needs_input_grad)
-        (batch, length, _), rank = u.shape, w_dt.shape[1]
-        parts, weight_dtype = ctx.parts, ctx.weight_dtype
-        gout = gout.to(rows.dtype).reshape(len(rows), -1)                   # (B L, d_model)
+        (needs_x, needs_in, needs_b_in, _, _, needs_w_x, needs_dt, _, _, _, needs_out, needs_b_out,
+         *_) = ctx.needs_input_grad
+        parts, weight_dtype, (D_inner, N) = ctx.parts, ctx.weight_dtype, A_log.shape
+        gout = gout.flatten(0, 1)                                           # (B L, d_model)
         gy, gw_out = parts.product_back(gout, y.flatten(0, 1), w_out, True, needs_out, weight_dtype)
-        # written part by part below: gz, gB, gC by the scan, dt's by a product, u's by conv_back
+        # written part by part below: gz, gB, gC by the scan, gdt by a product, gu_in by conv_back
         gxz, gdtBC = torch.empty_like(xz), torch.empty_like(dtBC)
-        (u_in, z), (gu_in, gz) = (t.view(batch, length, -1).chunk(2, dim=-1) for t in (xz, gxz))
-        (B, C), gBC = (Mix.B_and_C(t, u, A_log) for t in (dtBC, gdtBC))
+        halves, thirds = (D_inner, D_inner), (w_dt.shape[1], N, N)
+        (u_in, z), (gu_in, gz) = (t.split_with_sizes(halves, -1) for t in (xz, gxz))
+        (dt, B, C), (gdt, *gBC) = (t.split_with_sizes(thirds, -1) for t in (dtBC, gdtBC))
         gu, gdelta, gA_log, gD, gb_dt = parts.scan_back(gy.view(u.shape), kept, u, delta, A_log, B,
                                                         C, D, z, b_dt, gz, *gBC)
-        gdelta, u_rows = gdelta.flatten(0, 1), u.flatten(0, 1)
-        torch.mm(gdelta, w_dt, out=gdtBC[:, :rank])
-        gw_dt = parts.of_weight(gdelta, dtBC[:, :rank], weight_dtype) if needs_dt else None
-        gw_x = parts.of_weight(gdtBC, u_rows, weight_dtype) if needs_w_x else None
-        gu.view(u_rows.shape).addmm_(gdtBC, w_x)        # u is what x_proj has read, too
+        gdelta, gdtBC, u = (t.flatten(0, 1) for t in (gdelta, gdtBC, u))
+        torch.mm(gdelta, w_dt, out=gdt.flatten(0, 1))
+        gw_dt = parts.of_weight(gdelta, dt.flatten(0, 1), weight_dtype) if needs_dt else None
+        gw_x = parts.of_weight(gdtBC, u, weight_dtype) if needs_w_x else None
+        gu.view(u.shape).addmm_(gdtBC, w_x)             # u is what x_proj has read, too
         gw_conv, gb_conv = parts.conv_back(gu, u_in, w_conv, b_conv, gu_in)
-        gx, gw_in = parts.product_back(gxz, rows, w_in, needs_x, needs_in, weight_dtype)
-        gb_in, gb_out = (g.sum(0) if has else None for g, has in zip((gxz, gout), ctx.has_bias))
-        gx = None if gx is None else gx.view(batch, length, -1)
-        return (gx, gw_in, gb_in, gw_conv, gb_conv, gw_x, gw_dt, gb_dt, gA_log, gD, gw_out,
-                gb_out, None, None)
-
-    @staticmethod
-    def B_and_C(dtBC, u, A_log):
-        """Of what x_proj gives, or of its gradient: (B, L, N) each."""
-        return dtBC.view(*u.shape[:2], -1)[..., -2 * A_log.shape[1]:].chunk(2, dim=-1)
+        gxz = gxz.flatten(0, 1)
+        gx, gw_in = parts.product_back(gxz, x.flatten(0, 1), w_in, needs_x, needs_in, weight_dtype)
+        return (gx.view(x.shape) if needs_x else None, gw_in, gxz.sum(0) if needs_b_in else None,
+                gw_conv, gb_conv, gw_x, gw_dt, gb_dt, gA_log, gD, gw_out,
+                gout.sum(0) if needs_b_out else None, None, None)
 
 
 def all_to(dtype, *tensors):
@@ -210,23 +211,21 @@ class Mix2(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w_in, b_in, w_conv, b_conv, dt_bias, A_log, D, w_norm, w_out, b_out, block):
-        parts, rows = OnCPU, x.flatten(0, 1)                                # (B L, d_model)
-        ctx.block, ctx.has_bias = block, (b_in is not None, b_out is not None)
-        projected = parts.product(rows, w_in, b_in).view(*x.shape[:2], -1)
+        ctx.block, parts = block, OnCPU
+        projected = parts.product(x, w_in, b_in)
         z, u, BC, dt = Mix2.split(projected, block)
         of_u, of_BC = Mix2.convolutions(w_conv, b_conv, block)
         B, C = Mix2.B_and_C(parts.conv(BC, *of_BC), block)
-        # delta and what the convolution makes of u are not kept: the scan makes them as it goes. Nor
-        # is what out_proj reads: memory takes longer than to compute it again.
+        # delta and what the convolution makes of u are not kept: the scan makes them as it goes.
+        # Nor is what out_proj reads: memory takes longer than to compute it again.
         first = ssd_cpu.Block.of(*Mix2.arrays(A_log, D, dt_bias, *of_u), block.config.dt_limit)
         state = u.new_zeros(len(u), *u.shape[2:], B.shape[3])               # (B, H, P, N)
         y, kept = ssd_cpu.scanned(first, u, dt, None, B, C, None, state, True)
         y = y.flatten(2)                                                    # (B, L, D)
         normed = norm_cpu.normed(y, z, w_norm, block.norm.groups, block.norm.eps)
-        out = parts.product(normed.flatten(0, 1), w_out, b_out)
         ctx.save_for_backward(x, projected, B, C, kept, y, w_in, w_conv, b_conv, dt_bias, A_log, D,
                               w_norm, w_out)
-        return out.view(*x.shape[:2], -1)
+        return parts.product(normed, w_out, b_out)
 
     @staticmethod
     @differentiable_once
@@ -259,8 +258,8 @@ class Mix2(torch.autograd.Function):
         gb_conv = None if b_conv is None else torch.cat([gbias, gb_BC])
         gprojected = gprojected.flatten(0, 1)
         gx, gw_in = parts.product_back(gprojected, rows, w_in, needs[0], needs[1], dtype)
-        gb_in, gb_out = (g.sum(0) if has else None
-                         for g, has in zip((gprojected, gout), ctx.has_bias))
+        gb_in, gb_out = (g.sum(0) if n else None
+                         for g, n in zip((gprojected, gout), (needs[2], needs[10])))
         gx = None if gx is None else gx.view(*y.shape[:2], -1)
         return (gx, gw_in, gb_in, gw_conv, gb_conv, gdt_bias, gA * arrays[0], gD, gw_norm, gw_out,
                 gb_out, None)
@@ -365,7 +364,9 @@ class OnCPU:
 
     @staticmethod
     def product(x, weight, bias):
-        return (layers.by_convolution if OnCPU.by_convolution(x) else F.linear)(x, weight, bias)
+        rows = x.flatten(0, 1)
+        product = layers.by_convolution if OnCPU.by_convolution(rows) else F.linear
+        return product(rows, weight, bias).view(*x.shape[:2], -1)
 
     @staticmethod
     def of_weight(gy, x, _dtype):

@@ -91,9 +91,11 @@ def differentiable_once(backward):
     once_differentiable, is silent where only what was saved depends on a parameter."""
     @functools.wraps(backward)
     def run(ctx, *gradients):
+        if not torch.is_grad_enabled():     # not create_graph=True
+            return backward(ctx, *gradients)
         with torch.no_grad():
             results = backward(ctx, *gradients)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():    # not create_graph=True
+        if torch.compiler.is_compiling():
             return results
         inputs = [t for t in (*ctx.saved_tensors, *gradients) if t is not None and t.requires_grad]
         if not inputs:      # what was saved is a result itself: nobody can tell what it depends on

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .operators import differentiable_once
-from .scan_triton import Kernel, _dtypes, _facts, _wants_gradients
+from .scan_triton import Kernel, _facts, _kinds, _wants_gradients
 
 PROGRAMS = 528      # of the backward pass of the norm: 4 for each multiprocessor of an H100
 
@@ -106,8 +106,8 @@ class _GatedNorm(torch.autograd.Function):
         programs = min(PROGRAMS, y.shape[0] * y.shape[1])
         gweight = weight.new_empty(programs, y.shape[-1], dtype=torch.float32)
         with torch.cuda.device_of(y):
-            _start_norm_gradients((programs, ctx.groups, 1), _version(sizes, *tensors), *tensors,
-                                  gy, gz, gweight, *sizes)
+            _start_norm_gradients((programs, ctx.groups, 1), _version(sizes, *tensors),
+                                  (*tensors, gy, gz, gweight), *sizes)
         return gy, gz, gweight.sum(0).to(weight.dtype), None, None
 
 
@@ -118,14 +118,13 @@ def _sizes(y, z, groups, eps):
 
 
 def _version(sizes, *tensors):
-    facts = _facts(sizes[1], *(t.data_ptr() for t in tensors))
-    return tensors[0].device.index, *sizes[2:], *_dtypes(*tensors), *facts
+    return tensors[0].device.index, *sizes[2:], *_facts(sizes[1]), *_kinds(*tensors)
 
 
 def _run_norm(y, z, weight, groups, eps):
     out, sizes = torch.empty_like(y), _sizes(y, z, groups, eps)
     with torch.cuda.device_of(y):
-        _start_norm((sizes[0], 1, 1), _version(sizes, y, z, weight), y, z, weight, out, *sizes)
+        _start_norm((sizes[0], 1, 1), _version(sizes, y, z, weight), (y, z, weight, out), *sizes)
     return out
 
 
@@ -147,8 +146,7 @@ def softmax_gradient(logits, targets, vocab_size):
     """
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     sizes = vocab_size, logits.shape[1], 4096
-    version = (logits.device.index, *sizes, *_dtypes(logits, targets),
-               *_facts(logits.data_ptr(), targets.data_ptr()))
+    version = logits.device.index, *sizes, *_kinds(logits, targets)
     with torch.cuda.device_of(logits):
-        _start_softmax_gradient((len(logits), 1, 1), version, logits, targets, losses, *sizes)
+        _start_softmax_gradient((len(logits), 1, 1), version, (logits, targets, losses), *sizes)
     return losses.sum(), logits

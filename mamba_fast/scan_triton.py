@@ -696,28 +696,29 @@ def compile_ahead(key, call):
 
 class Kernel:
     """
-    A kernel that starts within a few microseconds: kernel(grid, version, *arguments). Triton looks at all arguments of each call,
-    to see which of the versions that it compiled they need. Here `version` says it: the GPU, then all on which that depends.
+    A kernel that starts within a few microseconds: kernel(grid, version, tensors, *numbers), its arguments in their order; a tensor
+    may be None. Triton looks at all arguments of each call, to see which of the versions that it compiled they need. Here `version`
+    says it: the GPU, then all on which that depends.
     """
 
     def __init__(self, function, **options):
         self.function, self.options, self.compiled = function, options, {}
 
-    def __call__(self, grid, version, *arguments):
+    def __call__(self, grid, version, tensors, *numbers):
         compiled = self.compiled.get(version)
         if rehearsing.get():
             if compiled is None:
-                self.function.warmup(*arguments, grid=grid, **self.options)
+                self.function.warmup(*tensors, *numbers, grid=grid, **self.options)
             return
         if compiled is None:
-            kernel = self.function[grid](*arguments, **self.options)
+            kernel = self.function[grid](*tensors, *numbers, **self.options)
             if kernel is not None:      # Triton's interpreter has none
                 self.compiled[version] = kernel.run, kernel.function, kernel.packed_metadata, kernel
             return
         run, function, metadata, _ = compiled
-        # addresses: of a tensor the launcher would ask the driver whose it is
-        arguments = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-        run(*grid, torch._C._cuda_getCurrentRawStream(version[0]), function, metadata, None, None, None, *arguments)
+        # of a tensor itself the launcher would ask the driver whose it is
+        addresses = [t if t is None else t.data_ptr() for t in tensors]
+        run(*grid, torch._C._cuda_getCurrentRawStream(version[0]), function, metadata, None, None, None, *addresses, *numbers)
 
 
 _start_pack, _start_finish, _start_carry = Kernel(_pack), Kernel(_finish), Kernel(_carry)
@@ -725,15 +726,16 @@ _start_ends, _start_outputs = (Kernel(function, num_warps=WARPS.value, maxnreg=1
 _start_gradients = Kernel(_gradients, num_warps=WARPS.value, maxnreg=168)
 
 
-def _strides(x):
-    """Of batch, in units of 8, and of time."""
-    return x.stride(0) // 8, x.stride(1)
-
-
-def _aligned(*tensors):
-    """They are read 16 bytes at once: numbers of a step lie side by side, and begin at a multiple of 16 bytes."""
-    return [t if t is None or t.stride(2) == 1 and t.stride(0) % 8 == t.stride(1) % 8 == t.data_ptr() % 16 == 0
-            else t.clone(memory_format=torch.contiguous_format) for t in tensors]
+def _aligned(x):
+    """
+    x, or else a copy, and its strides: of batch, in units of 8, and of time. It is read 16 bytes at once: numbers of a step lie side
+    by side, and begin at a multiple of 16 bytes.
+    """
+    of_batch, of_time, of_channel = x.stride()
+    if of_channel != 1 or of_batch % 8 or of_time % 8 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+        of_batch, of_time, _ = x.stride()
+    return x, of_batch // 8, of_time
 
 
 def _whole(*tensors):
@@ -757,12 +759,13 @@ def _pieces(like, *sizes):
     return whole, whole.split_with_sizes(sizes)
 
 
-def _like(*tensors):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
-
-
 def _dtypes(*tensors):
     return [None if t is None else t.dtype for t in tensors]
+
+
+def _kinds(*tensors):
+    """What Triton's compiler is told of tensors: their types, and if 16 divides their addresses."""
+    return [t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors]
 
 
 def _facts(*numbers):
@@ -789,33 +792,33 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False
     """
     (batch, L, d_inner), N = u.shape, A.shape[1]
     tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner, FILL)
-    u, delta, z = _aligned(u, delta, z)
+    (u, u_b, u_l), (delta, delta_b, delta_l) = _aligned(u), _aligned(delta)
+    gate, z_b, z_l = (u, u_b, u_l) if z is None else _aligned(z)
     A, D, delta_bias, state = _whole(A, D, delta_bias, state)
     slots, apart = (2 * tiles, 2 * per_chunk) if keep else (chunks, 1)
-    y, last = *_like(u), A.new_empty(batch, N, d_inner)
-    _, *others = sizes = _sizes_kept(batch, L, d_inner, N)
+    y, last = u.new_empty(u.shape), A.new_empty(batch, N, d_inner)
+    _, *others = sizes_kept = _sizes_kept(batch, L, d_inner, N)
     if not keep:
-        sizes = batch * slots * N * d_inner, *others
-    kept, (states, BC, A2) = _pieces(A, *sizes)
-    gate, Lp = u if z is None else z, tiles * TILE.value
-    (u_b, u_l), (delta_b, delta_l), (z_b, z_l) = map(_strides, (u, delta, gate))
-    side_by_side = B.stride(2) == C.stride(2) == 1
-    has_D, flags = D is not None, (delta_bias is not None, softplus)
-    version = (u.device.index, d_inner, u_l, delta_l, z_l, has_D, *flags, keep, state is None, side_by_side, log_A,
-               *_dtypes(u, delta, B, C, z))
+        sizes_kept = batch * slots * N * d_inner, *others
+    kept, (states, BC, A2) = _pieces(A, *sizes_kept)
+    of_B, of_C = B.stride(), C.stride()
+    side_by_side = of_B[2] == of_C[2] == 1
+    sizes, strides = (L, d_inner, N, tiles, per_chunk, chunks, slots), (u_b, u_l, delta_b, delta_l, z_b, z_l)
+    options = D is not None, z is not None, delta_bias is not None, softplus
+    version = (u.device.index, d_inner, u_l, delta_l, z_l, *options, keep, state is None, side_by_side, log_A,
+               *_kinds(u, delta, B, C, gate), *_facts(*of_B[:2], *of_C[:2]))
     with torch.cuda.device_of(u):
-        of_BC = _facts(B.data_ptr(), C.data_ptr(), *B.stride()[:2], *C.stride()[:2])
-        _start_pack((tiles + -(-d_inner // TILE.value), batch, 1), (*version, *of_BC), A, B, C, state, A2, BC, states, L, d_inner, N,
-                    Lp, slots, *B.stride(), *C.stride(), side_by_side, log_A, TILE.value)
+        _start_pack((tiles + -(-d_inner // TILE.value), batch, 1), version, (A, B, C, state, A2, BC, states), L, d_inner, N,
+                    tiles * TILE.value, slots, *of_B, *of_C, side_by_side, log_A, TILE.value)
         if chunks > 1:
             decays, at_once = A.new_empty(batch, chunks, N, d_inner), min(NB.value, triton.next_power_of_2(N))
-            _start_ends((blocks * -(-N // at_once), chunks - 1, batch), (*version, at_once), u, delta, A2, BC, u, delta_bias,
-                        states, decays, L, d_inner, N, tiles, per_chunk, chunks, slots, apart, u_b, u_l, delta_b, delta_l, z_b,
-                        z_l, False, *flags, False, at_once, 1)
-            _start_carry((-(-d_inner * N // 128), batch, 1), version, states, decays, d_inner, N, chunks, slots, apart, False, 1,
+            _start_ends((blocks * -(-N // at_once), chunks - 1, batch), (*version, at_once),
+                        (u, delta, A2, BC, u, delta_bias, states, decays), *sizes, apart, *strides, False, *options[2:], False,
+                        at_once, 1)
+            _start_carry((-(-d_inner * N // 128), batch, 1), version, (states, decays), d_inner, N, chunks, slots, apart, False, 1,
                          False)
-        _start_outputs((blocks, chunks, batch), version, u, delta, A2, BC, D, gate, delta_bias, y, states, last, L, d_inner, N,
-                       tiles, per_chunk, chunks, slots, u_b, u_l, delta_b, delta_l, z_b, z_l, has_D, z is not None, *flags, keep)
+        _start_outputs((blocks, chunks, batch), version, (u, delta, A2, BC, D, gate, delta_bias, y, states, last), *sizes, *strides,
+                       *options, keep)
     return y, last, kept if keep else A.new_empty(0)
 
 
@@ -826,10 +829,11 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
     """
     batch, L, d_inner = u.shape
     tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner, FILL_BACK)
-    gy, u, delta, z = _aligned(gy, u, delta, z)
+    (gy, g_b, g_l), (u, u_b, u_l), (delta, delta_b, delta_l) = _aligned(gy), _aligned(u), _aligned(delta)
+    gate, z_b, z_l = (u, u_b, u_l) if z is None else _aligned(z)
     D, delta_bias = _whole(D, delta_bias)
     states, BC, A2 = kept.split_with_sizes(_sizes_kept(batch, L, d_inner, N))
-    gu, gdelta = _like(u, delta)
+    gu, gdelta = u.new_empty(u.shape), delta.new_empty(u.shape)
     if gz is None:
         gz = u.new_empty(0 if z is None else z.shape)
     if gB is None:
@@ -841,26 +845,24 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
     if glast is not None:
         adjoint.view(batch, slots, N, d_inner)[:, -1] = glast
     gA, gDw = kept.new_empty(d_inner, N), kept.new_empty(2, d_inner)
-    gate = u if z is None else z
-    (u_b, u_l), (delta_b, delta_l), (z_b, z_l), (g_b, g_l) = map(_strides, (u, delta, gate, gy))
-    has_D, flags, from_zero, exact = D is not None, (delta_bias is not None, softplus), glast is None, u.dtype != torch.bfloat16
-    gz_l = d_inner if z is None else gz.stride(1)
-    version = (u.device.index, d_inner, u_l, delta_l, z_l, g_l, gz_l, has_D, *flags, from_zero, log_A,
-               *_dtypes(gy, u, delta, z, gB))
+    options, from_zero = (D is not None, z is not None, delta_bias is not None, softplus), glast is None
+    exact, gz_l, gB_l = u.dtype != torch.bfloat16, d_inner if z is None else gz.stride(1), gB.stride(1)
+    version = (u.device.index, d_inner, u_l, delta_l, z_l, g_l, gz_l, *options, from_zero, log_A,
+               *_kinds(gy, u, delta, gate, gB, gC))
     with torch.cuda.device_of(u):
         if chunks > 1:
             at_once = min(NB.value, triton.next_power_of_2(N))
-            _start_ends((blocks * -(-N // at_once), slots - PARTS.value, batch), (*version, at_once), gy, delta, A2, BC, gate,
-                        delta_bias, adjoint, decays, L, d_inner, N, tiles, per_chunk, chunks, slots, 1, g_b, g_l, delta_b, delta_l,
-                        z_b, z_l, z is not None, *flags, True, at_once, PARTS.value)
-            _start_carry((-(-d_inner * N // 128), batch, 1), version, adjoint, decays, d_inner, N, chunks, slots, 1, True,
+            _start_ends((blocks * -(-N // at_once), slots - PARTS.value, batch), (*version, at_once),
+                        (gy, delta, A2, BC, gate, delta_bias, adjoint, decays), L, d_inner, N, tiles, per_chunk, chunks, slots, 1,
+                        g_b, g_l, delta_b, delta_l, z_b, z_l, *options[1:], True, at_once, PARTS.value)
+            _start_carry((-(-d_inner * N // 128), batch, 1), version, (adjoint, decays), d_inner, N, chunks, slots, 1, True,
                          PARTS.value, from_zero)
-        _start_gradients((blocks, chunks, batch), version, u, delta, A2, BC, D, gate, delta_bias, gy, states, adjoint, gu, gdelta,
-                         gz, parts, sums, L, d_inner, N, tiles, 2 * per_chunk, chunks, 2 * tiles, u_b, u_l, delta_b, delta_l, z_b,
-                         z_l, g_b, g_l, gz_l, has_D, z is not None, *flags, exact, from_zero)
-        of_BC = _facts(gB.data_ptr(), gC.data_ptr())
-        _start_finish((2 * batch * tiles * (TILE.value // 32) + (N + 2) * -(-d_inner // 64), 1, 1), (*version, *of_BC), parts,
-                      sums, gB, gC, gA, gDw, A2 if log_A else None, L, d_inner, N, Lp, rows, blocks, batch, gB.stride(1), S.value,
+        _start_gradients((blocks, chunks, batch), version,
+                         (u, delta, A2, BC, D, gate, delta_bias, gy, states, adjoint, gu, gdelta, gz, parts, sums), L, d_inner, N,
+                         tiles, 2 * per_chunk, chunks, 2 * tiles, u_b, u_l, delta_b, delta_l, z_b, z_l, g_b, g_l, gz_l, *options,
+                         exact, from_zero)
+        _start_finish((2 * batch * tiles * (TILE.value // 32) + (N + 2) * -(-d_inner // 64), 1, 1), version,
+                      (parts, sums, gB, gC, gA, gDw, A2 if log_A else None), L, d_inner, N, Lp, rows, blocks, batch, gB_l, S.value,
                       32, 64)
     gstate = adjoint.view(batch, slots, N, d_inner)[:, PARTS.value - 1].clone() if has_state else kept.new_empty(0)
     return gu, gdelta, gz, gB, gC, gA, gDw, gstate
@@ -868,7 +870,8 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
 
 def _setup(ctx, inputs, output):
     u, delta, A, B, C, D, z, delta_bias, state, ctx.softplus, _keep = inputs
-    ctx.B_dtype, ctx.C_dtype, ctx.has_state, ctx.N = B.dtype, C.dtype, state is not None, A.shape[1]
+    ctx.has_state, ctx.N = state is not None, A.shape[1]
+    ctx.BC_dtype = B.dtype if B.dtype == C.dtype else torch.float32     # autograd makes gradients of the types of the inputs
     ctx.save_for_backward(output[2], u, delta, D, z, delta_bias)
     ctx.set_materialize_grads(False)
 
@@ -877,10 +880,9 @@ def _gradients_of(back, ctx, gy, glast, _gkept=None):
     saved = ctx.saved_tensors       # taken once: a checkpoint computes them for one taking
     _, u, _, D, z, delta_bias = saved
     gy = torch.zeros_like(u) if gy is None else gy
-    BC_dtype = ctx.B_dtype if ctx.B_dtype == ctx.C_dtype else torch.float32
-    gu, gdelta, gz, gB, gC, gA, gDw, gstate = back(gy, glast, *saved, ctx.N, ctx.softplus, ctx.has_state, BC_dtype)
+    gu, gdelta, gz, gB, gC, gA, gDw, gstate = back(gy, glast, *saved, ctx.N, ctx.softplus, ctx.has_state, ctx.BC_dtype)
     gD, gbias = gDw.unbind()
-    return (gu, gdelta, gA, gB.to(ctx.B_dtype), gC.to(ctx.C_dtype), None if D is None else gD, None if z is None else gz,
+    return (gu, gdelta, gA, gB, gC, None if D is None else gD, None if z is None else gz,
             None if delta_bias is None else gbias, gstate.transpose(1, 2) if ctx.has_state else None, None, None)
 
 
@@ -1070,15 +1072,15 @@ _start_finish_conv = Kernel(_finish_conv)
 
 
 def _version_of_conv(x, *tensors):
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    return (x.device.index, *x.shape[2:], x.stride(1), tensors[0].shape[2], *_dtypes(x, *tensors),
-            *_facts(x.data_ptr(), x.stride(0), *addresses))
+    """What _conv and _conv_gradients are compiled for: the GPU, channels, taps, strides, types and addresses."""
+    of_batch, of_time, _ = x.stride()
+    return x.device.index, x.shape[2], tensors[0].shape[2], of_time, *_facts(of_batch), *_kinds(x, *tensors)
 
 
 def _run_conv(x, weight, bias, state):
-    (batch, L, d_inner), W, (y,) = x.shape, weight.shape[2], _like(x)
+    (batch, L, d_inner), W, y = x.shape, weight.shape[2], x.new_empty(x.shape)
     with torch.cuda.device_of(x):
-        _start_conv((-(-L // 16), -(-d_inner // 128), batch), _version_of_conv(x, weight, bias, state), x, weight, bias, state, y,
+        _start_conv((-(-L // 16), -(-d_inner // 128), batch), _version_of_conv(x, weight, bias, state), (x, weight, bias, state, y),
                     L, d_inner, *x.stride()[:2], W, 16, 128)
     return y
 
@@ -1099,12 +1101,13 @@ def _run_conv_back(gy, x, weight, bias, state, gx=None):
     gbias, gstate = (weight if bias is None else bias).new_empty(d_inner), x.new_empty(0) if state is None else torch.empty_like(state)
     steps, chunks = _cuts_of_conv(L, W)
     sums = weight.new_empty(batch, chunks, W + 1, d_inner, dtype=torch.float32)
-    version = (*_version_of_conv(x, weight, bias, state, gy, gx), gy.stride(1), gx.stride(1), *_facts(gy.stride(0)))
+    (g_b, g_l, _), gx_l = gy.stride(), gx.stride(1)
+    version = *_version_of_conv(x, weight, bias, state, gy, gx), g_l, gx_l, *_facts(g_b)
     with torch.cuda.device_of(x):
-        _start_conv_gradients((chunks, -(-d_inner // 64), batch), version, x, weight, bias, state, gy, gx,
-                              None if state is None else gstate, sums, L, d_inner, *x.stride()[:2], *gy.stride()[:2],
-                              gx.stride(1), W, steps, 8, 64)
-        _start_finish_conv(((W + 1) * -(-d_inner // 64), 1, 1), version, sums, gweight, gbias, batch * chunks, d_inner, W, 64)
+        _start_conv_gradients((chunks, -(-d_inner // 64), batch), version,
+                              (x, weight, bias, state, gy, gx, None if state is None else gstate, sums), L, d_inner,
+                              *x.stride()[:2], g_b, g_l, gx_l, W, steps, 8, 64)
+        _start_finish_conv(((W + 1) * -(-d_inner // 64), 1, 1), version, (sums, gweight, gbias), batch * chunks, d_inner, W, 64)
     return gx, gweight, gbias, gstate
 
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import library
 from triton.language import constexpr
 
-from .scan_triton import CAPABLE, Kernel, _as_function, _dtypes, _facts, _wants_gradients
+from .scan_triton import CAPABLE, Kernel, _as_function, _facts, _kinds, _wants_gradients
 
 LOG2E = constexpr(1.4426950408889634)
 SMALLEST = constexpr(-1500.0)   # of delta A log2(e): the exp2 of it is 0
@@ -294,8 +294,7 @@ def _strides(*tensors):
 
 def _version(sizes, tensors, *others):
     """All for which Triton would compile another kernel; see Kernel."""
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    return tensors[0].device.index, *sizes[2:], *_dtypes(*tensors), *_facts(*addresses), *others
+    return tensors[0].device.index, *sizes[2:], *_kinds(*tensors), *others
 
 
 INPUTS = "Tensor u, Tensor delta, Tensor a, Tensor B, Tensor C, Tensor own, Tensor? state"
@@ -311,12 +310,12 @@ def _run(u, delta, a, B, C, own, state, keep):
     states = u.new_empty((batch, H, K, N, P) if keep else 0, dtype=_kept_as(u))
     strides = _strides(u, B, C)
     with torch.cuda.device_of(u):
-        _start_pack((K, -(-H // 32), batch), _version(sizes, (delta, a), tiles[0]), delta, a,
-                    packed, L, K, H, tiles[0], 32)
+        _start_pack((K, -(-H // 32), batch), _version(sizes, (delta, a), tiles[0]),
+                    (delta, a, packed), L, K, H, tiles[0], 32)
         tensors = u, packed, B, C, own, state
         _start_forward((-(-P // tiles[1]), H, batch),
-                       _version(sizes, tensors, *_facts(*strides), keep), *tensors, y, states, last,
-                       *sizes, *strides, *tiles, keep)
+                       _version(sizes, tensors, *_facts(*strides), keep),
+                       (*tensors, y, states, last), *sizes, *strides, *tiles, keep)
     return y, last, packed, states
 
 
@@ -336,17 +335,17 @@ def _run_back(gy, glast, u, packed, B, C, own, states):
     with torch.cuda.device_of(u):
         tensors, strides = (gy, packed, C, glast), _strides(gy, C)
         _start_adjoint((-(-P // tiles[1]), H, batch), _version(sizes, tensors, *_facts(*strides)),
-                       *tensors, gstates, gstate, *sizes, *strides, *tiles)
+                       (*tensors, gstates, gstate), *sizes, *strides, *tiles)
         tensors, strides = (u, packed, B, C, own, gy, states), _strides(u, B, C, gy)
         gtensors = gstates, gu, gdelta, ga, gown
         _start_of_heads((K, H, batch), _version(sizes, (*tensors, *gtensors), *_facts(*strides)),
-                        *tensors, *gtensors, *sizes, *strides, *whole)
+                        (*tensors, *gtensors), *sizes, *strides, *whole)
         for of_C, other, of_chunks in ((False, C, gstates), (True, B, states)):
             tensors = u, packed, other, gy, of_chunks, sums[int(of_C)]
             strides = _strides(u, other, gy)
             _start_of_groups((K, G * parts, batch),
                              _version(sizes, tensors, *_facts(*strides), parts, of_C),
-                             *tensors, *sizes, *strides, parts, of_C, *whole)
+                             tensors, *sizes, *strides, parts, of_C, *whole)
     gB, gC = (t.sum(0) if parts > 1 else t[0] for t in sums)
     return gu, gdelta, ga, gB.to(B.dtype), gC.to(C.dtype), gown, gstate
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import library
 
 from .operators import differentiable_once
-from .scan_triton import Kernel, _as_function, _dtypes, _facts, _wants_gradients
+from .scan_triton import Kernel, _as_function, _kinds, _wants_gradients
 
 # steps of a program, which has all heads of a group; backward it is one warp, so that its sums need
 # no other, and has registers for half as many
@@ -152,9 +152,9 @@ _start_turn, _start_turn_gradients = (
 
 def _sum_up(kernel, x, *tensors):
     (batch, L), M = x.shape[:2], x[0, 0].numel()
-    version = x.device.index, M, *_facts(*(t.data_ptr() for t in (x, *tensors)))
+    version = x.device.index, M, *_kinds(x, *tensors)
     with torch.cuda.device_of(x):
-        kernel((-(-M // 32), batch, 1), version, x, *tensors, L, M, 128, 32)
+        kernel((-(-M // 32), batch, 1), version, (x, *tensors), L, M, 128, 32)
 
 
 class _Since(torch.autograd.Function):
@@ -187,10 +187,9 @@ def _sizes(B, theta, steps):
 
 def _start(kernel, sizes, *tensors):
     L, G, *_, steps, _ = sizes
-    device, addresses = tensors[0].device, [t.data_ptr() for t in tensors]
-    version = device.index, *sizes[1:], *_dtypes(*tensors), *_facts(*addresses)
+    version = tensors[0].device.index, *sizes[1:], *_kinds(*tensors)
     with torch.cuda.device_of(tensors[0]):
-        kernel((-(-L // steps), G, len(tensors[0])), version, *tensors, *sizes)
+        kernel((-(-L // steps), G, len(tensors[0])), version, tensors, *sizes)
 
 
 def _run(B, C, B_bias, C_bias, theta, dtype):
