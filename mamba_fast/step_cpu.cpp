@@ -51,23 +51,27 @@ struct Matrix {
     Type type;
 };
 
-// Of each of so many groups of numbers by itself. Without a weight there is no norm.
+// RMSNorm, of each of so many groups of numbers by itself.
 struct Norm {
-    const float *weight;
+    const float *weight;            // or null: no norm
     double eps;
     long groups;
 };
 
-// A layer with its state, and memory for what it computes. D is a multiple of W, and so is the
-// number of channels that the convolution goes over.
-//     In both kinds: hidden (rows, d_model) is what enters and leaves; normed is like it; projected
-// (rows, in.N); u (rows, channels); y (rows, D). taps (width, channels); conv (rows, width - 1,
-// channels), of this type. h and A2 are below, A2 divided by ln 2, and D_u is what is called D.
-//     Mamba-1, where headdim is 0: projected is u and z, channels is D; dtBC (rows, rank + 2 N),
-// delta (rows, D); A2 (D, N), and W more numbers; D_u (D,); h (rows, D, N).
-//     Mamba-2: projected is z, then u, B and C, which are the channels, then delta, one for each of
-// H heads of headdim channels, a multiple of W. B and C (rows, groups, N), each for H / groups
-// heads. A2, D_u and dt_bias (H,); h (rows, H, headdim, N).
+// A layer with its state, and memory for what it computes. D is a multiple of W, and so are
+// channels, those that the convolution goes over, and headdim, which is 0 in Mamba-1.
+//                  Mamba-1                     Mamba-2, of H heads
+//     hidden       (rows, d_model), what enters and leaves; normed is like it
+//     projected    (rows, in.N): u, z          z, u, B, C, delta
+//     u            (rows, channels): u         u, B, C, of which B and C are (groups, N)
+//     dtBC, delta  (rows, rank + 2 N), (rows, D)
+//     y            (rows, D)
+//     taps         (width, channels)
+//     A2           (D, N), and W more numbers  (H,)                 A divided by ln 2
+//     D_u          (D,)                        (H,)                 what is called D
+//     dt_bias                                  (H,)                 in Mamba-1 that of dt
+//     conv         (rows, width - 1, channels), of conv_type
+//     h            (rows, D, N)                (rows, H, headdim, N)
 struct Layer {
     long rows, d_model, D, N, width, channels, rank, headdim, groups;
     Norm norm, gated_norm;
@@ -159,8 +163,10 @@ static void convolve(const Layer &l)
         if (l.conv_bias) u += load(l.conv_bias + d);
         for (long k = 0; k < last; k++, before += l.channels) {
             u += wide(before) * load(l.taps + k * l.channels + d);
-            if (k + 1 < last) memcpy(before, before + l.channels, W * sizeof(S));
-            else for (int i = 0; i < W; i++) put(now[i], before + i);
+            if (k + 1 < last)
+                memcpy(before, before + l.channels, W * sizeof(S));
+            else
+                for (int i = 0; i < W; i++) put(now[i], before + i);
         }
         store(l.u + at, u * sigmoid(u));
     }
@@ -208,7 +214,8 @@ static void scan_channels(const Layer &l)
     }
 }
 
-// Mamba-2: a head has one delta, and one decay.
+// Mamba-2: all channels of a head have one delta, and all of their numbers one decay. The channels
+// are taken one by one, though two would read B and C together: memory likes to be read in order.
 static void scan_heads(const Layer &l)
 {
     long heads = l.D / l.headdim;
