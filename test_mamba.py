@@ -4335,6 +4335,8 @@ def test_narrower_vectors(width, monkeypatch):
         assert same(*results, 1e-4)
     extremes = torch.tensor([math.inf, -math.inf, math.nan, 200.0, -200.0])
     check_extremes(extremes)
+    for changes in ONE_CALL_SHAPES:
+        check_step_in_cpp(changes, 3, torch.bfloat16, 2e-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4430,16 +4432,29 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "torch.compile does not work here (RuntimeError); going on without it\n")
 
 
+# models of which C++ takes all layers
+IN_ONE_CALL = [{}, {"layer": "mamba2", "headdim": 16, "d_state": 16, "ngroups": 2}]
+ONE_CALL_SHAPES = [*(SHAPES[i] for i in (0, 1, 5)), *({"layer": "mamba2", "headdim": 16, **options} for options in (
+    {"d_state": 24, "residual_in_fp32": True},
+    {"d_state": 12, "d_model": 64, "ngroups": 2, "rmsnorm": False, "dt_limit": (0.01, 0.03), "bias": True, "d_conv": 2, "conv_bias": False},
+    {"d_state": 16, "d_model": 48, "ngroups": 3, "d_conv": 1, "tie_embeddings": False},
+    {"d_state": 8, "headdim": 32, "d_model": 64, "ngroups": 2, "norm_before_gate": True}, {"d_model": 256, "headdim": 64, "n_layer": 1}))]
+
+
 @in_cpp
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.int8, 5e-2)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("shape", [0, 1, 5])
+@pytest.mark.parametrize("changes", ONE_CALL_SHAPES)
+def test_the_step_in_cpp(changes, rows, dtype, tolerance):
+    check_step_in_cpp(changes, rows, dtype, tolerance)
+
+
 @torch.no_grad()
-def test_the_step_in_cpp(shape, rows, dtype, tolerance):
-    """All layers in C++ give the logits and states of one call in float32 of the same weights."""
+def check_step_in_cpp(changes, rows, dtype, tolerance):
+    """All layers in C++ give the logits and states of one call in float64 of the same weights."""
     from mamba_fast import decode, step_cpu
-    model = awkward(SHAPES[shape], dtype)
-    exact = awkward(SHAPES[shape]) if dtype == torch.int8 else awkward(SHAPES[shape], dtype).float()
+    model = awkward(changes, dtype)
+    exact = (awkward(changes) if dtype == torch.int8 else awkward(changes, dtype)).double()
     assert step_cpu.layers(model, model.init_state(rows)) is not None
     idx = tokens(rows, 20) % model.config.vocab_size
     whole, _, last = exact(idx, state=exact.init_state(rows))
@@ -4464,12 +4479,32 @@ def with_a_scale(model):
     model.lm_head.scale = 0.5
 
 
+def with_another_kind_of_layer(model):
+    other = IN_ONE_CALL[model.config.layer == "mamba"]
+    model.backbone["layers"][1] = lively(**other).backbone["layers"][1]
+
+
+def with_another_limit(model):
+    changes = {**IN_ONE_CALL[1], "dt_limit": (0.3, 0.4)}
+    model.backbone["layers"][1] = lively(**changes).backbone["layers"][1]
+
+
+def with_a_norm_of_one_group(model):
+    model.backbone["layers"][1].mixer.norm.groups = 1
+
+
+def with_a_norm_before_the_gate(model):
+    model.backbone["layers"][1].mixer.norm.norm_before_gate = True
+
+
 @in_cpp
-@pytest.mark.parametrize("change", [with_an_mlp, with_a_narrow_parameter, with_a_scale])
+@pytest.mark.parametrize("kind, change", [
+    *itertools.product((0, 1), (with_an_mlp, with_a_narrow_parameter, with_a_scale, with_another_kind_of_layer)),
+    (1, with_another_limit), (1, with_a_norm_of_one_group), (1, with_a_norm_before_the_gate)])
 @torch.no_grad()
-def test_the_step_of_a_changed_model(change):
+def test_the_step_of_a_changed_model(kind, change):
     """C++ does not take over what it would get wrong."""
-    model = lively()
+    model = lively(**IN_ONE_CALL[kind])
     change(model)
     step, state = model.decoder([tokens(1)], model.init_state(1)), model.init_state(1)
     for i, token in enumerate(tokens(6, 1)):
@@ -4478,10 +4513,34 @@ def test_the_step_of_a_changed_model(change):
 
 
 @in_cpp
+@pytest.mark.parametrize("changes", [
+    {"d_intermediate": 24}, {"mixer_rms_eps": 1e-5}, {"d_model": 36}, {"layer": "mamba3", "headdim": 16, "d_state": 16},
+    *({**IN_ONE_CALL[1], **options} for options in ({"d_intermediate": 24}, {"headdim": 8}, {"d_state": 4, "ngroups": 1}))])
+def test_what_the_step_in_cpp_leaves_to_others(changes):
+    from mamba_fast import step_cpu
+    model = lively(**changes)
+    assert step_cpu.layers(model, model.init_state(1)) is None
+
+
+@in_cpp
+@pytest.mark.parametrize("changes", IN_ONE_CALL)
+@pytest.mark.parametrize("how", WAYS)
+def test_what_runs_is_what_is_there_where_all_layers_are_one_call(changes, how):
+    from mamba_fast import step_cpu
+    model = lively(n_layer=2, tie_embeddings=False, **changes)
+    assert step_cpu.layers(model, model.init_state(2)) is not None
+    names = [name for name, module in model.named_modules() if name and not isinstance(module, (nn.ModuleDict, nn.ModuleList))]
+    if how == "parametrisation":
+        names = [name for name in names if hasattr(model.get_submodule(name), "weight")]
+    check_what_runs(model, names, how)
+
+
+@in_cpp
+@pytest.mark.parametrize("changes", IN_ONE_CALL)
 @torch.no_grad()
-def test_the_step_in_cpp_with_states_and_tokens_that_do_not_fit():
-    model = lively()
-    for other in (lively(d_state=8), lively(d_conv=2), lively(n_layer=2)):
+def test_the_step_in_cpp_with_states_and_tokens_that_do_not_fit(changes):
+    model, like_it = lively(**changes), lambda **more: lively(**{**changes, **more})
+    for other in (like_it(d_state=8), like_it(d_conv=2), like_it(n_layer=2), lively(**IN_ONE_CALL[not changes])):
         with pytest.raises((ValueError, RuntimeError)):
             model.decoder([tokens(1)], other.init_state(1))(tokens(1))
     for rows, given in ((2, 1), (1, 2), (3, 1)):
@@ -4496,9 +4555,22 @@ def test_the_step_in_cpp_with_states_and_tokens_that_do_not_fit():
 
 
 @in_cpp
+@pytest.mark.parametrize("changes", IN_ONE_CALL)
 @torch.no_grad()
-def test_a_row_gets_the_same_bits_in_any_company():
-    model = lively()
+def test_the_step_has_the_same_bits_on_any_number_of_threads(changes, monkeypatch):
+    model, results = lively(d_model=128, **changes), []
+    for threads in (1, 2, 3, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        step = model.decoder([tokens(1)] * 3, model.init_state(3))
+        results.append([*(step(token) for token in tokens(4, 3)), step.state])
+    assert all(same(result, results[0]) for result in results)
+
+
+@in_cpp
+@pytest.mark.parametrize("changes", IN_ONE_CALL)
+@torch.no_grad()
+def test_a_row_gets_the_same_bits_in_any_company(changes):
+    model = lively(**changes)
     results = [model.decoder([tokens(1)] * n, model.init_state(n))(tokens(1).expand(n)) for n in (1, 2, 3, 5, 8)]
     assert all(torch.equal(row, results[0][0]) for result in results for row in result)
 

@@ -74,14 +74,21 @@ def mix2(block, x, others, is_plain, plain, gated_norm):
     if (not c.rmsnorm or not is_plain(block.norm, gated_norm) or block.norm.norm_before_gate
             or c.d_inner % (block.norm.groups * cpp.WIDTH) > 0):
         return None
-    D, H, channels = c.d_inner, c.nheads, c.d_inner + 2 * c.ngroups * c.d_state
-    shapes = ((D + channels + H, c.d_model), (D + channels + H,), (channels, 1, c.d_conv),
-              (channels,), (H,), (H,), (H,), (D,), (c.d_model, D), (c.d_model,))
-    shapes = dict(zip(OF_MAMBA2, shapes))
-    ready = prepared(block, x, others, shapes, linears, is_plain, plain)
+    ready = prepared(block, x, others, shapes_of2(c), linears, is_plain, plain)
     if not ready or not OnCPU.runs2(block, x, *ready):
         return None
     return Mix2.apply(x, *ready[1], block), None
+
+
+def shapes_of2(c):
+    """{name: shape} of the parameters of a Mamba2Block with this config."""
+    D, H, channels = c.d_inner, c.nheads, c.d_inner + 2 * c.ngroups * c.d_state
+    shapes = dict(zip(OF_MAMBA2, (
+        (D + channels + H, c.d_model), (D + channels + H,), (channels, 1, c.d_conv), (channels,),
+        (H,), (H,), (H,), (D,), (c.d_model, D), (c.d_model,))))
+    if not c.rmsnorm:
+        del shapes["norm.weight"]
+    return shapes
 
 
 def prepared(block, x, others, shapes, linears, is_plain, plain):

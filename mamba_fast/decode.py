@@ -254,7 +254,7 @@ def heads_step(block, conv_state, h, ready):
     shared = c.ngroups * c.d_state
     if not c.rmsnorm:
         gated = lambda y, z: y * F.silu(z.to(y.dtype))
-    elif c.ngroups > 1 or c.norm_before_gate:
+    elif block.norm.groups > 1 or block.norm.norm_before_gate:
         gated = lambda y, z: block.norm(y[:, None], z[:, None])[:, 0]
     else:
         norm = norm_made_ready(block.norm, compile=False)

@@ -1,7 +1,7 @@
 // The step of a token on a CPU: products of a few rows with a matrix, y = (x w^T) scale + bias, and
-// with them a whole layer of Mamba-1. Such a product takes as long as reading w does, so w is read
-// once for up to four rows, by all threads, and in its own type: floats, bfloat16 (the upper half
-// of a float), or 8 bits. All else is in float32.
+// with them whole layers of Mamba-1 or Mamba-2. Such a product takes as long as reading w does, so
+// w is read once for up to four rows, by all threads, and in its own type: floats, bfloat16 (the
+// upper half of a float), or 8 bits. All else is in float32.
 #include "vectors.h"
 #include <cmath>
 
@@ -51,18 +51,37 @@ struct Matrix {
     Type type;
 };
 
-// A layer with its state, and memory for what it computes: hidden (rows, d_model) is what enters
-// and leaves; normed is like it; xz (rows, 2 D); u, delta, y (rows, D); dtBC (rows, rank + 2 N).
-// taps (width, D); A2 (D, N), divided by ln 2; conv (rows, width - 1, D), of this type; h (rows, D,
-// N). D is a multiple of W.
-struct Layer {
-    long rows, d_model, D, N, rank, width;
+// RMSNorm, of each of so many groups of numbers by itself.
+struct Norm {
+    const float *weight;            // or null: no norm
     double eps;
-    Type conv_type;
-    const float *norm, *taps, *conv_bias, *A2, *D_u;
+    long groups;
+};
+
+// A layer with its state, and memory for what it computes. D is a multiple of W, and so are
+// channels, those that the convolution goes over, and headdim, which is 0 in Mamba-1.
+//                  Mamba-1                     Mamba-2, of H heads
+//     hidden       (rows, d_model), what enters and leaves; normed is like it
+//     projected    (rows, in.N): u, z          z, u, B, C, delta
+//     u            (rows, channels): u         u, B, C, of which B and C are (groups, N)
+//     dtBC, delta  (rows, rank + 2 N), (rows, D)
+//     y            (rows, D)
+//     taps         (width, channels)
+//     A2           (D, N), and W more numbers  (H,)                 A divided by ln 2
+//     D_u          (D,)                        (H,)                 what is called D
+//     dt_bias                                  (H,)                 in Mamba-1 that of dt
+//     conv         (rows, width - 1, channels), of conv_type
+//     h            (rows, D, N)                (rows, H, headdim, N)
+struct Layer {
+    long rows, d_model, D, N, width, channels, rank, headdim, groups;
+    Norm norm, gated_norm;
+    long norm_before_gate;
+    double dt_least, dt_most;
+    const float *taps, *conv_bias, *A2, *D_u, *dt_bias;
     Matrix in, x, dt, out;
+    Type conv_type;
     void *conv;
-    float *h, *hidden, *normed, *xz, *u, *dtBC, *delta, *y;
+    float *h, *hidden, *normed, *projected, *u, *dtBC, *delta, *y;
 };
 
 }
@@ -113,81 +132,121 @@ static void product(const Matrix &m, long rows, const float *x, long x_row, floa
                       : product_of<int8_t>)(m, rows, x, x_row, y, add);
 }
 
-static void normalize(const Layer &l)
+// x (rows, size) -> out, which may be x
+static void normalize(const Norm &norm, long rows, long size, const float *x, float *out)
 {
-    #pragma omp for
-    for (long r = 0; r < l.rows; r++) {
-        const float *x = l.hidden + r * l.d_model;
+    size /= norm.groups;
+    #pragma omp for schedule(static)
+    for (long at = 0; at < rows * norm.groups; at++) {
+        const float *from = x + at * size, *weight = norm.weight + at % norm.groups * size;
         vec all = {};
-        long whole = l.d_model - l.d_model % W;
-        for (long i = 0; i < whole; i += W) all += load(x + i) * load(x + i);
-        float squares = sum(all), *out = l.normed + r * l.d_model;
-        for (long i = whole; i < l.d_model; i++) squares += x[i] * x[i];
-        float size = 1 / std::sqrt(squares / l.d_model + l.eps);
-        for (long i = 0; i < l.d_model; i++) out[i] = x[i] * size * l.norm[i];
+        long whole = size - size % W;
+        for (long i = 0; i < whole; i += W) all += load(from + i) * load(from + i);
+        float squares = sum(all), *to = out + at * size;
+        for (long i = whole; i < size; i++) squares += from[i] * from[i];
+        float scale = 1 / std::sqrt(squares / size + norm.eps);
+        for (long i = 0; i < size; i++) to[i] = from[i] * scale * weight[i];
     }
 }
 
-// u, and the inputs of the convolution move up by one.
+// u = silu of the convolution, and its inputs move up by one.
 template <class S>
 static void convolve(const Layer &l)
 {
+    long last = l.width - 1, first = l.headdim ? l.D : 0;
     #pragma omp for schedule(static)
-    for (long at = 0; at < l.rows * l.D; at += W)
-        for (long i = at; i < at + W; i++) {
-            long r = i / l.D, d = i % l.D;
-            S *before = (S *)l.conv + r * (l.width - 1) * l.D + d;
-            float now = l.xz[r * 2 * l.D + d], sum = l.conv_bias ? l.conv_bias[d] : 0;
-            sum += now * l.taps[(l.width - 1) * l.D + d];
-            for (long k = 0; k + 1 < l.width; k++) {
-                sum += wide_one(before[k * l.D]) * l.taps[k * l.D + d];
-                if (k + 2 < l.width) before[k * l.D] = before[(k + 1) * l.D];
-                else put(now, before + k * l.D);
-            }
-            l.u[i] = sum;
+    for (long at = 0; at < l.rows * l.channels; at += W) {
+        long r = at / l.channels, d = at % l.channels;
+        S *before = (S *)l.conv + r * last * l.channels + d;
+        vec now = load(l.projected + r * l.in.N + first + d);
+        vec u = now * load(l.taps + last * l.channels + d);
+        if (l.conv_bias) u += load(l.conv_bias + d);
+        for (long k = 0; k < last; k++, before += l.channels) {
+            u += wide(before) * load(l.taps + k * l.channels + d);
+            if (k + 1 < last)
+                memcpy(before, before + l.channels, W * sizeof(S));
+            else
+                for (int i = 0; i < W; i++) put(now[i], before + i);
         }
+        store(l.u + at, u * sigmoid(u));
+    }
 }
 
-// The state of a channel and its y = C . h
-static inline float advance(const Layer &l, float delta, float x, const float *A2, const float *B,
-                            const float *C, float *h)
+// h = decay h + x B, the N numbers of a channel, of which decay(n) is that of W numbers from n on;
+// returns C . h
+template <class Decay>
+static inline float advance(long N, Decay decay, float x, const float *B, const float *C, float *h)
 {
     vec total = {};
     long n = 0;
-    for (; n + W <= l.N; n += W) {
-        vec h_n = exp2_of(load(A2 + n) * delta) * load(h + n) + load(B + n) * x;
+    for (; n + W <= N; n += W) {
+        vec h_n = decay(n) * load(h + n) + load(B + n) * x;
         store(h + n, h_n);
         total += h_n * load(C + n);
     }
     float y = sum(total);
-    for (; n < l.N; n++) {
-        h[n] = std::exp2(A2[n] * delta) * h[n] + B[n] * x;
-        y += h[n] * C[n];
+    if (n < N) {
+        vec rest = decay(n);
+        for (int i = 0; n + i < N; i++) {
+            h[n + i] = rest[i] * h[n + i] + B[n + i] * x;
+            y += h[n + i] * C[n + i];
+        }
     }
     return y;
 }
 
-static void scan(const Layer &l)
+// Mamba-1: each channel has its delta, and each of its numbers its decay.
+static void scan_channels(const Layer &l)
 {
     #pragma omp for schedule(static)
     for (long at = 0; at < l.rows * l.D; at += W) {
         long r = at / l.D, d = at % l.D;
-        const float *BC = l.dtBC + r * (l.rank + 2 * l.N) + l.rank;
+        const float *B = l.dtBC + r * (l.rank + 2 * l.N) + l.rank, *C = B + l.N;
         float delta[W], x[W], y[W];
         store(delta, softplus(load(l.delta + at)));
         store(x, load(delta) * load(l.u + at));
-        for (int i = 0; i < W; i++)
-            y[i] = advance(l, delta[i], x[i], l.A2 + (d + i) * l.N, BC, BC + l.N,
-                           l.h + (at + i) * l.N);
-        vec z = load(l.xz + r * 2 * l.D + l.D + d);
-        store(l.y + at, (load(y) + load(l.D_u + d) * load(l.u + at)) * z * sigmoid(z));
+        for (int i = 0; i < W; i++) {
+            const float *A2 = l.A2 + (d + i) * l.N;
+            auto decay = [&](long n) { return exp2_of(load(A2 + n) * delta[i]); };
+            y[i] = advance(l.N, decay, x[i], B, C, l.h + (at + i) * l.N);
+        }
+        store(l.y + at, load(y) + load(l.D_u + d) * load(l.u + at));
     }
 }
 
-static void silu(long size, float *x)
+// Mamba-2: all channels of a head have one delta, and all of their numbers one decay. The channels
+// are taken one by one, though two would read B and C together: memory likes to be read in order.
+static void scan_heads(const Layer &l)
 {
+    long heads = l.D / l.headdim;
+    const vec least = vec{} + float(l.dt_least), most = vec{} + float(l.dt_most);
     #pragma omp for schedule(static)
-    for (long at = 0; at < size; at += W) store(x + at, load(x + at) * sigmoid(load(x + at)));
+    for (long at = 0; at < l.rows * l.D; at += W) {
+        long r = at / l.D, d = at % l.D, head = d / l.headdim;
+        const float *u = l.u + r * l.channels, *dt = l.projected + (r + 1) * l.in.N - heads;
+        const float *B = u + l.D + head * l.groups / heads * l.N, *C = B + l.groups * l.N;
+        vec delta = softplus(vec{} + (dt[head] + l.dt_bias[head]));
+        delta = delta < least ? least : delta;
+        delta = delta > most ? most : delta;
+        vec of_head = exp2_of(delta * l.A2[head]);
+        auto decay = [&](long) { return of_head; };
+        float x[W], y[W];
+        store(x, delta * load(u + d));
+        for (int i = 0; i < W; i++)
+            y[i] = advance(l.N, decay, x[i], B, C, l.h + (at + i) * l.N);
+        store(l.y + at, load(y) + load(u + d) * l.D_u[head]);
+    }
+}
+
+// y silu(z)
+static void gate(const Layer &l)
+{
+    long first = l.headdim ? 0 : l.D;
+    #pragma omp for schedule(static)
+    for (long at = 0; at < l.rows * l.D; at += W) {
+        vec z = load(l.projected + at / l.D * l.in.N + first + at % l.D);
+        store(l.y + at, load(l.y + at) * z * sigmoid(z));
+    }
 }
 
 extern "C" {
@@ -207,13 +266,19 @@ void layers(int threads, long count, const Layer *all)
     #pragma omp parallel num_threads(useful(threads, all->in))
     for (const Layer *l = all; l < all + count; l++) {
         NoTinyNumbers here;
-        normalize(*l);
-        product(l->in, l->rows, l->normed, l->d_model, l->xz, false);
+        normalize(l->norm, l->rows, l->d_model, l->hidden, l->normed);
+        product(l->in, l->rows, l->normed, l->d_model, l->projected, false);
         (l->conv_type == FLOATS ? convolve<float> : convolve<bfloat>)(*l);
-        silu(l->rows * l->D, l->u);
-        product(l->x, l->rows, l->u, l->D, l->dtBC, false);
-        product(l->dt, l->rows, l->dtBC, l->rank + 2 * l->N, l->delta, false);
-        scan(*l);
+        if (l->headdim) {
+            scan_heads(*l);
+        } else {
+            product(l->x, l->rows, l->u, l->D, l->dtBC, false);
+            product(l->dt, l->rows, l->dtBC, l->rank + 2 * l->N, l->delta, false);
+            scan_channels(*l);
+        }
+        if (!l->norm_before_gate) gate(*l);
+        if (l->gated_norm.weight) normalize(l->gated_norm, l->rows, l->D, l->y, l->y);
+        if (l->norm_before_gate) gate(*l);
         product(l->out, l->rows, l->y, l->D, l->hidden, true);
     }
 }

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import ctypes
 import math
+from operator import attrgetter
 
 import torch
+import torch.nn.functional as F
 
 from . import cpp
-from .block import shapes_of
+from .block import OPTIONAL, shapes_of, shapes_of2
 from .int8 import Int8Linear
 
 NAME = "step_cpu"
@@ -32,16 +34,22 @@ class Matrix(ctypes.Structure):
         return cls(*map(address, given), *weight.shape, TYPES[weight.dtype])
 
 
+class Norm(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_double), ("groups", ctypes.c_long))
+
+
 class Layer(ctypes.Structure):
     """A layer, its state and buffers, as C++ takes it."""
 
     _fields_ = (
-        *((name, ctypes.c_long) for name in ("rows", "d_model", "D", "N", "rank", "width")),
-        ("eps", ctypes.c_double), ("conv_type", ctypes.c_long),
-        *((name, ctypes.c_void_p) for name in ("norm", "taps", "conv_bias", "A2", "D_u")),
-        *((name, Matrix) for name in ("in_", "x", "dt", "out")),
+        *((name, ctypes.c_long) for name in ("rows", "d_model", "D", "N", "width", "channels",
+                                             "rank", "headdim", "groups")),
+        ("norm", Norm), ("gated_norm", Norm), ("norm_before_gate", ctypes.c_long),
+        ("dt_least", ctypes.c_double), ("dt_most", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("taps", "conv_bias", "A2", "D_u", "dt_bias")),
+        *((name, Matrix) for name in ("in_", "x", "dt", "out")), ("conv_type", ctypes.c_long),
         *((name, ctypes.c_void_p) for name in (
-            "conv", "h", "hidden", "normed", "xz", "u", "dtBC", "delta", "y")))
+            "conv", "h", "hidden", "normed", "projected", "u", "dtBC", "delta", "y")))
 
 
 def address(t):
@@ -78,46 +86,73 @@ def fits(linear):
 
 def layers(model, state):
     """
-    All layers of a Mamba-1 as a function x -> x, (rows, d_model), in float32, that updates state in
-    place; or None where C++ cannot run, or a layer has parts that are not in it.
+    All layers of a Mamba-1 or Mamba-2 as a function x -> x, (rows, d_model), in float32, that
+    updates state in place; or None where C++ cannot run, or a layer has parts that are not in it.
     """
-    blocks = [layer.mixer for layer in model.backbone["layers"]]
-    config, rows, kept = model.config, len(state[0].h), []
-    if (config.layer != "mamba" or config.mixer_rms_eps > 0 or config.d_inner % cpp.WIDTH > 0
-            or rows > MOST or any(b.config != config for b in blocks)
-            or any(layer.mlp is not None for layer in model.backbone["layers"])):
+    every, config, rows = model.backbone["layers"], model.config, len(state[0].h)
+    if (config.layer not in ("mamba", "mamba2") or config.mixer_rms_eps > 0 or rows > MOST
+            or any(layer.mixer.config != config or layer.mlp is not None for layer in every)):
         return None
-    D, N, rank, shapes = config.d_inner, config.d_state, config.dt_rank, shapes_of(config)
-    of_state = (rows, config.d_conv - 1, D), (rows, D, N)
-    for layer, own in zip(model.backbone["layers"], state, strict=True):
-        b, there = layer.mixer, dict(layer.mixer.named_parameters())
-        if (any(t.shape != shapes.get(name) or t.device.type != "cpu" for name, t in there.items())
-                or not all(map(fits, (b.in_proj, b.x_proj, b.dt_proj, b.out_proj)))
-                or layer.norm.weight.shape != (config.d_model,)
-                or any(t.shape != shape or t.device.type != "cpu"
-                       for t, shape in zip(own, of_state))
-                or own.conv.dtype not in (torch.float32, torch.bfloat16)
-                or own.h.dtype != torch.float32):
-            return None
-    sizes = config.d_model, config.d_model, 2 * D, D, rank + 2 * N, D, D
+    D, N, past, heads = config.d_inner, config.d_state, config.d_conv - 1, config.layer == "mamba2"
+    if heads:
+        headdim, groups, rank, limits = config.headdim, config.ngroups, 0, config.dt_limit
+        shapes, channels = shapes_of2(config), D + 2 * groups * N
+        of_state = (rows, past, channels), (rows, config.nheads, headdim, N)
+    else:
+        headdim, groups, rank, limits = 0, 1, config.dt_rank, (0, math.inf)
+        shapes, channels = shapes_of(config), D
+        of_state = (rows, past, D), (rows, D, N)
+    if (any(size % cpp.WIDTH > 0 for size in (D, headdim, channels))
+            or not all(takes(*both, shapes, of_state) for both in zip(every, state, strict=True))):
+        return None
+    kept, sizes = [], (config.d_model, config.d_model, *shapes["in_proj.bias"], channels,
+                       rank + 2 * N, D, D)
     buffers = [torch.empty(rows, size, dtype=torch.float32, device="cpu") for size in sizes]
 
     def number(t):
         """Its address in float32."""
         kept.append(None if t is None else t.detach().float().contiguous())
         return address(kept[-1])
-    made = [Layer(
-        rows, config.d_model, D, N, rank, config.d_conv, layer.norm.eps, TYPES[own.conv.dtype],
-        *map(number, (layer.norm.weight, b.conv1d.weight[:, 0].t(), b.conv1d.bias,
-                      -torch.exp(b.A_log.float()) / math.log(2), b.D)),
-        *(Matrix.of(m, kept) for m in (b.in_proj, b.x_proj, b.dt_proj, b.out_proj)),
-        own.conv.data_ptr(), own.h.data_ptr(), *map(address, buffers))
-        for layer, b, own in zip(model.backbone["layers"], blocks, state)]
-    all_layers, call = (Layer * len(made))(*made), cpp.compiled(NAME).layers
+
+    def norm(module, groups=1):
+        return Norm(number(module.weight), module.eps, groups)
+
+    def as_c(layer, own):
+        b, A2 = layer.mixer, -torch.exp(layer.mixer.A_log.float()) / math.log(2)
+        gated, before = Norm(), False
+        if "norm.weight" in shapes:
+            gated, before = norm(b.norm, b.norm.groups), bool(b.norm.norm_before_gate)
+        matrices = (Matrix.of(getattr(b, name), kept) if f"{name}.weight" in shapes else Matrix()
+                    for name in ("in_proj", "x_proj", "dt_proj", "out_proj"))
+        return Layer(
+            rows, config.d_model, D, N, config.d_conv, channels, rank, headdim, groups,
+            norm(layer.norm), gated, before, *limits,
+            *map(number, (b.conv1d.weight[:, 0].t(), b.conv1d.bias,
+                          F.pad(A2.flatten(), (0, cpp.WIDTH)), b.D, b.dt_bias if heads else None)),
+            *matrices, TYPES[own.conv.dtype], *map(address, (*own, *buffers)))
+    made, call = (Layer * len(every))(*map(as_c, every, state)), cpp.compiled(NAME).layers
 
     def function(x):
         buffers[0].copy_(x)
-        call(torch.get_num_threads(), ctypes.c_long(len(made)), all_layers)
+        call(torch.get_num_threads(), ctypes.c_long(len(made)), made)
         return buffers[0]
     function.kept = kept, state
     return function
+
+
+def takes(layer, state, shapes, of_state):
+    """
+    Whether C++ takes over a layer with its state: all has to be as large as it is read there.
+    shapes: {name: shape} of the parameters of the mixer.  of_state: those of the state.
+    """
+    b, (conv, h) = layer.mixer, state
+    there = {name: attrgetter(name)(b) for name in shapes}
+    there = {name: t for name, t in there.items() if t is not None or name not in OPTIONAL}
+    linears = (getattr(b, name.partition(".")[0]) for name in shapes if "proj.weight" in name)
+    return (all(t is not None and t.shape == shapes[name] and t.device.type == "cpu"
+                for name, t in there.items())
+            and all(map(fits, linears)) and layer.norm.weight.shape == shapes["in_proj.weight"][1:]
+            and ("norm.weight" not in shapes or b.config.d_inner % b.norm.groups == 0)
+            and all(t.shape == shape and t.device.type == "cpu"
+                    for t, shape in zip(state, of_state))
+            and conv.dtype in (torch.float32, torch.bfloat16) and h.dtype == torch.float32)

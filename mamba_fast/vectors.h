@@ -16,11 +16,15 @@ typedef int32_t whole_numbers __attribute__((vector_size(4 * W)));
 static inline vec load(const float *from) { return *(const vec_in_memory *)from; }
 static inline void store(float *to, vec v) { *(vec_in_memory *)to = v; }
 
+// By halves, each of which the compiler makes one operation of.
 static inline float sum(vec v)
 {
-    float total = 0;
-    for (int i = 0; i < W; i++) total += v[i];
-    return total;
+    EACH for (int half = W / 2; half > 0; half /= 2) {
+        vec other = v;
+        EACH for (int i = 0; i < W; i++) other[i] = v[i ^ half];
+        v += other;
+    }
+    return v[0];
 }
 
 // 2^x, exactly 1 at 0, and 0 below -126: 2^whole, made of its bits, times a polynomial for what is
