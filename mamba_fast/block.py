@@ -254,12 +254,13 @@ class Mix2(torch.autograd.Function):
         _, gw_out = parts.product_back(gout, normed, w_out, False, needs[9], dtype)
         of_u, of_BC = Mix2.convolutions(w_conv, b_conv, block)
         arrays = Mix2.arrays(A_log, D, dt_bias, *of_u)
-        grads = [t.new_zeros(len(x), *t.shape) for t in arrays]
+        grads = x.new_zeros(len(x), sum(t.numel() for t in arrays))
         first = ssd_cpu.Block.of(*arrays, block.config.dt_limit, grads)
         gBC, gstate = torch.empty(BC_in.shape, dtype=dtype), u.new_zeros(kept.shape[1:])
         ssd_cpu.gradients(gy.view(u.shape), gstate, kept, first, u, dt, None, B, C, None, gu, gdt,
                           None, *Mix2.B_and_C(gBC, block), None)
-        gA, gD, gdt_bias, gtaps, gbias = (g.sum(0) for g in grads)
+        sums = grads.sum(0).split([t.numel() for t in arrays])
+        gA, gD, gdt_bias, gtaps, gbias = (g.view(t.shape) for g, t in zip(sums, arrays))
         gw_BC, gb_BC = parts.conv_back(gBC, BC_in, *of_BC, gBC_in)
         gw_conv = torch.cat([gtaps.t()[:, None], gw_BC])                    # (D + 2 G N, 1, d_conv)
         gb_conv = None if b_conv is None else torch.cat([gbias, gb_BC])

@@ -244,13 +244,18 @@ struct Sizes {
 
 // Of a block of Mamba-2, what is done before the scan, where that is to be done here, too. Then u is
 // what the convolution reads, delta has no bias yet and is before softplus, and a = delta A and
-// own = D + delta (C . B) are made here. And the gradients, of each sequence by itself.
+// own = D + delta (C . B) are made here. grads: for each sequence the gradients of all five, one
+// after the other, which have to be zeros.
 struct Block {
-    const float *A, *D, *dt_bias;               // (heads,)
-    const float *taps, *bias;                   // of the convolution, (K, heads P), (heads P,)
-    float *gA, *gD, *gdt_bias, *gtaps, *gbias;  // (batch, ...), which have to be zeros
+    const float *A, *D, *dt_bias;       // (heads,)
+    const float *taps, *bias;           // of the convolution, (K, heads P), (heads P,)
+    float *grads;
     long K;
-    float least, most;                          // delta lies between
+    float least, most;                  // delta lies between
+    float *grads_of(const Sizes &n, long b) const
+    {
+        return grads + b * (3 * n.heads + (K + 1) * n.heads * n.P);
+    }
 };
 
 struct Inputs {
@@ -565,8 +570,8 @@ struct Backward {
             chunk.gscores[t * T + t] += gown[t] * head.delta[t];
             gA += ga[t] * head.delta[t], gD += gown[t], gbias += gdelta[t];
         }
-        long at = chunk.b * n.heads + i;
-        block.gA[at] += gA, block.gD[at] += gD, block.gdt_bias[at] += gbias;
+        float *sums = block.grads_of(n, chunk.b) + i;
+        sums[0] += gA, sums[n.heads] += gD, sums[2 * n.heads] += gbias;
     }
 
     // What goes through the convolution of stretch k. The last steps of a stretch are read by the
@@ -585,12 +590,9 @@ struct Backward {
                 float *at = gx + (end - (K - 1) + j) * out.u_row;
                 store(at, end == n.length ? sums.gseen[j] : load(at) + sums.gseen[j]);
             }
-            float *gbias = block.gbias + task.b * of.D + i * n.P + p;
-            store(gbias, load(gbias) + sums.gbias);
-            for (long j = 0; j < K; j++) {
-                float *gtap = block.gtaps + (task.b * K + j) * of.D + i * n.P + p;
-                store(gtap, load(gtap) + sums.gtaps[j]);
-            }
+            float *grads = block.grads_of(n, task.b) + 3 * n.heads + i * n.P + p;
+            for (long j = 0; j < K + 1; j++, grads += of.D)
+                store(grads, load(grads) + (j < K ? sums.gtaps[j] : sums.gbias));
         }
     }
 

@@ -29,17 +29,17 @@ def ssd(u, delta, a, B, C, state, own):
 class Block(ctypes.Structure):
     """What a block of Mamba-2 has for C++ to do before the scan, too; said in ssd_cpu.cpp."""
 
-    arrays = ("A", "D", "dt_bias", "taps", "bias")      # (H,), and those of the convolution of u
-    _fields_ = (*((name, ctypes.c_void_p) for name in arrays),
-                *((f"g{name}", ctypes.c_void_p) for name in arrays),
-                ("K", ctypes.c_long), ("least", ctypes.c_float), ("most", ctypes.c_float))
+    _fields_ = (*((name, ctypes.c_void_p) for name in (
+        "A", "D", "dt_bias", "taps", "bias", "grads")),
+        ("K", ctypes.c_long), ("least", ctypes.c_float), ("most", ctypes.c_float))
 
     @classmethod
-    def of(cls, A, D, dt_bias, taps, bias, limits, grads=()):
-        """limits: of delta.  grads: in the order of arrays, those of each sequence, zeros."""
+    def of(cls, A, D, dt_bias, taps, bias, limits, grads=None):
+        """limits: of delta.  grads: zeros, a row for each sequence, with place for those of all
+        five."""
         given = [t.contiguous() for t in (A, D, dt_bias, taps, bias)]
-        block = cls(*(t.data_ptr() for t in (*given, *grads)), K=len(taps), least=limits[0],
-                    most=limits[1])
+        pointers = [None if t is None else t.data_ptr() for t in (*given, grads)]
+        block = cls(*pointers, len(taps), *limits)
         block.kept = given, grads       # they have to live as long
         return block
 
