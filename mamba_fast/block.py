@@ -226,8 +226,7 @@ class Mix2(torch.autograd.Function):
         # delta and what the convolution makes of u are not kept: the scan makes them as it goes.
         # Nor is what out_proj reads: memory takes longer than to compute it again.
         first = ssd_cpu.Block.of(*Mix2.arrays(A_log, D, dt_bias, *of_u), block.config.dt_limit)
-        state = u.new_zeros(len(u), *u.shape[2:], B.shape[3])               # (B, H, P, N)
-        y, kept = ssd_cpu.scanned(first, u, dt, None, B, C, None, state, True)
+        y, kept = ssd_cpu.scanned(first, u, dt, None, B, C, None, None, True)
         y = y.flatten(2)                                                    # (B, L, D)
         normed = norm_cpu.normed(y, z, w_norm, block.norm.groups, block.norm.eps)
         ctx.save_for_backward(x, projected, B, C, kept, y, w_in, w_conv, b_conv, dt_bias, A_log, D,
@@ -256,8 +255,8 @@ class Mix2(torch.autograd.Function):
         arrays = Mix2.arrays(A_log, D, dt_bias, *of_u)
         grads = x.new_zeros(len(x), sum(t.numel() for t in arrays))
         first = ssd_cpu.Block.of(*arrays, block.config.dt_limit, grads)
-        gBC, gstate = torch.empty(BC_in.shape, dtype=dtype), u.new_zeros(kept.shape[1:])
-        ssd_cpu.gradients(gy.view(u.shape), gstate, kept, first, u, dt, None, B, C, None, gu, gdt,
+        gBC = BC_in.new_empty(BC_in.shape)
+        ssd_cpu.gradients(gy.view(u.shape), None, kept, first, u, dt, None, B, C, None, gu, gdt,
                           None, *Mix2.B_and_C(gBC, block), None)
         sums = grads.sum(0).split([t.numel() for t in arrays])
         gA, gD, gdt_bias, gtaps, gbias = (g.view(t.shape) for g, t in zip(sums, arrays))

@@ -34,6 +34,8 @@ static inline vec convolved(const vec *seen, const vec *taps, vec bias)
     return bias;
 }
 
+static inline vec slope_of_silu(vec y, vec s) { return s * (1.f + y * (1.f - s)); }
+
 // The next step is in place of this one.
 template <int K>
 static inline void go_on(vec *of_steps)
@@ -41,18 +43,19 @@ static inline void go_on(vec *of_steps)
     EACH for (int k = 0; k < K - 1; k++) of_steps[k] = of_steps[k + 1];
 }
 
-// out: of step t.
+// out, and slope, that of silu, or null: of step t.
 template <int K>
-static void forward_steps(long t, long end, const Channels &of, float *out, long out_row)
+static void forward_steps(long t, long end, const Channels &of, float *out, float *slope, long row)
 {
     vec seen[K], taps[K], bias = load(of.bias);
     EACH for (int k = 0; k < K; k++) taps[k] = load(of.taps + k * of.D);
     see<K>(seen, t, of);
-    for (; t < end; t++, out += out_row) {
+    for (; t < end; t++, out += row) {
         seen[K - 1] = load(of.x + t * of.x_row);
         __builtin_prefetch(of.x + (t + AHEAD) * of.x_row);
-        vec y = convolved<K>(seen, taps, bias);
-        store(out, y * sigmoid(y));
+        vec y = convolved<K>(seen, taps, bias), s = sigmoid(y);
+        store(out, y * s);
+        if (slope) store(slope, slope_of_silu(y, s)), slope += row;
         go_on<K>(seen);
     }
 }
@@ -62,21 +65,27 @@ struct Sums {
     vec gtaps[4], gbias, gseen[4];
 };
 
-// gout: of step t.  gx: of step 0.  gstate: that of the state, or null.
+// gout, and slope, or null where it is to be computed again: of step t.  gx: of step 0.  gstate:
+// that of the state, or null.
 template <int K>
-static void backward_steps(long t, long end, const Channels &of, const float *gout, long gout_row,
-                           float *gx, long gx_row, float *gstate, Sums &all)
+static void backward_steps(long t, long end, const Channels &of, const float *gout,
+                           const float *slope, long row, float *gx, long gx_row, float *gstate,
+                           Sums &all)
 {
     Sums sums = all;
     vec seen[K], taps[K], bias = load(of.bias);
     EACH for (int k = 0; k < K; k++) taps[k] = load(of.taps + k * of.D);
     see<K>(seen, t, of);
-    for (; t < end; t++, gout += gout_row) {
+    for (; t < end; t++, gout += row) {
         seen[K - 1] = load(of.x + t * of.x_row);
         __builtin_prefetch(of.x + (t + AHEAD) * of.x_row);
         __builtin_prefetch(gx + (t + AHEAD) * gx_row, 1);       // 1: to be written
-        vec y = convolved<K>(seen, taps, bias), s = sigmoid(y);
-        vec gy = load(gout) * (s * (1.f + y * (1.f - s)));
+        vec gy = load(gout);
+        if (slope) gy *= load(slope), slope += row;
+        else {
+            vec y = convolved<K>(seen, taps, bias);
+            gy *= slope_of_silu(y, sigmoid(y));
+        }
         EACH for (int k = 0; k < K; k++) {
             sums.gtaps[k] += gy * seen[k];
             sums.gseen[k] += gy * taps[k];

@@ -25,7 +25,8 @@ void forward(int threads, long batch, long L, long D, long K, long x_row, const 
         const Channels all = {x_row, D, x + b * L * x_row, taps, bias, state + b * (K - 1) * D};
         for (long t = 0; t < L; t += STEPS)
             for (long d = begin; d < D && d < begin + GROUP; d += W)
-                steps(t, t + STEPS < L ? t + STEPS : L, all.from(d), out + (b * L + t) * D + d, D);
+                steps(t, t + STEPS < L ? t + STEPS : L, all.from(d), out + (b * L + t) * D + d,
+                      nullptr, D);
     }
 }
 
@@ -45,8 +46,8 @@ void backward(int threads, long batch, long L, long D, long K, long x_row, long 
         const Channels all = {x_row, D, x + b * L * x_row, taps, bias, state + b * (K - 1) * D};
         for (long t = 0; t < L; t += STEPS)
             for (long d = begin; d < D && d < begin + GROUP; d += W)
-                steps(t, t + STEPS < L ? t + STEPS : L, all.from(d), gout + (b * L + t) * D + d, D,
-                      gx_b + d, gx_row, gstate_b + d, sums[(d - begin) / W]);
+                steps(t, t + STEPS < L ? t + STEPS : L, all.from(d), gout + (b * L + t) * D + d,
+                      nullptr, D, gx_b + d, gx_row, gstate_b + d, sums[(d - begin) / W]);
         for (long d = begin; d < D && d < begin + GROUP; d += W) {
             const Sums &of_d = sums[(d - begin) / W];
             for (long t = L, k = 0; k < K - 1; t++, k++) {  // what no later step adds to

@@ -27,28 +27,30 @@ extern "C" {
 void forward(int threads, long rows, long groups, long D, long z_row, const float *y,
              const float *z, const float *weight, float eps, float *out)
 {
-    #pragma omp parallel for num_threads(threads)
-    for (long row = 0; row < rows; row++) {
+    #pragma omp parallel num_threads(threads)
+    {
         NoTinyNumbers here;
-        for (long first = 0; first < groups * D; first += D) {
-            const float *y_d = y + row * groups * D + first;
-            const float *z_d = z ? z + row * z_row + first : nullptr;
-            float *out_d = out + row * groups * D + first;
-            vec squares = {};
-            for (long d = 0; d < D; d += W) {
-                vec gated = load(y_d + d) * gate(z_d, d).open;
-                store(out_d + d, gated);
-                squares += gated * gated;
+        #pragma omp for
+        for (long row = 0; row < rows; row++)
+            for (long first = 0; first < groups * D; first += D) {
+                const float *y_d = y + row * groups * D + first;
+                const float *z_d = z ? z + row * z_row + first : nullptr;
+                float *out_d = out + row * groups * D + first;
+                vec squares = {};
+                for (long d = 0; d < D; d += W) {
+                    vec gated = load(y_d + d) * gate(z_d, d).open;
+                    store(out_d + d, gated);
+                    squares += gated * gated;
+                }
+                float size = 1 / std::sqrt(sum(squares) / D + eps);
+                for (long d = 0; d < D; d += W)
+                    store(out_d + d, load(out_d + d) * size * load(weight + first + d));
             }
-            float size = 1 / std::sqrt(sum(squares) / D + eps);
-            for (long d = 0; d < D; d += W)
-                store(out_d + d, load(out_d + d) * size * load(weight + first + d));
-        }
     }
 }
 
-// gweight (tasks, groups * D), which has to be zeros, is still to be summed over the tasks. out: null,
-// or where to write what forward gave.
+// gweight (tasks, groups * D), which has to be zeros, is still to be summed over the tasks. out:
+// null, or where to write what forward gave.
 void backward(int threads, long rows, long groups, long D, long z_row, const float *y,
               const float *z, const float *weight, float eps, const float *gout, float *gy,
               long gz_row, float *gz, float *gweight, float *out)

@@ -26,7 +26,7 @@ constexpr int V = T / W;                // vectors of a number for each step
 constexpr int HEADS = 4;                // of a task, at most: sums must not depend on threads
 constexpr int SUMS = W == 8 ? 8 : 16;   // vectors of a tile, of 16 registers with AVX2, else of 32
 
-// ---- Vectors -------------------------------------------------------------------------------------
+// ---- Vectors ------------------------------------------------------------------------------------
 
 // The numbers first, first + 1, ... of a vector.
 template <int... I>
@@ -85,7 +85,7 @@ static inline vec sums_of(vec *rows)
         return rows[0];
 }
 
-// ---- Matrices ------------------------------------------------------------------------------------
+// ---- Matrices -----------------------------------------------------------------------------------
 
 // ROWS rows and VECS vectors of c = keep * old + a b, where b and c have `lanes` columns. All sums
 // are in registers: for 16 multiplications of vectors 2 vectors and 8 numbers are loaded.
@@ -224,7 +224,7 @@ static float dot(long n, const float *a, const float *b)
     return sum;
 }
 
-// ---- What forward and backward share -------------------------------------------------------------
+// ---- What forward and backward share ------------------------------------------------------------
 
 struct Sizes {
     long batch, length, heads, P, groups, N;
@@ -242,8 +242,8 @@ struct Sizes {
     }
 };
 
-// Of a block of Mamba-2, what is done before the scan, where that is to be done here, too. Then u is
-// what the convolution reads, delta has no bias yet and is before softplus, and a = delta A and
+// Of a block of Mamba-2, what is done before the scan, where that is to be done here, too. Then u
+// is what the convolution reads, delta has no bias yet and is before softplus, and a = delta A and
 // own = D + delta (C . B) are made here. grads: for each sequence the gradients of all five, one
 // after the other, which have to be zeros.
 struct Block {
@@ -321,13 +321,14 @@ struct Head {
         : n(n), u(T * n.P), delta(T), slope(T), own(T), since(T), until(T), between(T * T),
           S(T * T), B_until(T * n.N) {}
 
-    void read(const Inputs &in, const Chunk &chunk, long head)
+    // slope_u: null, or where to write the slope of silu, (T, P)
+    void read(const Inputs &in, const Chunk &chunk, long head, float *slope_u)
     {
         long at = chunk.row * n.heads + head;
         alignas(64) float a[T];
         copy_in(chunk.steps, in.delta + chunk.row * n.delta_row + head, n.delta_row, delta);
         if (in.block) {
-            convolve(in, chunk, head);
+            convolve(in, chunk, head, slope_u);
             open(*in.block, chunk, head, a);
         } else {
             copy_in(chunk.steps, n.P, in.u + chunk.row * n.u_row + head * n.P, n.u_row, u);
@@ -340,13 +341,14 @@ struct Head {
         for (int t = 0; t < T; t++) S[t * T + t] = own[t];
     }
 
-    void convolve(const Inputs &in, const Chunk &chunk, long head)
+    void convolve(const Inputs &in, const Chunk &chunk, long head, float *slope_u)
     {
         long K = in.block->K;
         auto steps = K == 4 ? forward_steps<4> : K == 3 ? forward_steps<3> : forward_steps<2>;
         const Channels of = in.channels(n, chunk.b, head);
         for (long p = 0; p < n.P; p += W)
-            steps(chunk.first, chunk.first + chunk.steps, of.from(p), u + p, n.P);
+            steps(chunk.first, chunk.first + chunk.steps, of.from(p), u + p,
+                  slope_u ? slope_u + p : nullptr, n.P);
         memset(u + chunk.steps * n.P, 0, 4 * n.P * (T - chunk.steps));
     }
 
@@ -396,15 +398,33 @@ struct Head {
     }
 };
 
-// ---- Forward -------------------------------------------------------------------------------------
+// The states of a task's heads, or their gradients: where they are given, or here, from zeros.
+struct States {
+    const Sizes &n;
+    Floats here;                            // (HEADS, P, N)
+
+    explicit States(const Sizes &n) : n(n), here(HEADS * n.size()) {}
+
+    float *of(float *given, const Task &task, long head, bool begins)
+    {
+        if (given) return given + n.state_at(0, task.b, head);
+        float *h = here + (head - task.first) * n.size();
+        if (begins) memset(h, 0, 4 * n.size());
+        return h;
+    }
+};
+
+// ---- Forward ------------------------------------------------------------------------------------
 
 struct Forward {
     const Sizes &n;
     Chunk chunks[KEPT] = {n, n, n, n};
     Head head;
+    States states;
     Floats read_t, y;
 
-    explicit Forward(const Sizes &n) : n(n), head(n), read_t(T * n.P), y(T * n.P) {}
+    explicit Forward(const Sizes &n)
+        : n(n), head(n), states(n), read_t(T * n.P), y(T * n.P) {}
 
     // y of a chunk of a head, whose state h becomes that at the chunk's end
     void step(const Chunk &chunk, float *h, float *y_out)
@@ -421,10 +441,10 @@ struct Forward {
             int count = n.in_stretch(k);
             for (int c = 0; c < count; c++) chunks[c].read(in, task, k * KEPT + c);
             for (long i = task.first; i < task.last; i++) {
-                float *h = state + n.state_at(0, task.b, i);
+                float *h = states.of(state, task, i, k == 0);
                 if (kept) memcpy(kept + n.state_at(k, task.b, i), h, 4 * n.size());
                 for (int c = 0; c < count; c++) {
-                    head.read(in, chunks[c], i);
+                    head.read(in, chunks[c], i, nullptr);
                     step(chunks[c], h, y_out + (chunks[c].row * n.heads + i) * n.P);
                 }
             }
@@ -432,7 +452,7 @@ struct Forward {
     }
 };
 
-// ---- Backward ------------------------------------------------------------------------------------
+// ---- Backward -----------------------------------------------------------------------------------
 
 struct Outputs {
     float *u, *delta, *a, *B, *C, *own;     // gradients of the inputs
@@ -472,12 +492,14 @@ struct Backward {
     ChunkBackward chunks[KEPT] = {n, n, n, n};
     Head heads[KEPT] = {n, n, n, n};        // of one head, in each of the chunks
     Floats states;                          // (KEPT - 1, P, N), before all of them but the first
+    States gstates;
     Floats gC, gy, u_t, read_t, gu, gS, gbetween;
-    Floats gsilu;                           // (KEPT T, P), of what the convolution gave
+    Floats gsilu, slope_u;                  // (KEPT T, P), for what the convolution gave
 
     explicit Backward(const Sizes &n)
-        : n(n), states((KEPT - 1) * n.size()), gC(T * n.N), gy(T * n.P), u_t(T * n.P),
-          read_t(T * n.P), gu(T * n.P), gS(T * T), gbetween(T * T), gsilu(KEPT * T * n.P) {}
+        : n(n), states((KEPT - 1) * n.size()), gstates(n), gC(T * n.N), gy(T * n.P),
+          u_t(T * n.P), read_t(T * n.P), gu(T * n.P), gS(T * T), gbetween(T * T),
+          gsilu(KEPT * T * n.P), slope_u(KEPT * T * n.P) {}
 
     // What goes through S: gdelta, gscores += and gbetween; and gu, but for what is added in step.
     // gS_ts is gy_t . u_s.
@@ -585,7 +607,8 @@ struct Backward {
         for (long p = 0; p < n.P; p += W) {
             Sums sums = {};
             float *gx = out.u + task.b * n.length * out.u_row + i * n.P + p;
-            steps(first, end, of.from(p), gsilu + p, n.P, gx, out.u_row, nullptr, sums);
+            steps(first, end, of.from(p), gsilu + p, slope_u + p, n.P, gx, out.u_row, nullptr,
+                  sums);
             for (long j = std::max(0L, K - 1 - end); j < K - 1; j++) {
                 float *at = gx + (end - (K - 1) + j) * out.u_row;
                 store(at, end == n.length ? sums.gseen[j] : load(at) + sums.gseen[j]);
@@ -625,7 +648,7 @@ struct Backward {
     void recompute(const Inputs &in, int count, long i, const float **h)
     {
         for (int c = 0; c < count; c++) {
-            heads[c].read(in, chunks[c], i);
+            heads[c].read(in, chunks[c], i, slope_u + c * T * n.P);
             if (c + 1 == count) break;
             float *next = states + c * n.size();
             heads[c].advance(chunks[c], h[c], next);
@@ -641,12 +664,12 @@ struct Backward {
             for (int c = 0; c < count; c++) chunks[c].read(in, task, k * KEPT + c);
             for (long i = task.first; i < task.last; i++) {
                 const float *h[KEPT] = {kept + n.state_at(k, task.b, i)};
+                float *g = gstates.of(gstate, task, i, k + 1 == n.stretches());
                 recompute(in, count, i, h);
                 for (int c = count - 1; c >= 0; c--) {
                     long at = chunks[c].row * n.heads + i;
                     copy_in(chunks[c].steps, n.P, gy_in + at * n.P, n.heads * n.P, gy);
-                    step(chunks[c], heads[c], h[c], gstate + n.state_at(0, task.b, i), out,
-                         in.block, i);
+                    step(chunks[c], heads[c], h[c], g, out, in.block, i);
                 }
                 if (in.block) through_conv(in, task, k, i, out);
             }
@@ -655,14 +678,15 @@ struct Backward {
     }
 };
 
-// ---- What Python calls ---------------------------------------------------------------------------
+// ---- What Python calls --------------------------------------------------------------------------
 
 extern "C" {
 
-// u, y (batch, length, heads, P); delta, a, own (batch, length, heads); B, C (batch, length, groups,
-// N); the steps of u are u_row numbers apart, those of B and C BC_row, those of delta delta_row;
-// state (batch, heads, P, N), which becomes the last one; kept (stretches, batch, heads, P, N), the
-// states before every KEPT chunks, or null. With a block, a and own are null.
+// u, y (batch, length, heads, P); delta, a, own (batch, length, heads); B, C (batch, length,
+// groups, N); the steps of u are u_row numbers apart, those of B and C BC_row, those of delta
+// delta_row; state (batch, heads, P, N), which becomes the last one, or null for zeros; kept
+// (stretches, batch, heads, P, N), the states before every KEPT chunks, or null. With a block, a
+// and own are null.
 void forward(int threads, const Block *block, long batch, long length, long heads, long P,
              long groups, long N, long u_row, long BC_row, long delta_row, const float *u,
              const float *delta, const float *a, const float *B, const float *C, const float *own,
@@ -680,9 +704,9 @@ void forward(int threads, const Block *block, long batch, long length, long head
     }
 }
 
-// gstate: that of the last state, becomes that of the first. gB, gC: (runs, batch, length, groups,
-// N), to be summed, where runs is the number of tasks of a group, per_group / HEADS rounded up. With
-// a block, ga and gown are null.
+// gstate: that of the last state, becomes that of the first, or null for zeros. gB, gC: (runs,
+// batch, length, groups, N), to be summed, where runs is the number of tasks of a group, per_group
+// / HEADS rounded up. With a block, ga and gown are null.
 void backward(int threads, const Block *block, long batch, long length, long heads, long P,
               long groups, long N, long u_row, long BC_row, long delta_row, const float *u,
               const float *delta, const float *a, const float *B, const float *C, const float *own,

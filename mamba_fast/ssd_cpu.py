@@ -67,9 +67,10 @@ class NativeSSD(torch.autograd.Function):
 
 
 def scanned(block, u, delta, a, B, C, own, state, keep):
-    """y, and with keep what backward needs. state becomes the last one. block: None, or a Block,
-    with which a and own are None."""
-    kept = state.new_empty(math.ceil(u.shape[1] / STEPS) if keep else 0, *state.shape)
+    """y, and with keep what backward needs. state becomes the last one; None: it begins with zeros.
+    block: None, or a Block, with which a and own are None."""
+    kept = u.new_empty(math.ceil(u.shape[1] / STEPS) if keep else 0, len(u), *u.shape[2:],
+                       B.shape[3])
     y = u.new_empty(u.shape)
     cpp.call(cpp.compiled(NAME).forward, *given(block, u, delta, a, B, C, own), state, y,
              kept if keep else None)
@@ -78,7 +79,8 @@ def scanned(block, u, delta, a, B, C, own, state, keep):
 
 def gradients(gy, gstate, kept, block, u, delta, a, B, C, own, gu, gdelta, ga, gB, gC, gown):
     """gu, ...: where to write these; the steps of gu and gdelta may be apart. gstate, that of the
-    last state, becomes that of the first."""
+    last state, becomes that of the first; None: it is zeros, and that of the first is not asked
+    for."""
     sums = B.new_empty(2, math.ceil(u.shape[2] // B.shape[2] / HEADS), *B.shape)
     cpp.call(cpp.compiled(NAME).backward, *given(block, u, delta, a, B, C, own), kept, gy, gstate,
              gu.stride(1), gdelta.stride(1), gu, gdelta, ga, *sums, gown)
