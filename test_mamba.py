@@ -3746,7 +3746,8 @@ def test_tiles_side_by_side_of_all_that_the_others_take(monkeypatch):
 
 OF_BLOCK = ({}, {"bias": True, "conv_bias": False, "d_conv": 3, "d_state": 5}, {"d_conv": 2, "dt_rank": 1, "expand": 1})
 OF_BLOCK2 = tuple({"layer": "mamba2", "headdim": 16, "d_state": 32, **changes} for changes in (
-    {}, {"bias": True, "conv_bias": False, "d_conv": 3, "ngroups": 2, "d_state": 16}, {"d_conv": 2, "headdim": 64, "dt_limit": (0.02, 0.05)}))
+    {}, {"bias": True, "conv_bias": False, "d_conv": 3, "ngroups": 2, "d_state": 16}, {"d_conv": 2, "headdim": 64, "dt_limit": (0.02, 0.05)},
+    {"expand": 5}))     # 10 heads: more than C++ takes together
 
 
 def results_of_block(block, x, gy):
@@ -3764,7 +3765,8 @@ def block_of(changes):
 
 
 def check_block(changes, length=70, dtype=torch.float32, cast=None, frozen=(), device="cpu"):
-    """A block at once is not further from float64 than twice what its parts are, one by one, and gives gradients to the same
+    """A block at once is not further from float64 than twice what its parts are, one by one (and 1e-5: what a sum loses
+    that is nearly 0, as the gradient of a single D), and gives gradients to the same
     tensors, in their types. x is a view. cast: of autocast."""
     torch.manual_seed(0)
     block = block_of(changes).to(device)
@@ -3789,7 +3791,7 @@ def check_block(changes, length=70, dtype=torch.float32, cast=None, frozen=(), d
             assert one is part is None
             continue
         assert one.dtype == part.dtype and one.shape == part.shape
-        assert relative(one, expected) < 2 * relative(part, expected) + 1e-6, (name, relative(one, expected), relative(part, expected))
+        assert relative(one, expected) < 2 * relative(part, expected) + 1e-5, (name, relative(one, expected), relative(part, expected))
 
 
 AT_ONCE = {"mamba": "MixBackward", "mamba2": "Mix2Backward"}
@@ -3797,7 +3799,7 @@ AT_ONCE = {"mamba": "MixBackward", "mamba2": "Mix2Backward"}
 
 @in_cpp
 @pytest.mark.parametrize("changes", OF_BLOCK + OF_BLOCK2)
-@pytest.mark.parametrize("length", [2, 70, 300])
+@pytest.mark.parametrize("length", [2, 3, 65, 66, 70, 300])      # C++ keeps a state after each 64
 def test_block_at_once_equals_its_parts(changes, length):
     check_block(changes, length)
 
