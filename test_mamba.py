@@ -3326,8 +3326,10 @@ def check_fused_step(changes, dtype, rows, device, length=20):
     exact = awkward(changes) if dtype == torch.int8 else awkward(changes, dtype).float()
     state, idx = model.init_state(rows), tokens(rows, length) % model.config.vocab_size
     whole, _, last = exact(idx, state=exact.init_state(rows))
+    chosen = [token.clone() for token in idx.to(device).unbind(1)]
     got = torch.stack([step_triton.decode(model.backbone, model.lm_head, model.config, state, token).clone()
-                       for token in idx.to(device).unbind(1)], 1)
+                       for token in chosen], 1)
+    assert torch.equal(got.argmax(-1), torch.stack(chosen, 1))
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.int8: 3e-2}[dtype]
     assert got.shape == whole.shape and got.dtype == torch.float32 and relative(got.cpu(), whole) < tolerance
     for one, expected in zip(tree_leaves(state), tree_leaves(last)):
@@ -3381,7 +3383,7 @@ for rows, dtype, shape in ((1, torch.float32, 0), (1, torch.bfloat16, 1), (1, to
 
 from mamba_fast.step_triton import _tiles
 few = torch.zeros(3, 512, dtype=torch.float16)      # only x_proj's sums may be cut, not those of a head of few outputs
-assert _tiles(few, 512, 60)["PARTS"] == 1 < _tiles(few, 512, 60, cut=True)["PARTS"]
+assert _tiles(few, 3, 512, 60)["PARTS"] == 1 < _tiles(few, 3, 512, 60, cut=True)["PARTS"]
 
 def over_channels(p, q, row, EXACT):
     sums = np.stack([t.handle.data for t in (*p, *q)]).reshape(2, 8, 4, -1, 8).sum(-1)       # (p or q, step, segment, warp)

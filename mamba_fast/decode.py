@@ -68,7 +68,7 @@ def is_plain(model, plain):
             return False
         if kind is nn.Dropout and module.training and module.p > 0:
             return False
-        if getattr(module, "eps", model.config.norm_eps) != model.config.norm_eps:
+        if vars(module).get("eps", model.config.norm_eps) != model.config.norm_eps:
             return False
         if isinstance(module, nn.RMSNorm) and module.weight is None:
             return False
@@ -355,7 +355,7 @@ class Graph:
 
     Its state belongs to one decoder at a time, its owner; another one that wants it takes it over.
     made_for: the number of prompts and the weights, by their addresses.  fused: by the kernels of
-    step_triton.py.
+    step_triton.py.  token: what a replay reads, and then the likeliest next ones.
     """
 
     def __init__(self, model, rows, made_for, fused):
@@ -365,16 +365,29 @@ class Graph:
             step = functools.partial(step_triton.decode, model.backbone, model.lm_head,
                                      model.config, self.state)
         else:
-            step = make_step(model, self.state)
-        self.step = torch.inference_mode()(step)
+            plain_step = make_step(model, self.state)
+
+            def step(token):
+                logits = plain_step(token)
+                token.copy_(logits.argmax(-1))
+                return logits
+        self.step, self.given = torch.inference_mode()(step), None
         self.token = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.graph, self.logits = recorded(lambda: self.step(self.token), self.token)
         self.readers = {}       # {length: (the tokens (B, length) that the graph reads, the graph)}
 
     def __call__(self, token):
-        self.token.copy_(token)
+        if token is not self.given:     # else the replay before has left it there
+            self.token.copy_(token)
+        self.given = None
         self.graph.replay()
         return self.logits
+
+    def likeliest(self, token):
+        """The likeliest tokens (B,) after a call; the next one finds them where it reads them."""
+        self(token)
+        self.given = self.token.clone()
+        return self.given
 
     def read(self, model, tokens):
         """model reads tokens (B, L) into the state, in parts whose lengths are powers of two, and
@@ -418,10 +431,12 @@ class GraphDecoder:
     """
 
     def __init__(self, model, prompts, state):
-        rows, fused = len(prompts), fuses(model)
+        rows = len(prompts)
         weights = [t for module in model.modules()
-                   for t in (*module._parameters.values(), *module._buffers.values())]
-        made_for = [rows, *((t.data_ptr(), t.dtype) for t in weights if t is not None)]
+                   for t in (*module._parameters.values(), *module._buffers.values())
+                   if t is not None]
+        made_for = [rows, *((t.data_ptr(), t.dtype) for t in weights)]
+        fused = fuses(model) and all(t.is_contiguous() for t in weights)
         self.graph = GRAPHS.get(model)
         if self.graph is None or not fused or self.graph.made_for != made_for:
             if self.graph is not None:
@@ -451,19 +466,23 @@ class GraphDecoder:
         self.take()
         return self.graph(token)
 
+    def likeliest(self, token):
+        """What step(token).argmax(-1) is, sooner."""
+        self.take()
+        return self.graph.likeliest(token)
+
     @property
     def state(self):
         return copies(self.graph.state if self.own is None else self.own)
 
 
 def fuses(model):
-    """Whether the step runs by the kernels of step_triton.py."""
+    """Whether the step runs by the kernels of step_triton.py, if all weights are contiguous."""
     config, weight = model.config, model.lm_head.weight
     return (all(layer.mixer.config == config for layer in model.backbone["layers"])
             and config.scan in ("auto", "triton")
             and step_triton is not None and scan_triton.runs_on(weight.device)
-            and weight.dtype != torch.float64 and step_triton.decodes(config)
-            and all(p.is_contiguous() for p in model.parameters()))
+            and weight.dtype != torch.float64 and step_triton.decodes(config))
 
 
 def recorded(call, where, pool=None):

@@ -4,9 +4,9 @@ updated in place. Of models whose layers are all Mamba-1's, or all Mamba-2's; de
 graph of it.
 
 With few texts a step takes as long as reading the weights once, and the start of every kernel.
-There are four a layer, in Mamba-2 three:
-    enter      in_proj and the convolution
-    project    x_proj; for several texts in parts, which are sums over some of the channels each
+There are three or four a layer:
+    enter      in_proj and the convolution; for one text of a small model x_proj, too
+    project    else x_proj; for several texts in parts, which are sums over some channels each
     advance    the step of the scan, and the gate; in Mamba-1 dt_proj before it
     project    out_proj, added to the residual stream; and once, at the end, the head
 The norm before a product is done in two halves: the kernel before multiplies by the norm's weight
@@ -29,6 +29,7 @@ from .scan_triton import LOG2E, _silu
 
 SMALL = constexpr(64.0)
 PDL = torch.version.hip is None
+MERGED = 64 * 1024      # bytes of x_proj's parts up to which _enter makes them, for one text
 
 
 @triton.jit
@@ -46,9 +47,10 @@ def _softplus(x):
 
 
 @triton.jit
-def _wait(residual, squares, r, n, in_y, rows, N, BLOCKS: constexpr, PDL: constexpr):
+def _wait(residual, squares, r, n, in_y, row, rows, N: constexpr, BLOCKS: constexpr,
+          PDL: constexpr):
     """Until what the kernels before have written is there; then the first things of it that are
-    needed, and take long."""
+    needed, and take long: of the residual, and the squares of each row of x."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     first, square = 0.0, 0.0
@@ -56,8 +58,8 @@ def _wait(residual, squares, r, n, in_y, rows, N, BLOCKS: constexpr, PDL: conste
         first = tl.load(residual + r[:, None] * N + n[None, :], mask=in_y, other=0)
     if squares is not None:
         i = tl.arange(0, triton.next_power_of_2(BLOCKS))
-        in_i = (r < rows)[:, None] & (i < BLOCKS)[None, :]
-        square = tl.load(squares + r[:, None] * BLOCKS + i[None, :], mask=in_i, other=0)
+        in_i = (row < rows)[:, None] & (i < BLOCKS)[None, :]
+        square = tl.load(squares + row[:, None] * BLOCKS + i[None, :], mask=in_i, other=0)
     return first, square
 
 
@@ -93,13 +95,15 @@ def _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS: c
         weights = ()
         for start in tl.static_range(0, K, BK):
             weights = weights + (_load(weight, n, in_n, start, K, BK),)
-        first, square = _wait(residual, squares, r, n, in_y, rows, N, BLOCKS, PDL)
-        y = tl.zeros((BN, BK), tl.float32)
+        # x once for each output: else the weights would have to go to other threads
+        y, row = tl.zeros((BN, BK), tl.float32), tl.zeros_like(n)
+        first, square = _wait(residual, squares, r, n, in_y, row, rows, N, BLOCKS, PDL)
         for start in tl.static_range(0, K, BK):
-            y += _wide(weights[start // BK]) * _load(x, r, in_r, start, K, BK).to(tl.float32)
-        y = tl.sum(y, 1)[None, :]
+            x_k = _load(x, row, row < rows, start, K, BK)
+            y += _wide(weights[start // BK]) * x_k.to(tl.float32)
+        y = tl.sum(y, 1)
     else:
-        first, square = _wait(residual, squares, r, n, in_y, rows, N, BLOCKS, PDL)
+        first, square = _wait(residual, squares, r, n, in_y, r, rows, N, BLOCKS, PDL)
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
         y = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
@@ -112,7 +116,10 @@ def _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS: c
         if SWAP:
             y = y.trans()
     if squares is not None:
-        y *= SMALL * tl.rsqrt(tl.sum(square, 1) / K + EPS)[:, None]
+        root = SMALL * tl.rsqrt(tl.sum(square, 1) / K + EPS)
+        y *= root if BM == 1 else root[:, None]
+    if BM == 1:
+        y = y[None, :]
     if scale is not None:
         y *= tl.load(scale + n, mask=in_n, other=0).to(tl.float32)[None, :]
     if bias is not None:
@@ -138,14 +145,34 @@ def _keep(y, norm, out, normed, squares, rows, r, n, N: constexpr, BN: constexpr
 
 
 @triton.jit
-def _begin(x, norm, normed, squares, rows, N: constexpr, BN: constexpr, PDL: constexpr):
-    """For the first product of all: what _keep does after each of the others."""
+def _begin(token, table, scale, x, norm, normed, squares, rows, N: constexpr, BN: constexpr,
+           PDL: constexpr):
+    """The embedding x (rows, N) of each token (rows,); and for the first product of all what _keep
+    does after each of the others."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) + tl.arange(0, 1)
-    y = tl.load(x + r[:, None] * N + n[None, :], mask=(n < N)[None, :], other=0)
+    id = tl.load(token + r)
+    y = tl.load(table + id[:, None] * N + n[None, :], mask=(n < N)[None, :], other=0)
+    if scale is not None:
+        scales = tl.load(scale + id)
+        y = (y.to(tl.float32) * scales.to(tl.float32)[:, None]).to(scales.dtype)
     _keep(y, norm, x, normed, squares, rows, r, n, N, BN)
+
+
+@triton.jit
+def _choose(logits, token, N: constexpr, BN: constexpr, PDL: constexpr):
+    """token (rows,): the likeliest of each row of logits (rows, N), the first of several."""
+    row, n = logits + tl.program_id(0) * N, tl.arange(0, BN)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    most, likeliest = tl.full((BN,), float("-inf"), tl.float32), n
+    for start in tl.static_range(0, N, BN):
+        logit = tl.load(row + start + n, mask=start + n < N, other=float("-inf"))
+        likeliest = tl.where(logit > most, start + n, likeliest)
+        most = tl.maximum(logit, most)
+    first = tl.min(tl.where(most == tl.max(most, 0), likeliest, N - 1), 0)
+    tl.store(token + tl.program_id(0), first.to(token.dtype.element_ty))
 
 
 @triton.jit
@@ -167,14 +194,16 @@ def _project(x, squares, weight, scale, bias, residual, norm, y, normed, y_squar
 
 
 @triton.jit
-def _enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, rows, EPS: constexpr,
-           K: constexpr, X: constexpr, D: constexpr, H: constexpr, X_FIRST: constexpr,
-           BEFORE: constexpr, BLOCKS: constexpr, PARTS: constexpr, BM: constexpr, BN: constexpr,
-           BK: constexpr, SWAP: constexpr, PDL: constexpr):
+def _enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, x_proj, x_proj_scale,
+           selected, rows, EPS: constexpr, K: constexpr, X: constexpr, D: constexpr, H: constexpr,
+           X_FIRST: constexpr, BEFORE: constexpr, BLOCKS: constexpr, Q: constexpr, PARTS: constexpr,
+           BM: constexpr, BN: constexpr, BK: constexpr, SWAP: constexpr, PDL: constexpr):
     """
     x -> u (rows, X), what the convolution makes of X of the outputs of in_proj; and
     gate (rows, D + H), silu of D of them, and H as they are. In the weights X comes first, or D.
     window: (rows, BEFORE, X), the X of the tokens before, updated in place.
+    x_proj: for one text, or None: (Q, X); then its product with the u of each program is a row of
+    selected, and the sum of the rows is its product with all of u.
     """
     if PDL and BM == 1:
         tl.extra.cuda.gdc_launch_dependents()
@@ -192,6 +221,11 @@ def _enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, ro
         taps_d = taps_d + (tap.to(tl.float32)[None, :],)
         if k < BEFORE:
             before = before + (tl.load(at + k * X, mask=in_u, other=0),)
+    if x_proj is not None:
+        q = tl.arange(0, triton.next_power_of_2(Q))
+        in_q = q < tl.where(to_u, Q, 0)
+        mask = in_q[:, None] if X % BN == 0 else in_q[:, None] & in_x[None, :]
+        to_select = tl.load(x_proj + q[:, None] * X + d[None, :], mask=mask, other=0)
     if X_FIRST:
         first = tl.where(to_u, 0, tl.where(to_gate, X, X + D))
     else:
@@ -211,7 +245,13 @@ def _enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, ro
         new += before[k].to(tl.float32) * taps_d[k]
     if conv_bias is not None:
         new += tl.load(conv_bias + d, mask=in_x, other=0).to(tl.float32)[None, :]
-    tl.store(u + r[:, None] * X + d[None, :], _silu(new).to(u.dtype.element_ty), mask=in_u)
+    new = _silu(new).to(u.dtype.element_ty)
+    tl.store(u + r[:, None] * X + d[None, :], new, mask=in_u)
+    if x_proj is not None:
+        some = tl.sum(_wide(to_select) * new.to(tl.float32), 1)
+        if x_proj_scale is not None:
+            some *= tl.load(x_proj_scale + q, mask=in_q, other=0).to(tl.float32)
+        tl.store(selected + block * Q + q, some, mask=in_q)
 
 
 @triton.jit
@@ -238,14 +278,21 @@ def _advance(parts, dt_proj, dt_bias, A_log, Dw, u, gate, h, y, rows, D: constex
         tl.extra.cuda.gdc_wait()
     u_d = tl.load(u + of_y, mask=in_y, other=0).to(tl.float32)
     gate_d = tl.load(gate + of_y, mask=in_y, other=0)
-    dt, B = tl.zeros((BM, BR), tl.float32), tl.zeros((BM, BN), tl.float32)
-    C = tl.zeros((BM, BN), tl.float32)
     in_dt, in_B = in_r[:, None] & in_q[None, :], in_r[:, None] & in_n[None, :]
-    for i in tl.static_range(PARTS):
-        part = parts + (i * rows + r)[:, None] * (R + 2 * N)
-        dt += tl.load(part + q[None, :], mask=in_dt, other=0)
-        B += tl.load(part + R + n[None, :], mask=in_B, other=0)
-        C += tl.load(part + R + N + n[None, :], mask=in_B, other=0)
+    if BM == 1:         # all parts at once: there may be many
+        p = tl.arange(0, triton.next_power_of_2(PARTS))
+        part, in_p = parts + p[:, None] * (R + 2 * N), (p < PARTS)[:, None]
+        dt = tl.sum(tl.load(part + q[None, :], mask=in_p & in_dt, other=0), 0)[None, :]
+        B = tl.sum(tl.load(part + R + n[None, :], mask=in_p & in_B, other=0), 0)[None, :]
+        C = tl.sum(tl.load(part + R + N + n[None, :], mask=in_p & in_B, other=0), 0)[None, :]
+    else:
+        dt, B = tl.zeros((BM, BR), tl.float32), tl.zeros((BM, BN), tl.float32)
+        C = tl.zeros((BM, BN), tl.float32)
+        for i in tl.static_range(PARTS):
+            part = parts + (i * rows + r)[:, None] * (R + 2 * N)
+            dt += tl.load(part + q[None, :], mask=in_dt, other=0)
+            B += tl.load(part + R + n[None, :], mask=in_B, other=0)
+            C += tl.load(part + R + N + n[None, :], mask=in_B, other=0)
     if PDL and BM > 1:
         tl.extra.cuda.gdc_launch_dependents()
     if BM < 16:
@@ -319,23 +366,26 @@ def decodes(config):
 def decode(backbone, head, config, state, token):
     """
     The Mamba of mamba.py for the next token of each text: token (B,) -> logits (B, vocab_size),
-    float32. state, from Mamba.init_state, is updated in place. Weights: contiguous, in float32,
-    bfloat16, float16 or as Int8Linear has them.
+    float32. token, contiguous, becomes the likeliest next one of each text. state, from
+    Mamba.init_state, is updated in place. Weights: contiguous, in float32, bfloat16, float16 or as
+    Int8Linear has them.
     """
-    x = backbone["embedding"](token)                                            # (B, d_model)
-    (rows, d_model), eps, vocab_size = x.shape, backbone["norm_f"].eps, config.vocab_size
+    table, rows, eps = backbone["embedding"], len(token), backbone["norm_f"].eps
+    weight = getattr(table, "scale", table.weight)      # of the type of what is computed
+    d_model, vocab_size = config.d_model, config.vocab_size
     D, X = config.d_inner, state[0].conv.shape[2]
     H = config.nheads if config.layer == "mamba2" else 0
-    enter, leave = _tiles(x, d_model, X + D + H), _tiles(x, D, d_model)
-    to_logits, blocks = _tiles(x, d_model, vocab_size), triton.cdiv(d_model, leave["BN"])
-    pdl = PDL and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    of_type = weight.new_empty
+    enter = _tiles(weight, rows, d_model, X + D + H)
+    leave, to_logits = _tiles(weight, rows, D, d_model), _tiles(weight, rows, d_model, vocab_size)
+    blocks = triton.cdiv(d_model, leave["BN"])
+    pdl = PDL and token.is_cuda and torch.cuda.get_device_capability(token.device)[0] >= 9
     pdl = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
-    with torch.cuda.device_of(x):
-        u, y = x.new_empty(rows, X), x.new_empty(rows, D)
-        gate = x.new_empty(rows, D + H, dtype=torch.float32)
+    with torch.cuda.device_of(token):
+        u, y, normed = of_type(rows, X), of_type(rows, D), of_type(rows, d_model)
+        gate = of_type(rows, D + H, dtype=torch.float32)
         logits, squares = gate.new_empty(rows, vocab_size), gate.new_empty(rows, blocks)
-        normed = torch.empty_like(x)
-        x = x.float() if config.residual_in_fp32 else x
+        x = (gate if config.residual_in_fp32 else u).new_empty(rows, d_model)
         layers = backbone["layers"]
         norms = [*(layer.norm.weight for layer in layers), backbone["norm_f"].weight]
 
@@ -344,46 +394,53 @@ def decode(backbone, head, config, state, token):
             _project[triton.cdiv(N, tiles["BN"]), triton.cdiv(rows, tiles["BM"]), tiles["PARTS"]](
                 x, squares_of_x, *_weights(linear), before, norm, y, normed, squares, rows, eps,
                 K, N, of_x, **tiles, **pdl)
-        advance = (_heads if H else _channels)(config, project, rows, u, gate, y, pdl)
+        advance, selected = (_heads if H else _channels)(config, project, enter, u, gate, y, pdl)
         programs = sum(triton.cdiv(n, enter["BN"]) for n in (X, D, H))
-        _begin[blocks, rows](x, norms[0], normed, squares, rows, d_model, leave["BN"],
-                             num_warps=1, **pdl)
+        _begin[blocks, rows](token, table.weight, getattr(table, "scale", None), x, norms[0],
+                             normed, squares, rows, d_model, leave["BN"], PDL=pdl["PDL"],
+                             num_warps=1)
         for layer, norm, (window, h) in zip(layers, norms[1:], state):
             block, conv = layer.mixer, layer.mixer.conv1d
+            x_proj = (None, None) if selected is None else _weights(block.x_proj)[:2]
             _enter[programs, triton.cdiv(rows, enter["BM"])](
                 normed, squares, *_weights(block.in_proj), conv.weight, conv.bias, window, u, gate,
-                rows, eps, d_model, X, D, H, H == 0, window.shape[1], blocks, **enter, **pdl)
+                *x_proj, selected, rows, eps, d_model, X, D, H, H == 0, window.shape[1], blocks,
+                0 if selected is None else selected.shape[-1], **enter, **pdl)
             squares_of_y = advance(block, h)
             before, x = x, torch.empty_like(x)
             project(leave, y, squares_of_y, block.out_proj, before, norm, x, D, d_model)
         project(to_logits, normed, squares, head, None, None, logits, d_model, vocab_size)
+        _choose[(rows,)](logits, token, vocab_size, 8192, num_warps=16, **pdl)
     return logits
 
 
-def _channels(config, project, rows, u, gate, y, pdl):
-    """advance(block, h) for blocks of Mamba-1: it fills y, and returns None, for it has no norm."""
+def _channels(config, project, enter, u, gate, y, pdl):
+    """
+    For blocks of Mamba-1: advance(block, h), which fills y, and returns None, for it has no norm;
+    and None, or the (parts, R + 2 N) that _enter fills: what x_proj makes of u, in so many parts
+    that they are its sum.
+    """
     (D, N, R), power = (config.d_inner, config.d_state, config.dt_rank), triton.next_power_of_2
-    select, BN, BR = _tiles(u, D, R + 2 * N, cut=True), power(N), max(16, power(R))
-    selected = gate.new_empty(select["PARTS"], rows, R + 2 * N)
-    if rows == 1:
-        BM, BD, warps = 1, min(256, max(16, power(D // 128)), 4096 // BN, 16384 // BR), 4
-    elif rows <= 64:
-        BM, BD, warps = 4, 16, 4
-    else:
-        BM, BD, warps = 16, max(16, min(64, 1024 // BN)), 8
+    rows, BN, BR, parts = len(u), power(N), max(16, power(R)), triton.cdiv(D, enter["BN"])
+    merged = rows == 1 and parts * (R + 2 * N) * 4 <= MERGED
+    select = _tiles(u, rows, D, R + 2 * N, cut=True)
+    parts = parts if merged else select["PARTS"]
+    selected = gate.new_empty(parts, rows, R + 2 * N)
+    tiles = _tiles_of_advance(rows, D, BN, BR)
 
     def advance(block, h):
-        project(select, u, None, block.x_proj, None, None, selected, D, R + 2 * N)
-        _advance[triton.cdiv(D, BD), triton.cdiv(rows, BM)](
+        if not merged:
+            project(select, u, None, block.x_proj, None, None, selected, D, R + 2 * N)
+        _advance[triton.cdiv(D, tiles["BD"]), triton.cdiv(rows, tiles["BM"])](
             selected, block.dt_proj.weight, block.dt_proj.bias, block.A_log, block.D, u, gate, h, y,
-            rows, D, N, R, select["PARTS"], BM, BD, BN, BR, num_warps=warps, **pdl)
-    return advance
+            rows, D, N, R, parts, BN=BN, BR=BR, **tiles, **pdl)
+    return advance, selected if merged else None
 
 
-def _heads(config, project, rows, u, gate, y, pdl):
-    """advance(block, h) for blocks of Mamba-2: it fills y, and returns the squares of the norm, if
-    there is one."""
-    H, P, N = config.nheads, config.headdim, config.d_state
+def _heads(config, project, enter, u, gate, y, pdl):
+    """As _channels, for blocks of Mamba-2: advance(block, h) returns the squares of the norm, if
+    there is one; there is no x_proj."""
+    (H, P, N), rows = (config.nheads, config.headdim, config.d_state), len(u)
     BP = min(triton.next_power_of_2(P), 16 if rows * H < 512 else 64)
     cuts = triton.cdiv(P, BP)
     squares = gate.new_empty(rows, H * cuts) if config.rmsnorm else None
@@ -395,21 +452,33 @@ def _heads(config, project, rows, u, gate, y, pdl):
             config.ngroups, *map(float, config.dt_limit), BP, triton.next_power_of_2(N),
             num_warps=4, **pdl)
         return squares
-    return advance
+    return advance, None
 
 
 def _weights(linear):
     return linear.weight, getattr(linear, "scale", None), linear.bias
 
 
-def _tiles(x, K, N, cut=False):
+def _tiles_of_advance(rows, D, BN, BR):
+    """How a program of _advance works: BM texts, BD channels."""
+    power = triton.next_power_of_2
+    if rows == 1:
+        BM, BD, warps = 1, min(256, max(16, power(D // 128)), 4096 // BN, 16384 // BR), 4
+    elif rows <= 64:
+        BM, BD, warps = 4, 16, 4
+    else:
+        BM, BD, warps = 16, max(16, min(64, 1024 // BN)), 8
+    return {"BM": BM, "BD": BD, "num_warps": warps}
+
+
+def _tiles(x, rows, K, N, cut=False):
     """
     How a program of _product works that makes N numbers of K: BM texts, BN outputs, BK inputs at
     once; and into how many PARTS the sums are cut, if they may be. SWAP: the outputs are the rows
     of the product on the matrix units, which takes 64 of them at least. As measured on an H100,
     with the sizes of mamba-130m for 1, 64 and 256 texts, and those of mamba-2.8b for 1 and 16.
     """
-    rows, power, parts = len(x), triton.next_power_of_2, 1
+    power, parts = triton.next_power_of_2, 1
     if rows == 1:
         least = {BK: triton.cdiv(K, BK) * BK for BK in (1024, 512, 256)}
         BM, BN, BK = 1, 8, min(least, key=least.get) if K > 128 else max(16, power(K))
