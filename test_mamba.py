@@ -3315,7 +3315,7 @@ SHAPES = ({}, {"d_state": 5, "dt_rank": 7, "conv_bias": False, "bias": True, "d_
           {"layer": "mamba2", "headdim": 20, "d_state": 12},
           {"layer": "mamba2", "headdim": 8, "d_state": 16, "ngroups": 2, "rmsnorm": False, "dt_limit": (0.01, 0.1), "bias": True,
            "d_conv": 2, "conv_bias": False},
-          {"d_model": 512, "d_state": 4, "vocab_size": 60, "n_layer": 1})     # fewer logits than x_proj has outputs
+          {"d_model": 768, "d_state": 4, "vocab_size": 60, "n_layer": 1})     # fewer logits than x_proj has outputs
 
 
 @torch.no_grad()
@@ -3382,8 +3382,8 @@ for rows, dtype, shape in ((1, torch.float32, 0), (1, torch.bfloat16, 1), (1, to
     tests.check_fused_step({"n_layer": 1, **tests.SHAPES[shape]}, dtype, rows, "cpu", length=2)
 
 from mamba_fast.step_triton import _tiles
-few = torch.zeros(3, 512, dtype=torch.float16)      # only x_proj's sums may be cut, not those of a head of few outputs
-assert _tiles(few, 3, 512, 60)["PARTS"] == 1 < _tiles(few, 3, 512, 60, cut=True)["PARTS"]
+few = torch.zeros(3, 1536, dtype=torch.float16)     # only x_proj's sums may be cut, not those of a head of few outputs
+assert _tiles(few, 3, 1536, 60)["PARTS"] == 1 < _tiles(few, 3, 1536, 60, cut=True)["PARTS"]
 
 def over_channels(p, q, row, EXACT):
     sums = np.stack([t.handle.data for t in (*p, *q)]).reshape(2, 8, 4, -1, 8).sum(-1)       # (p or q, step, segment, warp)

@@ -4,9 +4,9 @@ updated in place. Of models whose layers are all Mamba-1's, or all Mamba-2's; de
 graph of it.
 
 With few texts a step takes as long as reading the weights once, and the start of every kernel.
-There are three or four a layer:
-    enter      in_proj and the convolution; for one text of a small model x_proj, too
-    project    else x_proj; for several texts in parts, which are sums over some channels each
+There are four a layer, three in Mamba-2, which has no x_proj:
+    enter      in_proj and the convolution
+    project    x_proj; for several texts in parts, which are sums over some channels each
     advance    the step of the scan, and the gate; in Mamba-1 dt_proj before it
     project    out_proj, added to the residual stream; and once, at the end, the head
 The norm before a product is done in two halves: the kernel before multiplies by the norm's weight
@@ -15,7 +15,8 @@ outlives a step, so nothing can become outdated.
 
 Where PDL (programmatic dependent launch) is set, a kernel starts while the one before it still
 runs. It fetches its weights and states, which no other kernel of the step writes, and only then
-waits for it. A product of many texts starts later: one that waits takes room from one that works.
+waits for it. Of many texts in_proj and the head start what follows later: a kernel that waits takes
+room from one that works.
 Sums are in float32 and in a fixed order.
 """
 from __future__ import annotations
@@ -29,7 +30,6 @@ from .scan_triton import LOG2E, _silu
 
 SMALL = constexpr(64.0)
 PDL = torch.version.hip is None
-MERGED = 64 * 1024      # bytes of x_proj's parts up to which _enter makes them, for one text
 
 
 @triton.jit
@@ -78,6 +78,16 @@ def _wide(x):
     if x.dtype == tl.int8:
         return (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
     return x.to(tl.float32)
+
+
+@triton.jit
+def _to_cache(weight, n, K: constexpr, N: constexpr):
+    """Asks for the rows n of a matrix (N, K), and does not wait until they are in the L2 cache."""
+    SIZE: constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    k = tl.arange(0, triton.next_power_of_2((K * SIZE + 127) // 128)) * (128 // SIZE)   # lines
+    at = weight + tl.minimum(n, N - 1)[:, None] * K + tl.minimum(k, K - 1)[None, :]
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
+                              [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -180,10 +190,12 @@ def _project(x, squares, weight, scale, bias, residual, norm, y, normed, y_squar
              EPS: constexpr, K: constexpr, N: constexpr, BLOCKS: constexpr, PARTS: constexpr,
              BM: constexpr, BN: constexpr, BK: constexpr, SWAP: constexpr, PDL: constexpr):
     """A product, and what _keep does with it; or PARTS of it, y (PARTS, rows, N)."""
-    if PDL and BM == 1:
+    if PDL and (BM == 1 or N <= K):
         tl.extra.cuda.gdc_launch_dependents()
     n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
     part = tl.program_id(2)
+    if PDL and BM > 1 and 8 * N <= K:       # x_proj; of out_proj so much takes memory from others
+        _to_cache(weight, n, K, N)
     result = _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS, K, N,
                       BLOCKS, PARTS, BM, BN, BK, SWAP, PDL)
     _keep(result, norm, y + part * rows * N, normed, y_squares, rows, r, n, N, BN)
@@ -194,16 +206,14 @@ def _project(x, squares, weight, scale, bias, residual, norm, y, normed, y_squar
 
 
 @triton.jit
-def _enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, x_proj, x_proj_scale,
-           selected, rows, EPS: constexpr, K: constexpr, X: constexpr, D: constexpr, H: constexpr,
-           X_FIRST: constexpr, BEFORE: constexpr, BLOCKS: constexpr, Q: constexpr, PARTS: constexpr,
-           BM: constexpr, BN: constexpr, BK: constexpr, SWAP: constexpr, PDL: constexpr):
+def _enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, rows, EPS: constexpr,
+           K: constexpr, X: constexpr, D: constexpr, H: constexpr, X_FIRST: constexpr,
+           BEFORE: constexpr, BLOCKS: constexpr, PARTS: constexpr, BM: constexpr, BN: constexpr,
+           BK: constexpr, SWAP: constexpr, PDL: constexpr):
     """
     x -> u (rows, X), what the convolution makes of X of the outputs of in_proj; and
     gate (rows, D + H), silu of D of them, and H as they are. In the weights X comes first, or D.
     window: (rows, BEFORE, X), the X of the tokens before, updated in place.
-    x_proj: for one text, or None: (Q, X); then its product with the u of each program is a row of
-    selected, and the sum of the rows is its product with all of u.
     """
     if PDL and BM == 1:
         tl.extra.cuda.gdc_launch_dependents()
@@ -221,11 +231,6 @@ def _enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, x_
         taps_d = taps_d + (tap.to(tl.float32)[None, :],)
         if k < BEFORE:
             before = before + (tl.load(at + k * X, mask=in_u, other=0),)
-    if x_proj is not None:
-        q = tl.arange(0, triton.next_power_of_2(Q))
-        in_q = q < tl.where(to_u, Q, 0)
-        mask = in_q[:, None] if X % BN == 0 else in_q[:, None] & in_x[None, :]
-        to_select = tl.load(x_proj + q[:, None] * X + d[None, :], mask=mask, other=0)
     if X_FIRST:
         first = tl.where(to_u, 0, tl.where(to_gate, X, X + D))
     else:
@@ -245,13 +250,7 @@ def _enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, x_
         new += before[k].to(tl.float32) * taps_d[k]
     if conv_bias is not None:
         new += tl.load(conv_bias + d, mask=in_x, other=0).to(tl.float32)[None, :]
-    new = _silu(new).to(u.dtype.element_ty)
-    tl.store(u + r[:, None] * X + d[None, :], new, mask=in_u)
-    if x_proj is not None:
-        some = tl.sum(_wide(to_select) * new.to(tl.float32), 1)
-        if x_proj_scale is not None:
-            some *= tl.load(x_proj_scale + q, mask=in_q, other=0).to(tl.float32)
-        tl.store(selected + block * Q + q, some, mask=in_q)
+    tl.store(u + r[:, None] * X + d[None, :], _silu(new).to(u.dtype.element_ty), mask=in_u)
 
 
 @triton.jit
@@ -279,20 +278,13 @@ def _advance(parts, dt_proj, dt_bias, A_log, Dw, u, gate, h, y, rows, D: constex
     u_d = tl.load(u + of_y, mask=in_y, other=0).to(tl.float32)
     gate_d = tl.load(gate + of_y, mask=in_y, other=0)
     in_dt, in_B = in_r[:, None] & in_q[None, :], in_r[:, None] & in_n[None, :]
-    if BM == 1:         # all parts at once: there may be many
-        p = tl.arange(0, triton.next_power_of_2(PARTS))
-        part, in_p = parts + p[:, None] * (R + 2 * N), (p < PARTS)[:, None]
-        dt = tl.sum(tl.load(part + q[None, :], mask=in_p & in_dt, other=0), 0)[None, :]
-        B = tl.sum(tl.load(part + R + n[None, :], mask=in_p & in_B, other=0), 0)[None, :]
-        C = tl.sum(tl.load(part + R + N + n[None, :], mask=in_p & in_B, other=0), 0)[None, :]
-    else:
-        dt, B = tl.zeros((BM, BR), tl.float32), tl.zeros((BM, BN), tl.float32)
-        C = tl.zeros((BM, BN), tl.float32)
-        for i in tl.static_range(PARTS):
-            part = parts + (i * rows + r)[:, None] * (R + 2 * N)
-            dt += tl.load(part + q[None, :], mask=in_dt, other=0)
-            B += tl.load(part + R + n[None, :], mask=in_B, other=0)
-            C += tl.load(part + R + N + n[None, :], mask=in_B, other=0)
+    dt, B = tl.zeros((BM, BR), tl.float32), tl.zeros((BM, BN), tl.float32)
+    C = tl.zeros((BM, BN), tl.float32)
+    for i in tl.static_range(PARTS):
+        part = parts + (i * rows + r)[:, None] * (R + 2 * N)
+        dt += tl.load(part + q[None, :], mask=in_dt, other=0)
+        B += tl.load(part + R + n[None, :], mask=in_B, other=0)
+        C += tl.load(part + R + N + n[None, :], mask=in_B, other=0)
     if PDL and BM > 1:
         tl.extra.cuda.gdc_launch_dependents()
     if BM < 16:
@@ -394,18 +386,16 @@ def decode(backbone, head, config, state, token):
             _project[triton.cdiv(N, tiles["BN"]), triton.cdiv(rows, tiles["BM"]), tiles["PARTS"]](
                 x, squares_of_x, *_weights(linear), before, norm, y, normed, squares, rows, eps,
                 K, N, of_x, **tiles, **pdl)
-        advance, selected = (_heads if H else _channels)(config, project, enter, u, gate, y, pdl)
+        advance = (_heads if H else _channels)(config, project, u, gate, y, pdl)
         programs = sum(triton.cdiv(n, enter["BN"]) for n in (X, D, H))
         _begin[blocks, rows](token, table.weight, getattr(table, "scale", None), x, norms[0],
                              normed, squares, rows, d_model, leave["BN"], PDL=pdl["PDL"],
                              num_warps=1)
         for layer, norm, (window, h) in zip(layers, norms[1:], state):
             block, conv = layer.mixer, layer.mixer.conv1d
-            x_proj = (None, None) if selected is None else _weights(block.x_proj)[:2]
             _enter[programs, triton.cdiv(rows, enter["BM"])](
                 normed, squares, *_weights(block.in_proj), conv.weight, conv.bias, window, u, gate,
-                *x_proj, selected, rows, eps, d_model, X, D, H, H == 0, window.shape[1], blocks,
-                0 if selected is None else selected.shape[-1], **enter, **pdl)
+                rows, eps, d_model, X, D, H, H == 0, window.shape[1], blocks, **enter, **pdl)
             squares_of_y = advance(block, h)
             before, x = x, torch.empty_like(x)
             project(leave, y, squares_of_y, block.out_proj, before, norm, x, D, d_model)
@@ -414,30 +404,23 @@ def decode(backbone, head, config, state, token):
     return logits
 
 
-def _channels(config, project, enter, u, gate, y, pdl):
-    """
-    For blocks of Mamba-1: advance(block, h), which fills y, and returns None, for it has no norm;
-    and None, or the (parts, R + 2 N) that _enter fills: what x_proj makes of u, in so many parts
-    that they are its sum.
-    """
+def _channels(config, project, u, gate, y, pdl):
+    """For blocks of Mamba-1: advance(block, h), which fills y, and returns None, for it has no
+    norm."""
     (D, N, R), power = (config.d_inner, config.d_state, config.dt_rank), triton.next_power_of_2
-    rows, BN, BR, parts = len(u), power(N), max(16, power(R)), triton.cdiv(D, enter["BN"])
-    merged = rows == 1 and parts * (R + 2 * N) * 4 <= MERGED
-    select = _tiles(u, rows, D, R + 2 * N, cut=True)
-    parts = parts if merged else select["PARTS"]
-    selected = gate.new_empty(parts, rows, R + 2 * N)
-    tiles = _tiles_of_advance(rows, D, BN, BR)
+    rows, BN, BR = len(u), power(N), max(16, power(R))
+    select, tiles = _tiles(u, rows, D, R + 2 * N, cut=True), _tiles_of_advance(rows, D, BN, BR)
+    selected = gate.new_empty(select["PARTS"], rows, R + 2 * N)
 
     def advance(block, h):
-        if not merged:
-            project(select, u, None, block.x_proj, None, None, selected, D, R + 2 * N)
+        project(select, u, None, block.x_proj, None, None, selected, D, R + 2 * N)
         _advance[triton.cdiv(D, tiles["BD"]), triton.cdiv(rows, tiles["BM"])](
             selected, block.dt_proj.weight, block.dt_proj.bias, block.A_log, block.D, u, gate, h, y,
-            rows, D, N, R, parts, BN=BN, BR=BR, **tiles, **pdl)
-    return advance, selected if merged else None
+            rows, D, N, R, len(selected), BN=BN, BR=BR, **tiles, **pdl)
+    return advance
 
 
-def _heads(config, project, enter, u, gate, y, pdl):
+def _heads(config, _project, u, gate, y, pdl):
     """As _channels, for blocks of Mamba-2: advance(block, h) returns the squares of the norm, if
     there is one; there is no x_proj."""
     (H, P, N), rows = (config.nheads, config.headdim, config.d_state), len(u)
@@ -452,7 +435,7 @@ def _heads(config, project, enter, u, gate, y, pdl):
             config.ngroups, *map(float, config.dt_limit), BP, triton.next_power_of_2(N),
             num_warps=4, **pdl)
         return squares
-    return advance, None
+    return advance
 
 
 def _weights(linear):
@@ -461,13 +444,13 @@ def _weights(linear):
 
 def _tiles_of_advance(rows, D, BN, BR):
     """How a program of _advance works: BM texts, BD channels."""
-    power = triton.next_power_of_2
     if rows == 1:
-        BM, BD, warps = 1, min(256, max(16, power(D // 128)), 4096 // BN, 16384 // BR), 4
+        channels = triton.next_power_of_2(D // 128)
+        BM, BD, warps = 1, min(256, max(32, channels), 4096 // BN, 16384 // BR), 8
     elif rows <= 64:
         BM, BD, warps = 4, 16, 4
     else:
-        BM, BD, warps = 16, max(16, min(64, 1024 // BN)), 8
+        BM, BD, warps = 16, max(16, min(32, 512 // BN)), 4 if BN <= 32 else 8
     return {"BM": BM, "BD": BD, "num_warps": warps}
 
 
@@ -475,28 +458,31 @@ def _tiles(x, rows, K, N, cut=False):
     """
     How a program of _product works that makes N numbers of K: BM texts, BN outputs, BK inputs at
     once; and into how many PARTS the sums are cut, if they may be. SWAP: the outputs are the rows
-    of the product on the matrix units, which takes 64 of them at least. As measured on an H100,
+    of the product on the matrix units, which takes 64 of them at least. As measured on an H200,
     with the sizes of mamba-130m for 1, 64 and 256 texts, and those of mamba-2.8b for 1 and 16.
     """
-    power, parts = triton.next_power_of_2, 1
+    power, parts, is_head = triton.next_power_of_2, 1, N > 16 * K
     if rows == 1:
         least = {BK: triton.cdiv(K, BK) * BK for BK in (1024, 512, 256)}
-        BM, BN, BK = 1, 8, min(least, key=least.get) if K > 128 else max(16, power(K))
+        BM, BK = 1, min(least, key=least.get) if K > 128 else max(16, power(K))
         # a program has all its weights in registers; and each multiprocessor should have one
+        BN = 8 if is_head or x.dtype == torch.int8 else 4
         while BN > 1 and (BN * K * x.element_size() > 40 * 1024 or N < 128 * BN):
             BN //= 2
     elif x.dtype == torch.float32:      # no matrix units
         BM, BN, BK = min(32, max(16, power(rows))), 32, 32
     else:
-        programs = lambda: triton.cdiv(N, BN) * triton.cdiv(rows, BM) * parts
-        BM, BN, BK = min(128 if N > 16 * K else 64, max(16, power(rows))), 64, 64 if N > K else 128
+        programs = lambda: triton.cdiv(N, BN) * triton.cdiv(rows, BM)
+        few = 16 if rows <= 64 else 32
+        BM = min(128 if is_head else 64, max(16, power(rows)))
+        BN = 128 if BM == 128 else 64
         if N < K // 4:
-            BM, BN = min(BM, 16 if rows <= 64 else 32), 16
-            while cut and parts < 8 and programs() < 64 and K % (2 * parts * BK) == 0:
-                parts *= 2
-        while BN == 64 and BM > 16 and programs() < 96:
+            BM, BN = min(BM, few), 16
+        while BN == 64 and BM > few and programs() < 128:
             BM //= 2
-        BN = BN if programs() >= 40 else 16
+        BN, BK = BN if programs() >= 40 else 16, 64 if N > K and BM > 16 else 128
+        while cut and K >= 1536 * parts and K % (2 * parts * BK) == 0:
+            parts *= 2
     stages = max(2, min(5, 100 * 1024 // ((BM + BN) * BK * x.element_size())))
-    return {"BM": BM, "BN": BN, "BK": BK, "PARTS": parts, "SWAP": BN == 64 and BM > 1,
+    return {"BM": BM, "BN": BN, "BK": BK, "PARTS": parts, "SWAP": BN >= 64 and BM > 1,
             "num_warps": 8 if BM * BN > 64 * 64 else 4, "num_stages": stages}
