@@ -21,6 +21,8 @@ Sums are in float32 and in a fixed order.
 """
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -47,8 +49,7 @@ def _softplus(x):
 
 
 @triton.jit
-def _wait(residual, squares, r, n, in_y, row, rows, N: constexpr, BLOCKS: constexpr,
-          PDL: constexpr):
+def _wait(residual, squares, r, n, in_r, in_y, N: constexpr, BLOCKS: constexpr, PDL: constexpr):
     """Until what the kernels before have written is there; then the first things of it that are
     needed, and take long: of the residual, and the squares of each row of x."""
     if PDL:
@@ -58,8 +59,8 @@ def _wait(residual, squares, r, n, in_y, row, rows, N: constexpr, BLOCKS: conste
         first = tl.load(residual + r[:, None] * N + n[None, :], mask=in_y, other=0)
     if squares is not None:
         i = tl.arange(0, triton.next_power_of_2(BLOCKS))
-        in_i = (row < rows)[:, None] & (i < BLOCKS)[None, :]
-        square = tl.load(squares + row[:, None] * BLOCKS + i[None, :], mask=in_i, other=0)
+        in_i = in_r[:, None] & (i < BLOCKS)[None, :]
+        square = tl.load(squares + r[:, None] * BLOCKS + i[None, :], mask=in_i, other=0)
     return first, square
 
 
@@ -72,12 +73,23 @@ def _load(of, row, in_row, start, K: constexpr, BK: constexpr):
 
 
 @triton.jit
-def _wide(x):
-    """x in float32. Of 8 bits by an addition to the bits of 1.5 * 2^23, as a GPU adds eight times
-    as many numbers as it converts in the same time."""
-    if x.dtype == tl.int8:
-        return (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
-    return x.to(tl.float32)
+def _wide(x, PTX: constexpr):
+    """x in float32. A byte, plus 128, goes into the last bits of 2^23, from which an addition then
+    leaves it: a GPU adds eight times as many numbers as it converts in the same time."""
+    if x.dtype != tl.int8:
+        return x.to(tl.float32)
+    if PTX:     # four at once, for in Triton each of them takes an instruction more
+        bits = tl.inline_asm_elementwise("""{
+            .reg .b32 bytes;
+            xor.b32 bytes, $4, 0x80808080;
+            prmt.b32 $0, bytes, 0x4B000000, 0x7440;
+            prmt.b32 $1, bytes, 0x4B000000, 0x7441;
+            prmt.b32 $2, bytes, 0x4B000000, 0x7442;
+            prmt.b32 $3, bytes, 0x4B000000, 0x7443;
+            }""", "=r,=r,=r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=4)
+    else:
+        bits = x.to(tl.uint8, bitcast=True).to(tl.int32) ^ 0x4B000080
+    return bits.to(tl.float32, bitcast=True) - (2 ** 23 + 128)
 
 
 @triton.jit
@@ -107,13 +119,13 @@ def _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS: c
             weights = weights + (_load(weight, n, in_n, start, K, BK),)
         # x once for each output: else the weights would have to go to other threads
         y, row = tl.zeros((BN, BK), tl.float32), tl.zeros_like(n)
-        first, square = _wait(residual, squares, r, n, in_y, row, rows, N, BLOCKS, PDL)
+        first, square = _wait(residual, squares, r, n, in_r, in_y, N, BLOCKS, PDL)
         for start in tl.static_range(0, K, BK):
             x_k = _load(x, row, row < rows, start, K, BK)
-            y += _wide(weights[start // BK]) * x_k.to(tl.float32)
-        y = tl.sum(y, 1)
+            y += _wide(weights[start // BK], PDL) * x_k.to(tl.float32)
+        y = tl.sum(y, 1)[None, :]
     else:
-        first, square = _wait(residual, squares, r, n, in_y, r, rows, N, BLOCKS, PDL)
+        first, square = _wait(residual, squares, r, n, in_r, in_y, N, BLOCKS, PDL)
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
         y = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
@@ -127,9 +139,7 @@ def _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS: c
             y = y.trans()
     if squares is not None:
         root = SMALL * tl.rsqrt(tl.sum(square, 1) / K + EPS)
-        y *= root if BM == 1 else root[:, None]
-    if BM == 1:
-        y = y[None, :]
+        y *= root[:, None]
     if scale is not None:
         y *= tl.load(scale + n, mask=in_n, other=0).to(tl.float32)[None, :]
     if bias is not None:
@@ -363,13 +373,15 @@ def decode(backbone, head, config, state, token):
     Int8Linear has them.
     """
     table, rows, eps = backbone["embedding"], len(token), backbone["norm_f"].eps
-    weight = getattr(table, "scale", table.weight)      # of the type of what is computed
+    scale = getattr(table, "scale", None)       # with int8
+    weight = table.weight if scale is None else scale       # of the type of what is computed
     d_model, vocab_size = config.d_model, config.vocab_size
     D, X = config.d_inner, state[0].conv.shape[2]
     H = config.nheads if config.layer == "mamba2" else 0
     of_type = weight.new_empty
-    enter = _tiles(weight, rows, d_model, X + D + H)
-    leave, to_logits = _tiles(weight, rows, D, d_model), _tiles(weight, rows, d_model, vocab_size)
+    tiles_of = functools.partial(_tiles, weight, rows, int8=scale is not None)
+    enter, leave = tiles_of(d_model, X + D + H), tiles_of(D, d_model)
+    to_logits = tiles_of(d_model, vocab_size)
     blocks = triton.cdiv(d_model, leave["BN"])
     pdl = PDL and token.is_cuda and torch.cuda.get_device_capability(token.device)[0] >= 9
     pdl = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
@@ -388,9 +400,8 @@ def decode(backbone, head, config, state, token):
                 K, N, of_x, **tiles, **pdl)
         advance = (_heads if H else _channels)(config, project, u, gate, y, pdl)
         programs = sum(triton.cdiv(n, enter["BN"]) for n in (X, D, H))
-        _begin[blocks, rows](token, table.weight, getattr(table, "scale", None), x, norms[0],
-                             normed, squares, rows, d_model, leave["BN"], PDL=pdl["PDL"],
-                             num_warps=1)
+        _begin[blocks, rows](token, table.weight, scale, x, norms[0], normed, squares, rows,
+                             d_model, leave["BN"], PDL=pdl["PDL"], num_warps=1)
         for layer, norm, (window, h) in zip(layers, norms[1:], state):
             block, conv = layer.mixer, layer.mixer.conv1d
             _enter[programs, triton.cdiv(rows, enter["BM"])](
@@ -454,19 +465,20 @@ def _tiles_of_advance(rows, D, BN, BR):
     return {"BM": BM, "BD": BD, "num_warps": warps}
 
 
-def _tiles(x, rows, K, N, cut=False):
+def _tiles(x, rows, K, N, cut=False, int8=False):
     """
     How a program of _product works that makes N numbers of K: BM texts, BN outputs, BK inputs at
     once; and into how many PARTS the sums are cut, if they may be. SWAP: the outputs are the rows
-    of the product on the matrix units, which takes 64 of them at least. As measured on an H200,
-    with the sizes of mamba-130m for 1, 64 and 256 texts, and those of mamba-2.8b for 1 and 16.
+    of the product on the matrix units, which takes 64 of them at least.  int8: the weights are.
+    As measured on an H200, with the sizes of mamba-130m for 1, 64 and 256 texts, and those of
+    mamba-2.8b for 1 and 16.
     """
     power, parts, is_head = triton.next_power_of_2, 1, N > 16 * K
     if rows == 1:
         least = {BK: triton.cdiv(K, BK) * BK for BK in (1024, 512, 256)}
         BM, BK = 1, min(least, key=least.get) if K > 128 else max(16, power(K))
         # a program has all its weights in registers; and each multiprocessor should have one
-        BN = 8 if is_head or x.dtype == torch.int8 else 4
+        BN = 8 if is_head or int8 else 4
         while BN > 1 and (BN * K * x.element_size() > 40 * 1024 or N < 128 * BN):
             BN //= 2
     elif x.dtype == torch.float32:      # no matrix units
