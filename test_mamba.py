@@ -3336,6 +3336,17 @@ def check_fused_step(changes, dtype, rows, device, length=20):
         assert one.numel() == 0 or relative(one.cpu(), expected) < tolerance
 
 
+@torch.no_grad()
+def check_padded_reading(changes, length, size, device, dtype=torch.float32):
+    """The first of some tokens, read by kernels, continue a state as they do in the model; d_conv - 1 at least."""
+    from mamba_fast import decode
+    model, idx = awkward(changes, dtype, device), tokens(2, 5 + size).to(device)
+    state = model(idx[:, :5], state=model.init_state(2))[2]
+    expected = model(idx[:, 5:5 + length], state=state)[2]
+    decode.read_padded(model, idx[:, 5:], torch.tensor(length, device=device), state)
+    assert same(state, expected, {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.int8: 1e-5}[dtype])
+
+
 INTERPRETED = """
 import numpy as np
 import importlib, sys, types
@@ -3417,6 +3428,8 @@ for scan_triton.FILL, scan_triton.FILL_BACK, *shape in ((1, 1, 1, 1, 40, 1), (1,
     inputs["A"].data[:, 8:] *= 300      # and all: the other tile is passed over
     tests.check_triton(inputs, device="cpu")
 tests.check_triton(tests.scan_inputs(1, 65, 3, 4, ("z",)), softplus=False, device="cpu")
+tests.check_padded_reading({"n_layer": 2}, 5, 8, "cpu")
+tests.check_padded_reading({"n_layer": 1, **tests.SHAPES[2]}, 8, 8, "cpu")
 tests.check_conv(1, 17, 5, 4, device="cpu")
 for shape in ((2, 1, 131, 4), (1, 17, 5, 1), (1, 70, 5, 2)):
     tests.check_conv(*shape, device="cpu", some=tests.OF_CONV[2:])
@@ -3688,6 +3701,8 @@ def test_fused_step_equals_one_call():
                                (17, torch.float16, 0), (40, torch.float32, 2), (100, torch.bfloat16, 1), (1, torch.float32, 3),
                                (1, torch.bfloat16, 4), (3, torch.int8, 3), (40, torch.bfloat16, 3), (3, torch.bfloat16, 5)):
         check_fused_step(SHAPES[shape], dtype, rows, "cuda")
+    for dtype, shape in ((torch.float32, 0), (torch.bfloat16, 1), (torch.int8, 2)):
+        check_padded_reading(SHAPES[shape], 70, 80, "cuda", dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

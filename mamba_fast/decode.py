@@ -341,10 +341,11 @@ def norm_made_ready(norm, compile):
 # ------------------------------------------------------------------------------------------------
 # As a CUDA graph
 
-# Prompts that are read by graphs: of at most so many tokens, and at most so many at once; with more
-# of them launches do not take longer than what they launch
-LONGEST_PROMPT, MOST_PROMPTS = 512, 64
-SHORTEST_PART = 8       # tokens that one graph reads, at least
+# Tokens of prompts that are read by a graph, at most; with more of them launches do not take longer
+# than what they launch
+MOST_TOKENS = 2 ** 15
+SHORTEST_PART = 8       # tokens of each text that one graph reads, at least
+NEVER = -1e4            # as delta before its softplus: a step that leaves the state as it is
 GRAPHS = weakref.WeakKeyDictionary()    # {model: the Graph of its last stream}
 
 
@@ -374,7 +375,8 @@ class Graph:
         self.step, self.given = torch.inference_mode()(step), None
         self.token = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.graph, self.logits = recorded(lambda: self.step(self.token), self.token)
-        self.readers = {}       # {length: (the tokens (B, length) that the graph reads, the graph)}
+        # {length: (tokens (B, length), how many of them a replay of the graph reads, the graph)}
+        self.readers = {}
 
     def __call__(self, token):
         if token is not self.given:     # else the replay before has left it there
@@ -390,27 +392,30 @@ class Graph:
         return self.given
 
     def read(self, model, tokens):
-        """model reads tokens (B, L) into the state, in parts whose lengths are powers of two, and
-        the last few one by one."""
-        while tokens.shape[1] >= SHORTEST_PART:
-            length = 1 << tokens.shape[1].bit_length() - 1
-            part, tokens = tokens[:, :length], tokens[:, length:]
-            if length not in self.readers:
-                before = copies(self.state)     # `recorded` reads the part once already
-                buffer = part.clone()
-                read = functools.partial(self.read_part, model, buffer)
+        """model reads tokens (B, L) into the state: a Mamba-1 all of them at once, with up to an
+        eighth more as padding, so that few lengths are recorded; a Mamba-2 in parts whose lengths
+        are powers of two. The last few one by one."""
+        padded = model.config.layer == "mamba"
+        while tokens.shape[1] >= max(SHORTEST_PART, self.state[0].conv.shape[1]):
+            size = 1 << tokens.shape[1].bit_length() - 1
+            if padded:
+                step = max(SHORTEST_PART, size // 8)
+                size = -(-tokens.shape[1] // step) * step
+            part, tokens = tokens[:, :size], tokens[:, size:]
+            if size not in self.readers:
+                before = copies(self.state)     # `recorded` reads once already
+                buffer, length = part.new_zeros(len(part), size), part.new_tensor(size)
+                read = functools.partial(read_padded if padded else read_whole, model, buffer,
+                                         length, self.state)
                 graph, _ = recorded(read, buffer, self.graph.pool())
-                self.readers[length] = buffer, graph
+                self.readers[size] = buffer, length, graph
                 self.set_state(before)
-            buffer, graph = self.readers[length]
-            buffer.copy_(part)
+            buffer, length, graph = self.readers[size]
+            buffer[:, :part.shape[1]] = part
+            length.fill_(part.shape[1])
             graph.replay()
         for token in tokens.unbind(1):
             self(token)
-
-    def read_part(self, model, tokens):
-        _, _, state = model(tokens, state=self.state, num_last_tokens=1)
-        self.set_state(state)
 
     def disown(self):
         """The decoder that the state belongs to gets a copy of it, and is no longer its owner."""
@@ -420,7 +425,41 @@ class Graph:
         self.owner = lambda: None
 
     def set_state(self, state):
-        torch._foreach_copy_([*itertools.chain(*self.state)], [*itertools.chain(*state)])
+        copy_state(self.state, state)
+
+
+def copy_state(state, new):
+    torch._foreach_copy_([*itertools.chain(*state)], [*itertools.chain(*new)])
+
+
+def read_whole(model, tokens, _length, state):
+    """model reads tokens (B, L) into state."""
+    copy_state(state, model(tokens, state=state, num_last_tokens=1)[2])
+
+
+@torch.no_grad()
+def read_padded(model, tokens, length, state):
+    """
+    A Mamba-1 reads tokens (B, L) into state, of which the first `length` are real, a number on the
+    GPU, at least d_conv - 1. As MambaBlock does it, but with no copies of weights or inputs, and
+    without the head.
+    """
+    rank, N = model.config.dt_rank, model.config.d_state
+    padding = (torch.arange(tokens.shape[1], device=tokens.device) >= length)[:, None]      # (L, 1)
+    last = length + torch.arange(-state[0].conv.shape[1], 0, device=tokens.device)
+    x = model.backbone["embedding"](tokens)                                 # (B, L, d_model)
+    x = x.to(at_least_float32(x)) if model.config.residual_in_fp32 else x
+    for layer, (window, h) in zip(model.backbone["layers"], state):
+        block, norm = layer.mixer, layer.norm
+        u_in, z = block.in_proj(norm(x.to(norm.weight.dtype))).chunk(2, dim=-1)
+        u = scan_triton.conv_silu_triton(u_in, block.conv1d.weight, block.conv1d.bias, window)
+        window.copy_(u_in.index_select(1, last))
+        dt, B, C = block.x_proj(u).split((rank, N, N), dim=-1)
+        delta = F.linear(dt, block.dt_proj.weight).masked_fill_(padding, NEVER)
+        y, h_after = scan_triton.selective_scan_triton(
+            u, delta, block.A_log, B, C, block.D, z, block.dt_proj.bias, True, h, log_A=True)
+        h.copy_(h_after)
+        x = x + block.out_proj(y)
 
 
 class GraphDecoder:
@@ -448,8 +487,7 @@ class GraphDecoder:
             if fused:
                 GRAPHS[model] = self.graph
         lengths = {len(p) for p in prompts}
-        by_graph = (fused and len(lengths) == 1 and max(lengths) <= LONGEST_PROMPT
-                    and rows <= MOST_PROMPTS)
+        by_graph = fused and len(lengths) == 1 and rows * max(lengths) <= MOST_TOKENS
         self.own = state if by_graph else model.prefill(prompts, state)
         self.take()
         if by_graph:
