@@ -15,9 +15,8 @@ outlives a step, so nothing can become outdated.
 
 Where PDL (programmatic dependent launch) is set, a kernel starts while the one before it still
 runs. It fetches its weights and states, which no other kernel of the step writes, and only then
-waits for it. Of many texts in_proj and the head start what follows later: a kernel that waits takes
-room from one that works.
-Sums are in float32 and in a fixed order.
+waits for it. After in_proj or the head of many texts it starts later: a kernel that waits takes
+room from one that works. Sums are in float32 and in a fixed order.
 """
 from __future__ import annotations
 
@@ -204,7 +203,7 @@ def _project(x, squares, weight, scale, bias, residual, norm, y, normed, y_squar
         tl.extra.cuda.gdc_launch_dependents()
     n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
     part = tl.program_id(2)
-    if PDL and BM > 1 and 8 * N <= K:       # x_proj; of out_proj so much takes memory from others
+    if PDL and BM > 1 and 8 * N <= K:       # x_proj: few programs, which wait for memory
         _to_cache(weight, n, K, N)
     result = _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS, K, N,
                       BLOCKS, PARTS, BM, BN, BK, SWAP, PDL)
