@@ -638,8 +638,10 @@ class Stream(Iterator):
         try:
             self._step = model.decoder(prompts, self.state, compile)
             token, ended = torch.stack([p[-1] for p in prompts]), None
+            greedy = draw.keywords.get("temperature") == 0 and seen is None
+            likeliest = greedy and getattr(self._step, "likeliest", None)   # a GPU knows it already
             for left in reversed(range(max_new_tokens)):
-                new = draw(self._step(token))
+                new = likeliest(token) if likeliest else draw(self._step(token))
                 token = new if ended is None else torch.where(ended, token, new)
                 if seen is not None:
                     seen.scatter_(1, token[:, None], True)

@@ -3315,7 +3315,7 @@ SHAPES = ({}, {"d_state": 5, "dt_rank": 7, "conv_bias": False, "bias": True, "d_
           {"layer": "mamba2", "headdim": 20, "d_state": 12},
           {"layer": "mamba2", "headdim": 8, "d_state": 16, "ngroups": 2, "rmsnorm": False, "dt_limit": (0.01, 0.1), "bias": True,
            "d_conv": 2, "conv_bias": False},
-          {"d_model": 512, "d_state": 4, "vocab_size": 60, "n_layer": 1})     # fewer logits than x_proj has outputs
+          {"d_model": 768, "d_state": 4, "vocab_size": 60, "n_layer": 1})     # fewer logits than x_proj has outputs
 
 
 @torch.no_grad()
@@ -3326,12 +3326,25 @@ def check_fused_step(changes, dtype, rows, device, length=20):
     exact = awkward(changes) if dtype == torch.int8 else awkward(changes, dtype).float()
     state, idx = model.init_state(rows), tokens(rows, length) % model.config.vocab_size
     whole, _, last = exact(idx, state=exact.init_state(rows))
+    chosen = [token.clone() for token in idx.to(device).unbind(1)]
     got = torch.stack([step_triton.decode(model.backbone, model.lm_head, model.config, state, token).clone()
-                       for token in idx.to(device).unbind(1)], 1)
+                       for token in chosen], 1)
+    assert torch.equal(got.argmax(-1), torch.stack(chosen, 1))
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.int8: 3e-2}[dtype]
     assert got.shape == whole.shape and got.dtype == torch.float32 and relative(got.cpu(), whole) < tolerance
     for one, expected in zip(tree_leaves(state), tree_leaves(last)):
         assert one.numel() == 0 or relative(one.cpu(), expected) < tolerance
+
+
+@torch.no_grad()
+def check_padded_reading(changes, length, size, device, dtype=torch.float32):
+    """The first of some tokens, read by kernels, continue a state as they do in the model; d_conv - 1 at least."""
+    from mamba_fast import decode
+    model, idx = awkward(changes, dtype, device), tokens(2, 5 + size).to(device)
+    state = model(idx[:, :5], state=model.init_state(2))[2]
+    expected = model(idx[:, 5:5 + length], state=state)[2]
+    decode.read_padded(model, idx[:, 5:], torch.tensor(length, device=device), state)
+    assert same(state, expected, {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.int8: 1e-5}[dtype])
 
 
 INTERPRETED = """
@@ -3380,8 +3393,8 @@ for rows, dtype, shape in ((1, torch.float32, 0), (1, torch.bfloat16, 1), (1, to
     tests.check_fused_step({"n_layer": 1, **tests.SHAPES[shape]}, dtype, rows, "cpu", length=2)
 
 from mamba_fast.step_triton import _tiles
-few = torch.zeros(3, 512, dtype=torch.float16)      # only x_proj's sums may be cut, not those of a head of few outputs
-assert _tiles(few, 512, 60)["PARTS"] == 1 < _tiles(few, 512, 60, cut=True)["PARTS"]
+few = torch.zeros(3, 1536, dtype=torch.float16)     # only x_proj's sums may be cut, not those of a head of few outputs
+assert _tiles(few, 3, 1536, 60)["PARTS"] == 1 < _tiles(few, 3, 1536, 60, cut=True)["PARTS"]
 
 def over_channels(p, q, row, EXACT):
     sums = np.stack([t.handle.data for t in (*p, *q)]).reshape(2, 8, 4, -1, 8).sum(-1)       # (p or q, step, segment, warp)
@@ -3415,6 +3428,8 @@ for scan_triton.FILL, scan_triton.FILL_BACK, *shape in ((1, 1, 1, 1, 40, 1), (1,
     inputs["A"].data[:, 8:] *= 300      # and all: the other tile is passed over
     tests.check_triton(inputs, device="cpu")
 tests.check_triton(tests.scan_inputs(1, 65, 3, 4, ("z",)), softplus=False, device="cpu")
+tests.check_padded_reading({"n_layer": 2}, 5, 8, "cpu")
+tests.check_padded_reading({"n_layer": 1, **tests.SHAPES[2]}, 8, 8, "cpu")
 tests.check_conv(1, 17, 5, 4, device="cpu")
 for shape in ((2, 1, 131, 4), (1, 17, 5, 1), (1, 70, 5, 2)):
     tests.check_conv(*shape, device="cpu", some=tests.OF_CONV[2:])
@@ -3686,6 +3701,8 @@ def test_fused_step_equals_one_call():
                                (17, torch.float16, 0), (40, torch.float32, 2), (100, torch.bfloat16, 1), (1, torch.float32, 3),
                                (1, torch.bfloat16, 4), (3, torch.int8, 3), (40, torch.bfloat16, 3), (3, torch.bfloat16, 5)):
         check_fused_step(SHAPES[shape], dtype, rows, "cuda")
+    for dtype, shape in ((torch.float32, 0), (torch.bfloat16, 1), (torch.int8, 2)):
+        check_padded_reading(SHAPES[shape], 70, 80, "cuda", dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def is_plain(model, plain):
             return False
         if kind is nn.Dropout and module.training and module.p > 0:
             return False
-        if getattr(module, "eps", model.config.norm_eps) != model.config.norm_eps:
+        if vars(module).get("eps", model.config.norm_eps) != model.config.norm_eps:
             return False
         if isinstance(module, nn.RMSNorm) and module.weight is None:
             return False
@@ -341,10 +341,11 @@ def norm_made_ready(norm, compile):
 # ------------------------------------------------------------------------------------------------
 # As a CUDA graph
 
-# Prompts that are read by graphs: of at most so many tokens, and at most so many at once; with more
-# of them launches do not take longer than what they launch
-LONGEST_PROMPT, MOST_PROMPTS = 512, 64
-SHORTEST_PART = 8       # tokens that one graph reads, at least
+# Tokens of prompts that are read by a graph, at most; with more of them launches do not take longer
+# than what they launch
+MOST_TOKENS = 2 ** 15
+SHORTEST_PART = 8       # tokens of each text that one graph reads, at least
+NEVER = -1e4            # as delta before its softplus: a step that leaves the state as it is
 GRAPHS = weakref.WeakKeyDictionary()    # {model: the Graph of its last stream}
 
 
@@ -355,7 +356,7 @@ class Graph:
 
     Its state belongs to one decoder at a time, its owner; another one that wants it takes it over.
     made_for: the number of prompts and the weights, by their addresses.  fused: by the kernels of
-    step_triton.py.
+    step_triton.py.  token: what a replay reads, and then the likeliest next ones.
     """
 
     def __init__(self, model, rows, made_for, fused):
@@ -365,39 +366,56 @@ class Graph:
             step = functools.partial(step_triton.decode, model.backbone, model.lm_head,
                                      model.config, self.state)
         else:
-            step = make_step(model, self.state)
-        self.step = torch.inference_mode()(step)
+            plain_step = make_step(model, self.state)
+
+            def step(token):
+                logits = plain_step(token)
+                token.copy_(logits.argmax(-1))
+                return logits
+        self.step, self.given = torch.inference_mode()(step), None
         self.token = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.graph, self.logits = recorded(lambda: self.step(self.token), self.token)
-        self.readers = {}       # {length: (the tokens (B, length) that the graph reads, the graph)}
+        # {length: (tokens (B, length), how many of them a replay of the graph reads, the graph)}
+        self.readers = {}
 
     def __call__(self, token):
-        self.token.copy_(token)
+        if token is not self.given:     # else the replay before has left it there
+            self.token.copy_(token)
+        self.given = None
         self.graph.replay()
         return self.logits
 
+    def likeliest(self, token):
+        """The likeliest tokens (B,) after a call; the next one finds them where it reads them."""
+        self(token)
+        self.given = self.token.clone()
+        return self.given
+
     def read(self, model, tokens):
-        """model reads tokens (B, L) into the state, in parts whose lengths are powers of two, and
-        the last few one by one."""
-        while tokens.shape[1] >= SHORTEST_PART:
-            length = 1 << tokens.shape[1].bit_length() - 1
-            part, tokens = tokens[:, :length], tokens[:, length:]
-            if length not in self.readers:
-                before = copies(self.state)     # `recorded` reads the part once already
-                buffer = part.clone()
-                read = functools.partial(self.read_part, model, buffer)
+        """model reads tokens (B, L) into the state: a Mamba-1 all of them at once, with up to an
+        eighth more as padding, so that few lengths are recorded; a Mamba-2 in parts whose lengths
+        are powers of two. The last few one by one."""
+        padded = model.config.layer == "mamba"
+        while tokens.shape[1] >= max(SHORTEST_PART, self.state[0].conv.shape[1]):
+            size = 1 << tokens.shape[1].bit_length() - 1
+            if padded:
+                step = max(SHORTEST_PART, size // 8)
+                size = -(-tokens.shape[1] // step) * step
+            part, tokens = tokens[:, :size], tokens[:, size:]
+            if size not in self.readers:
+                before = copies(self.state)     # `recorded` reads once already
+                buffer, length = part.new_zeros(len(part), size), part.new_tensor(size)
+                read = functools.partial(read_padded if padded else read_whole, model, buffer,
+                                         length, self.state)
                 graph, _ = recorded(read, buffer, self.graph.pool())
-                self.readers[length] = buffer, graph
+                self.readers[size] = buffer, length, graph
                 self.set_state(before)
-            buffer, graph = self.readers[length]
-            buffer.copy_(part)
+            buffer, length, graph = self.readers[size]
+            buffer[:, :part.shape[1]] = part
+            length.fill_(part.shape[1])
             graph.replay()
         for token in tokens.unbind(1):
             self(token)
-
-    def read_part(self, model, tokens):
-        _, _, state = model(tokens, state=self.state, num_last_tokens=1)
-        self.set_state(state)
 
     def disown(self):
         """The decoder that the state belongs to gets a copy of it, and is no longer its owner."""
@@ -407,7 +425,41 @@ class Graph:
         self.owner = lambda: None
 
     def set_state(self, state):
-        torch._foreach_copy_([*itertools.chain(*self.state)], [*itertools.chain(*state)])
+        copy_state(self.state, state)
+
+
+def copy_state(state, new):
+    torch._foreach_copy_([*itertools.chain(*state)], [*itertools.chain(*new)])
+
+
+def read_whole(model, tokens, _length, state):
+    """model reads tokens (B, L) into state."""
+    copy_state(state, model(tokens, state=state, num_last_tokens=1)[2])
+
+
+@torch.no_grad()
+def read_padded(model, tokens, length, state):
+    """
+    A Mamba-1 reads tokens (B, L) into state, of which the first `length` are real, a number on the
+    GPU, at least d_conv - 1. As MambaBlock does it, but with no copies of weights or inputs, and
+    without the head.
+    """
+    rank, N = model.config.dt_rank, model.config.d_state
+    padding = (torch.arange(tokens.shape[1], device=tokens.device) >= length)[:, None]      # (L, 1)
+    last = length + torch.arange(-state[0].conv.shape[1], 0, device=tokens.device)
+    x = model.backbone["embedding"](tokens)                                 # (B, L, d_model)
+    x = x.to(at_least_float32(x)) if model.config.residual_in_fp32 else x
+    for layer, (window, h) in zip(model.backbone["layers"], state):
+        block, norm = layer.mixer, layer.norm
+        u_in, z = block.in_proj(norm(x.to(norm.weight.dtype))).chunk(2, dim=-1)
+        u = scan_triton.conv_silu_triton(u_in, block.conv1d.weight, block.conv1d.bias, window)
+        window.copy_(u_in.index_select(1, last))
+        dt, B, C = block.x_proj(u).split((rank, N, N), dim=-1)
+        delta = F.linear(dt, block.dt_proj.weight).masked_fill_(padding, NEVER)
+        y, h_after = scan_triton.selective_scan_triton(
+            u, delta, block.A_log, B, C, block.D, z, block.dt_proj.bias, True, h, log_A=True)
+        h.copy_(h_after)
+        x = x + block.out_proj(y)
 
 
 class GraphDecoder:
@@ -418,10 +470,12 @@ class GraphDecoder:
     """
 
     def __init__(self, model, prompts, state):
-        rows, fused = len(prompts), fuses(model)
+        rows = len(prompts)
         weights = [t for module in model.modules()
-                   for t in (*module._parameters.values(), *module._buffers.values())]
-        made_for = [rows, *((t.data_ptr(), t.dtype) for t in weights if t is not None)]
+                   for t in (*module._parameters.values(), *module._buffers.values())
+                   if t is not None]
+        made_for = [rows, *((t.data_ptr(), t.dtype) for t in weights)]
+        fused = fuses(model) and all(t.is_contiguous() for t in weights)
         self.graph = GRAPHS.get(model)
         if self.graph is None or not fused or self.graph.made_for != made_for:
             if self.graph is not None:
@@ -433,8 +487,7 @@ class GraphDecoder:
             if fused:
                 GRAPHS[model] = self.graph
         lengths = {len(p) for p in prompts}
-        by_graph = (fused and len(lengths) == 1 and max(lengths) <= LONGEST_PROMPT
-                    and rows <= MOST_PROMPTS)
+        by_graph = fused and len(lengths) == 1 and rows * max(lengths) <= MOST_TOKENS
         self.own = state if by_graph else model.prefill(prompts, state)
         self.take()
         if by_graph:
@@ -451,19 +504,23 @@ class GraphDecoder:
         self.take()
         return self.graph(token)
 
+    def likeliest(self, token):
+        """What step(token).argmax(-1) is, sooner."""
+        self.take()
+        return self.graph.likeliest(token)
+
     @property
     def state(self):
         return copies(self.graph.state if self.own is None else self.own)
 
 
 def fuses(model):
-    """Whether the step runs by the kernels of step_triton.py."""
+    """Whether the step runs by the kernels of step_triton.py, if all weights are contiguous."""
     config, weight = model.config, model.lm_head.weight
     return (all(layer.mixer.config == config for layer in model.backbone["layers"])
             and config.scan in ("auto", "triton")
             and step_triton is not None and scan_triton.runs_on(weight.device)
-            and weight.dtype != torch.float64 and step_triton.decodes(config)
-            and all(p.is_contiguous() for p in model.parameters()))
+            and weight.dtype != torch.float64 and step_triton.decodes(config))
 
 
 def recorded(call, where, pool=None):

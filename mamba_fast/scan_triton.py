@@ -940,10 +940,11 @@ def _rehearse(*inputs):
     _Scan.backward(context, y, None)
 
 
-def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state):
+def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, log_A=False):
     """
     The same function as selective_scan in mamba.py, arguments as there. u, delta, B, C, z: float32, bfloat16 or
     float16 on a GPU, d_state at most 256; computes in float32. Differentiable once; the gradients are the same bits each time.
+    log_A: A is log(-A); only where no gradients are asked for.
     """
     A, D, delta_bias, state = (t if t is None else t.float() for t in (A, D, delta_bias, state))
     d_inner = u.shape[2]
@@ -957,7 +958,8 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
     keep = _wants_gradients(*inputs)
     if keep and u.is_cuda and not torch.compiler.is_compiling():
         compile_ahead((u.device, *_dtypes(u, delta, B, z), A.shape), partial(_rehearse, *inputs, delta_softplus))
-    scan = torch.ops.selective_scan.forward if torch.compiler.is_compiling() else _Scan.apply if keep else _run
+    run = _Scan.apply if keep else partial(_run, log_A=log_A)
+    scan = torch.ops.selective_scan.forward if torch.compiler.is_compiling() else run
     y, last, *_ = scan(*inputs, delta_softplus, keep)
     last_state = last.transpose(1, 2)
     return (y[..., :d_inner], last_state[:, :d_inner]) if more else (y, last_state)

@@ -4,9 +4,9 @@ updated in place. Of models whose layers are all Mamba-1's, or all Mamba-2's; de
 graph of it.
 
 With few texts a step takes as long as reading the weights once, and the start of every kernel.
-There are four a layer, in Mamba-2 three:
+There are four a layer, three in Mamba-2, which has no x_proj:
     enter      in_proj and the convolution
-    project    x_proj; for several texts in parts, which are sums over some of the channels each
+    project    x_proj; for several texts in parts, which are sums over some channels each
     advance    the step of the scan, and the gate; in Mamba-1 dt_proj before it
     project    out_proj, added to the residual stream; and once, at the end, the head
 The norm before a product is done in two halves: the kernel before multiplies by the norm's weight
@@ -15,10 +15,12 @@ outlives a step, so nothing can become outdated.
 
 Where PDL (programmatic dependent launch) is set, a kernel starts while the one before it still
 runs. It fetches its weights and states, which no other kernel of the step writes, and only then
-waits for it. A product of many texts starts later: one that waits takes room from one that works.
-Sums are in float32 and in a fixed order.
+waits for it. After in_proj or the head of many texts it starts later: a kernel that waits takes
+room from one that works. Sums are in float32 and in a fixed order.
 """
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -46,9 +48,9 @@ def _softplus(x):
 
 
 @triton.jit
-def _wait(residual, squares, r, n, in_y, rows, N, BLOCKS: constexpr, PDL: constexpr):
+def _wait(residual, squares, r, n, in_r, in_y, N: constexpr, BLOCKS: constexpr, PDL: constexpr):
     """Until what the kernels before have written is there; then the first things of it that are
-    needed, and take long."""
+    needed, and take long: of the residual, and the squares of each row of x."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     first, square = 0.0, 0.0
@@ -56,7 +58,7 @@ def _wait(residual, squares, r, n, in_y, rows, N, BLOCKS: constexpr, PDL: conste
         first = tl.load(residual + r[:, None] * N + n[None, :], mask=in_y, other=0)
     if squares is not None:
         i = tl.arange(0, triton.next_power_of_2(BLOCKS))
-        in_i = (r < rows)[:, None] & (i < BLOCKS)[None, :]
+        in_i = in_r[:, None] & (i < BLOCKS)[None, :]
         square = tl.load(squares + r[:, None] * BLOCKS + i[None, :], mask=in_i, other=0)
     return first, square
 
@@ -70,12 +72,33 @@ def _load(of, row, in_row, start, K: constexpr, BK: constexpr):
 
 
 @triton.jit
-def _wide(x):
-    """x in float32. Of 8 bits by an addition to the bits of 1.5 * 2^23, as a GPU adds eight times
-    as many numbers as it converts in the same time."""
-    if x.dtype == tl.int8:
-        return (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
-    return x.to(tl.float32)
+def _wide(x, PTX: constexpr):
+    """x in float32. A byte, plus 128, goes into the last bits of 2^23, from which an addition then
+    leaves it: a GPU adds eight times as many numbers as it converts in the same time."""
+    if x.dtype != tl.int8:
+        return x.to(tl.float32)
+    if PTX:     # four at once, for in Triton each of them takes an instruction more
+        bits = tl.inline_asm_elementwise("""{
+            .reg .b32 bytes;
+            xor.b32 bytes, $4, 0x80808080;
+            prmt.b32 $0, bytes, 0x4B000000, 0x7440;
+            prmt.b32 $1, bytes, 0x4B000000, 0x7441;
+            prmt.b32 $2, bytes, 0x4B000000, 0x7442;
+            prmt.b32 $3, bytes, 0x4B000000, 0x7443;
+            }""", "=r,=r,=r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=4)
+    else:
+        bits = x.to(tl.uint8, bitcast=True).to(tl.int32) ^ 0x4B000080
+    return bits.to(tl.float32, bitcast=True) - (2 ** 23 + 128)
+
+
+@triton.jit
+def _to_cache(weight, n, K: constexpr, N: constexpr):
+    """Asks for the rows n of a matrix (N, K), and does not wait until they are in the L2 cache."""
+    SIZE: constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    k = tl.arange(0, triton.next_power_of_2((K * SIZE + 127) // 128)) * (128 // SIZE)   # lines
+    at = weight + tl.minimum(n, N - 1)[:, None] * K + tl.minimum(k, K - 1)[None, :]
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
+                              [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -93,13 +116,15 @@ def _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS: c
         weights = ()
         for start in tl.static_range(0, K, BK):
             weights = weights + (_load(weight, n, in_n, start, K, BK),)
-        first, square = _wait(residual, squares, r, n, in_y, rows, N, BLOCKS, PDL)
-        y = tl.zeros((BN, BK), tl.float32)
+        # x once for each output: else the weights would have to go to other threads
+        y, row = tl.zeros((BN, BK), tl.float32), tl.zeros_like(n)
+        first, square = _wait(residual, squares, r, n, in_r, in_y, N, BLOCKS, PDL)
         for start in tl.static_range(0, K, BK):
-            y += _wide(weights[start // BK]) * _load(x, r, in_r, start, K, BK).to(tl.float32)
+            x_k = _load(x, row, row < rows, start, K, BK)
+            y += _wide(weights[start // BK], PDL) * x_k.to(tl.float32)
         y = tl.sum(y, 1)[None, :]
     else:
-        first, square = _wait(residual, squares, r, n, in_y, rows, N, BLOCKS, PDL)
+        first, square = _wait(residual, squares, r, n, in_r, in_y, N, BLOCKS, PDL)
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
         y = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
@@ -112,7 +137,8 @@ def _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS: c
         if SWAP:
             y = y.trans()
     if squares is not None:
-        y *= SMALL * tl.rsqrt(tl.sum(square, 1) / K + EPS)[:, None]
+        root = SMALL * tl.rsqrt(tl.sum(square, 1) / K + EPS)
+        y *= root[:, None]
     if scale is not None:
         y *= tl.load(scale + n, mask=in_n, other=0).to(tl.float32)[None, :]
     if bias is not None:
@@ -138,14 +164,34 @@ def _keep(y, norm, out, normed, squares, rows, r, n, N: constexpr, BN: constexpr
 
 
 @triton.jit
-def _begin(x, norm, normed, squares, rows, N: constexpr, BN: constexpr, PDL: constexpr):
-    """For the first product of all: what _keep does after each of the others."""
+def _begin(token, table, scale, x, norm, normed, squares, rows, N: constexpr, BN: constexpr,
+           PDL: constexpr):
+    """The embedding x (rows, N) of each token (rows,); and for the first product of all what _keep
+    does after each of the others."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) + tl.arange(0, 1)
-    y = tl.load(x + r[:, None] * N + n[None, :], mask=(n < N)[None, :], other=0)
+    id = tl.load(token + r)
+    y = tl.load(table + id[:, None] * N + n[None, :], mask=(n < N)[None, :], other=0)
+    if scale is not None:
+        scales = tl.load(scale + id)
+        y = (y.to(tl.float32) * scales.to(tl.float32)[:, None]).to(scales.dtype)
     _keep(y, norm, x, normed, squares, rows, r, n, N, BN)
+
+
+@triton.jit
+def _choose(logits, token, N: constexpr, BN: constexpr, PDL: constexpr):
+    """token (rows,): the likeliest of each row of logits (rows, N), the first of several."""
+    row, n = logits + tl.program_id(0) * N, tl.arange(0, BN)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    most, likeliest = tl.full((BN,), float("-inf"), tl.float32), n
+    for start in tl.static_range(0, N, BN):
+        logit = tl.load(row + start + n, mask=start + n < N, other=float("-inf"))
+        likeliest = tl.where(logit > most, start + n, likeliest)
+        most = tl.maximum(logit, most)
+    first = tl.min(tl.where(most == tl.max(most, 0), likeliest, N - 1), 0)
+    tl.store(token + tl.program_id(0), first.to(token.dtype.element_ty))
 
 
 @triton.jit
@@ -153,10 +199,12 @@ def _project(x, squares, weight, scale, bias, residual, norm, y, normed, y_squar
              EPS: constexpr, K: constexpr, N: constexpr, BLOCKS: constexpr, PARTS: constexpr,
              BM: constexpr, BN: constexpr, BK: constexpr, SWAP: constexpr, PDL: constexpr):
     """A product, and what _keep does with it; or PARTS of it, y (PARTS, rows, N)."""
-    if PDL and BM == 1:
+    if PDL and (BM == 1 or N <= K):
         tl.extra.cuda.gdc_launch_dependents()
     n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
     part = tl.program_id(2)
+    if PDL and BM > 1 and 8 * N <= K:       # x_proj: few programs, which wait for memory
+        _to_cache(weight, n, K, N)
     result = _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS, K, N,
                       BLOCKS, PARTS, BM, BN, BK, SWAP, PDL)
     _keep(result, norm, y + part * rows * N, normed, y_squares, rows, r, n, N, BN)
@@ -238,9 +286,9 @@ def _advance(parts, dt_proj, dt_bias, A_log, Dw, u, gate, h, y, rows, D: constex
         tl.extra.cuda.gdc_wait()
     u_d = tl.load(u + of_y, mask=in_y, other=0).to(tl.float32)
     gate_d = tl.load(gate + of_y, mask=in_y, other=0)
+    in_dt, in_B = in_r[:, None] & in_q[None, :], in_r[:, None] & in_n[None, :]
     dt, B = tl.zeros((BM, BR), tl.float32), tl.zeros((BM, BN), tl.float32)
     C = tl.zeros((BM, BN), tl.float32)
-    in_dt, in_B = in_r[:, None] & in_q[None, :], in_r[:, None] & in_n[None, :]
     for i in tl.static_range(PARTS):
         part = parts + (i * rows + r)[:, None] * (R + 2 * N)
         dt += tl.load(part + q[None, :], mask=in_dt, other=0)
@@ -319,23 +367,28 @@ def decodes(config):
 def decode(backbone, head, config, state, token):
     """
     The Mamba of mamba.py for the next token of each text: token (B,) -> logits (B, vocab_size),
-    float32. state, from Mamba.init_state, is updated in place. Weights: contiguous, in float32,
-    bfloat16, float16 or as Int8Linear has them.
+    float32. token, contiguous, becomes the likeliest next one of each text. state, from
+    Mamba.init_state, is updated in place. Weights: contiguous, in float32, bfloat16, float16 or as
+    Int8Linear has them.
     """
-    x = backbone["embedding"](token)                                            # (B, d_model)
-    (rows, d_model), eps, vocab_size = x.shape, backbone["norm_f"].eps, config.vocab_size
+    table, rows, eps = backbone["embedding"], len(token), backbone["norm_f"].eps
+    scale = getattr(table, "scale", None)       # with int8
+    weight = table.weight if scale is None else scale       # of the type of what is computed
+    d_model, vocab_size = config.d_model, config.vocab_size
     D, X = config.d_inner, state[0].conv.shape[2]
     H = config.nheads if config.layer == "mamba2" else 0
-    enter, leave = _tiles(x, d_model, X + D + H), _tiles(x, D, d_model)
-    to_logits, blocks = _tiles(x, d_model, vocab_size), triton.cdiv(d_model, leave["BN"])
-    pdl = PDL and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    of_type = weight.new_empty
+    tiles_of = functools.partial(_tiles, weight, rows, int8=scale is not None)
+    enter, leave = tiles_of(d_model, X + D + H), tiles_of(D, d_model)
+    to_logits = tiles_of(d_model, vocab_size)
+    blocks = triton.cdiv(d_model, leave["BN"])
+    pdl = PDL and token.is_cuda and torch.cuda.get_device_capability(token.device)[0] >= 9
     pdl = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
-    with torch.cuda.device_of(x):
-        u, y = x.new_empty(rows, X), x.new_empty(rows, D)
-        gate = x.new_empty(rows, D + H, dtype=torch.float32)
+    with torch.cuda.device_of(token):
+        u, y, normed = of_type(rows, X), of_type(rows, D), of_type(rows, d_model)
+        gate = of_type(rows, D + H, dtype=torch.float32)
         logits, squares = gate.new_empty(rows, vocab_size), gate.new_empty(rows, blocks)
-        normed = torch.empty_like(x)
-        x = x.float() if config.residual_in_fp32 else x
+        x = (gate if config.residual_in_fp32 else u).new_empty(rows, d_model)
         layers = backbone["layers"]
         norms = [*(layer.norm.weight for layer in layers), backbone["norm_f"].weight]
 
@@ -344,10 +397,10 @@ def decode(backbone, head, config, state, token):
             _project[triton.cdiv(N, tiles["BN"]), triton.cdiv(rows, tiles["BM"]), tiles["PARTS"]](
                 x, squares_of_x, *_weights(linear), before, norm, y, normed, squares, rows, eps,
                 K, N, of_x, **tiles, **pdl)
-        advance = (_heads if H else _channels)(config, project, rows, u, gate, y, pdl)
+        advance = (_heads if H else _channels)(config, project, u, gate, y, pdl)
         programs = sum(triton.cdiv(n, enter["BN"]) for n in (X, D, H))
-        _begin[blocks, rows](x, norms[0], normed, squares, rows, d_model, leave["BN"],
-                             num_warps=1, **pdl)
+        _begin[blocks, rows](token, table.weight, scale, x, norms[0], normed, squares, rows,
+                             d_model, leave["BN"], PDL=pdl["PDL"], num_warps=1)
         for layer, norm, (window, h) in zip(layers, norms[1:], state):
             block, conv = layer.mixer, layer.mixer.conv1d
             _enter[programs, triton.cdiv(rows, enter["BM"])](
@@ -357,33 +410,30 @@ def decode(backbone, head, config, state, token):
             before, x = x, torch.empty_like(x)
             project(leave, y, squares_of_y, block.out_proj, before, norm, x, D, d_model)
         project(to_logits, normed, squares, head, None, None, logits, d_model, vocab_size)
+        _choose[(rows,)](logits, token, vocab_size, 8192, num_warps=16, **pdl)
     return logits
 
 
-def _channels(config, project, rows, u, gate, y, pdl):
-    """advance(block, h) for blocks of Mamba-1: it fills y, and returns None, for it has no norm."""
+def _channels(config, project, u, gate, y, pdl):
+    """For blocks of Mamba-1: advance(block, h), which fills y, and returns None, for it has no
+    norm."""
     (D, N, R), power = (config.d_inner, config.d_state, config.dt_rank), triton.next_power_of_2
-    select, BN, BR = _tiles(u, D, R + 2 * N, cut=True), power(N), max(16, power(R))
+    rows, BN, BR = len(u), power(N), max(16, power(R))
+    select, tiles = _tiles(u, rows, D, R + 2 * N, cut=True), _tiles_of_advance(rows, D, BN, BR)
     selected = gate.new_empty(select["PARTS"], rows, R + 2 * N)
-    if rows == 1:
-        BM, BD, warps = 1, min(256, max(16, power(D // 128)), 4096 // BN, 16384 // BR), 4
-    elif rows <= 64:
-        BM, BD, warps = 4, 16, 4
-    else:
-        BM, BD, warps = 16, max(16, min(64, 1024 // BN)), 8
 
     def advance(block, h):
         project(select, u, None, block.x_proj, None, None, selected, D, R + 2 * N)
-        _advance[triton.cdiv(D, BD), triton.cdiv(rows, BM)](
+        _advance[triton.cdiv(D, tiles["BD"]), triton.cdiv(rows, tiles["BM"])](
             selected, block.dt_proj.weight, block.dt_proj.bias, block.A_log, block.D, u, gate, h, y,
-            rows, D, N, R, select["PARTS"], BM, BD, BN, BR, num_warps=warps, **pdl)
+            rows, D, N, R, len(selected), BN=BN, BR=BR, **tiles, **pdl)
     return advance
 
 
-def _heads(config, project, rows, u, gate, y, pdl):
-    """advance(block, h) for blocks of Mamba-2: it fills y, and returns the squares of the norm, if
-    there is one."""
-    H, P, N = config.nheads, config.headdim, config.d_state
+def _heads(config, _project, u, gate, y, pdl):
+    """As _channels, for blocks of Mamba-2: advance(block, h) returns the squares of the norm, if
+    there is one; there is no x_proj."""
+    (H, P, N), rows = (config.nheads, config.headdim, config.d_state), len(u)
     BP = min(triton.next_power_of_2(P), 16 if rows * H < 512 else 64)
     cuts = triton.cdiv(P, BP)
     squares = gate.new_empty(rows, H * cuts) if config.rmsnorm else None
@@ -402,32 +452,48 @@ def _weights(linear):
     return linear.weight, getattr(linear, "scale", None), linear.bias
 
 
-def _tiles(x, K, N, cut=False):
+def _tiles_of_advance(rows, D, BN, BR):
+    """How a program of _advance works: BM texts, BD channels."""
+    if rows == 1:
+        channels = triton.next_power_of_2(D // 128)
+        BM, BD, warps = 1, min(256, max(32, channels), 4096 // BN, 16384 // BR), 8
+    elif rows <= 64:
+        BM, BD, warps = 4, 16, 4
+    else:
+        BM, BD, warps = 16, max(16, min(32, 512 // BN)), 4 if BN <= 32 else 8
+    return {"BM": BM, "BD": BD, "num_warps": warps}
+
+
+def _tiles(x, rows, K, N, cut=False, int8=False):
     """
     How a program of _product works that makes N numbers of K: BM texts, BN outputs, BK inputs at
     once; and into how many PARTS the sums are cut, if they may be. SWAP: the outputs are the rows
-    of the product on the matrix units, which takes 64 of them at least. As measured on an H100,
-    with the sizes of mamba-130m for 1, 64 and 256 texts, and those of mamba-2.8b for 1 and 16.
+    of the product on the matrix units, which takes 64 of them at least.  int8: the weights are.
+    As measured on an H200, with the sizes of mamba-130m for 1, 64 and 256 texts, and those of
+    mamba-2.8b for 1 and 16.
     """
-    rows, power, parts = len(x), triton.next_power_of_2, 1
+    power, parts, is_head = triton.next_power_of_2, 1, N > 16 * K
     if rows == 1:
         least = {BK: triton.cdiv(K, BK) * BK for BK in (1024, 512, 256)}
-        BM, BN, BK = 1, 8, min(least, key=least.get) if K > 128 else max(16, power(K))
+        BM, BK = 1, min(least, key=least.get) if K > 128 else max(16, power(K))
         # a program has all its weights in registers; and each multiprocessor should have one
+        BN = 8 if is_head or int8 else 4
         while BN > 1 and (BN * K * x.element_size() > 40 * 1024 or N < 128 * BN):
             BN //= 2
     elif x.dtype == torch.float32:      # no matrix units
         BM, BN, BK = min(32, max(16, power(rows))), 32, 32
     else:
-        programs = lambda: triton.cdiv(N, BN) * triton.cdiv(rows, BM) * parts
-        BM, BN, BK = min(128 if N > 16 * K else 64, max(16, power(rows))), 64, 64 if N > K else 128
+        programs = lambda: triton.cdiv(N, BN) * triton.cdiv(rows, BM)
+        few = 16 if rows <= 64 else 32
+        BM = min(128 if is_head else 64, max(16, power(rows)))
+        BN = 128 if BM == 128 else 64
         if N < K // 4:
-            BM, BN = min(BM, 16 if rows <= 64 else 32), 16
-            while cut and parts < 8 and programs() < 64 and K % (2 * parts * BK) == 0:
-                parts *= 2
-        while BN == 64 and BM > 16 and programs() < 96:
+            BM, BN = min(BM, few), 16
+        while BN == 64 and BM > few and programs() < 128:
             BM //= 2
-        BN = BN if programs() >= 40 else 16
+        BN, BK = BN if programs() >= 40 else 16, 64 if N > K and BM > 16 else 128
+        while cut and K >= 1536 * parts and K % (2 * parts * BK) == 0:
+            parts *= 2
     stages = max(2, min(5, 100 * 1024 // ((BM + BN) * BK * x.element_size())))
-    return {"BM": BM, "BN": BN, "BK": BK, "PARTS": parts, "SWAP": BN == 64 and BM > 1,
+    return {"BM": BM, "BN": BN, "BK": BK, "PARTS": parts, "SWAP": BN >= 64 and BM > 1,
             "num_warps": 8 if BM * BN > 64 * 64 else 4, "num_stages": stages}
