@@ -75,10 +75,9 @@ def run(main, Config, interrupt=signal.default_int_handler):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
     if message:
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    group = sys.modules.get("torch.distributed")
-    if ours and status and group and group.is_available() and group.is_initialized():
+    if ours and "RANK" in os.environ:
         sys.stdout.flush()
-        os._exit(status)    # the threads of a group that has not been left may abort Python's end
+        os._exit(status)    # the threads of a group of processes may abort Python's end
     if status:
         sys.exit(status)
 
