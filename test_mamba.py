@@ -3384,6 +3384,7 @@ gluon.jit, gluon.language = triton.jit, gl
 import mamba, mamba_fast, torch
 scan_triton = importlib.import_module("mamba_fast.scan_triton")     # which mamba_fast imports on CUDA alone
 mamba_fast.decode.scan_triton = scan_triton
+mamba_fast.decode.step_triton = importlib.import_module("mamba_fast.step_triton")
 tests = importlib.import_module(sys.argv[1])
 
 # the step of a token; the interpreter cannot do tl.dot of bfloat16

@@ -458,7 +458,7 @@ def read_padded(model, tokens, length, state):
         delta = F.linear(dt, block.dt_proj.weight).masked_fill_(padding, NEVER)
         y, h_after = scan_triton.selective_scan_triton(
             u, delta, block.A_log, B, C, block.D, z, block.dt_proj.bias, True, h, log_A=True)
-        h.copy_(h_after)
+        step_triton.turn(h_after, h)
         x = x + block.out_proj(y)
 
 
