@@ -3894,6 +3894,30 @@ def with_gradients_twice(block):
 
 
 @in_cpp
+def test_an_edited_norm_acts_in_training(monkeypatch):
+    torch.manual_seed(0)
+    block, x = block_of(OF_BLOCK2[0]), torch.randn(2, 20, 32)
+    expected, forward = block(x), mamba2.GatedRMSNorm.forward
+    monkeypatch.setattr(mamba2.GatedRMSNorm, "forward", lambda *inputs: forward(*inputs) * 2)
+    monkeypatch.delitem(mamba.PLAIN, mamba2.GatedRMSNorm)
+    assert relative(block(x), 2 * expected) < 1e-5
+
+
+@in_cpp
+def test_settings_of_a_block_that_change_before_the_backward_pass():
+    torch.manual_seed(0)
+    block, x, grads = block_of(OF_BLOCK2[0]), torch.randn(2, 20, 32), []
+    for change in (False, True):
+        block.zero_grad()
+        y = block(x)
+        if change:
+            block.norm.eps, block.config.dt_limit = 1.0, (0.0, 0.01)
+        y.square().sum().backward()
+        grads.append([p.grad for p in block.parameters()])
+    assert same(*grads)
+
+
+@in_cpp
 @pytest.mark.parametrize("change", [with_hook, with_global_hook, with_adapter, with_parametrization, with_normed_convolution,
                                     with_gradients_twice, with_another_parameter, with_a_bias_that_is_no_parameter,
                                     with_an_empty_place, with_another_mix, with_another_class])
@@ -4671,6 +4695,42 @@ def test_generation_by_a_cuda_graph(kind):
     before = copy.deepcopy(state)
     rest = list(model.stream(read[-1][:, None], 5, temperature=0, state=state))
     assert same(rest, list(stream)) and same(state, before)
+
+
+@fast
+def test_streams_of_a_graph_without_a_gpu(monkeypatch):
+    """What is around the graph of a token, which is replayed by calls here: tokens that are changed, and both modes without
+    gradients, in turns."""
+    from mamba_fast import decode
+
+    def recorded(call, where, pool=None):
+        result = call()
+
+        @torch.inference_mode()
+        def replay():
+            result.copy_(call())
+        return SimpleNamespace(replay=replay), result
+
+    def of_stream(change):
+        texts = []
+        for token in model.stream([tokens(5)], 8, temperature=0):
+            texts += token.tolist()
+            if change:
+                token.copy_((token + 7) % 71)
+        return texts
+
+    def of_both_modes():
+        with torch.inference_mode():
+            step = model.decoder([tokens(5)], model.init_state(1))
+            first = step(torch.tensor([3])).clone()
+        return [first, step(torch.tensor([4])).clone(), model.decoder([tokens(9)], model.init_state(1))(torch.tensor([4])).clone()]
+    model = awkward({"n_layer": 2})
+    with torch.no_grad():
+        expected = of_stream(False), of_stream(True), of_both_modes()
+        monkeypatch.setattr(decode, "recorded", recorded)
+        monkeypatch.setattr(mamba.fast, "decoder", lambda model, prompts, state, *_: decode.GraphDecoder(model, prompts, state))
+        assert expected[:2] == (of_stream(False), of_stream(True)) and expected[0] != expected[1]
+        assert same(of_both_modes(), expected[2], 1e-5)
 
 
 @on_gpu

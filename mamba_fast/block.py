@@ -72,6 +72,7 @@ def mix2(block, x, others, is_plain, plain, gated_norm):
     """
     c, linears = block.config, ("in_proj", "out_proj")
     if (not c.rmsnorm or not is_plain(block.norm, gated_norm) or block.norm.norm_before_gate
+            or plain.get(gated_norm) != (gated_norm.forward, None)
             or c.d_inner % (block.norm.groups * cpp.WIDTH) > 0):
         return None
     ready = prepared(block, x, others, shapes_of2(c), linears, is_plain, plain)
@@ -184,9 +185,9 @@ class Mix(torch.autograd.Function):
         gy, gw_out = parts.product_back(gout, y.flatten(0, 1), w_out, True, needs_out, weight_dtype)
         # written part by part below: gz, gB, gC by the scan, gdt by a product, gu_in by conv_back
         gxz, gdtBC = torch.empty_like(xz), torch.empty_like(dtBC)
-        halves, thirds = (D_inner, D_inner), (w_dt.shape[1], N, N)
+        halves, sizes = (D_inner, D_inner), (w_dt.shape[1], N, N)
         (u_in, z), (gu_in, gz) = (t.split_with_sizes(halves, -1) for t in (xz, gxz))
-        (dt, B, C), (gdt, *gBC) = (t.split_with_sizes(thirds, -1) for t in (dtBC, gdtBC))
+        (dt, B, C), (gdt, *gBC) = (t.split_with_sizes(sizes, -1) for t in (dtBC, gdtBC))
         gu, gdelta, gA_log, gD, gb_dt = parts.scan_back(gy.view(u.shape), kept, u, delta, A_log, B,
                                                         C, D, z, b_dt, gz, *gBC)
         gdelta, gdtBC, u = (t.flatten(0, 1) for t in (gdelta, gdtBC, u))
@@ -218,17 +219,18 @@ class Mix2(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w_in, b_in, w_conv, b_conv, dt_bias, A_log, D, w_norm, w_out, b_out, block):
-        ctx.block, parts = block, OnCPU
+        parts, norm, limits = OnCPU, block.norm, block.config.dt_limit
+        ctx.block, ctx.of_norm, ctx.limits = block, (norm.groups, norm.eps), limits
         projected = parts.product(x, w_in, b_in)
         z, u, BC, dt = Mix2.split(projected, block)
         of_u, of_BC = Mix2.convolutions(w_conv, b_conv, block)
         B, C = Mix2.B_and_C(parts.conv(BC, *of_BC), block)
         # delta and what the convolution makes of u are not kept: the scan makes them as it goes.
         # Nor is what out_proj reads: memory takes longer than to compute it again.
-        first = ssd_cpu.Block.of(*Mix2.arrays(A_log, D, dt_bias, *of_u), block.config.dt_limit)
-        y, kept = ssd_cpu.scanned(first, u, dt, None, B, C, None, None, True)
+        before = ssd_cpu.BeforeScan.of(*Mix2.arrays(A_log, D, dt_bias, *of_u), limits)
+        y, kept = ssd_cpu.scanned(before, u, dt, None, B, C, None, None, True)
         y = y.flatten(2)                                                    # (B, L, D)
-        normed = norm_cpu.normed(y, z, w_norm, block.norm.groups, block.norm.eps)
+        normed = norm_cpu.normed(y, z, w_norm, *ctx.of_norm)
         ctx.save_for_backward(x, projected, B, C, kept, y, w_in, w_conv, b_conv, dt_bias, A_log, D,
                               w_norm, w_out)
         return parts.product(normed, w_out, b_out)
@@ -248,15 +250,15 @@ class Mix2(torch.autograd.Function):
         (z, u, BC_in, dt), (gz, gu, gBC_in, gdt) = (Mix2.split(t, block)
                                                     for t in (projected, gprojected))
         normed = torch.empty_like(y_rows)
-        gy, gw_norm = norm_cpu.gradients(gnormed.view(y.shape), y, z, w_norm, block.norm.groups,
-                                         block.norm.eps, gz, normed)
+        gy, gw_norm = norm_cpu.gradients(gnormed.view(y.shape), y, z, w_norm, *ctx.of_norm, gz,
+                                         normed)
         _, gw_out = parts.product_back(gout, normed, w_out, False, needs[9], dtype)
         of_u, of_BC = Mix2.convolutions(w_conv, b_conv, block)
         arrays = Mix2.arrays(A_log, D, dt_bias, *of_u)
         grads = x.new_zeros(len(x), sum(t.numel() for t in arrays))
-        first = ssd_cpu.Block.of(*arrays, block.config.dt_limit, grads)
+        before = ssd_cpu.BeforeScan.of(*arrays, ctx.limits, grads)
         gBC = BC_in.new_empty(BC_in.shape)
-        ssd_cpu.gradients(gy.view(u.shape), None, kept, first, u, dt, None, B, C, None, gu, gdt,
+        ssd_cpu.gradients(gy.view(u.shape), None, kept, before, u, dt, None, B, C, None, gu, gdt,
                           None, *Mix2.B_and_C(gBC, block), None)
         sums = grads.sum(0).split([t.numel() for t in arrays])
         gA, gD, gdt_bias, gtaps, gbias = (g.view(t.shape) for g, t in zip(sums, arrays))
@@ -292,7 +294,7 @@ class Mix2(torch.autograd.Function):
 
     @staticmethod
     def arrays(A_log, D, dt_bias, weight, bias):
-        """Those of ssd_cpu.Block."""
+        """A, D, dt_bias, and of the convolution of u its taps (d_conv, D) and bias."""
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         return -torch.exp(A_log), D, dt_bias, weight[:, 0].t(), bias
 

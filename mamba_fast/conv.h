@@ -43,7 +43,7 @@ static inline void go_on(vec *of_steps)
     EACH for (int k = 0; k < K - 1; k++) of_steps[k] = of_steps[k + 1];
 }
 
-// out, and slope, that of silu, or null: of step t.
+// out, and slope, that of silu, or null, point to step t.
 template <int K>
 static void forward_steps(long t, long end, const Channels &of, float *out, float *slope, long row)
 {
@@ -65,8 +65,8 @@ struct Sums {
     vec gtaps[4], gbias, gseen[4];
 };
 
-// gout, and slope, or null where it is to be computed again: of step t.  gx: of step 0.  gstate:
-// that of the state, or null.
+// gout and slope point to step t, gx to step 0. slope: null where it is to be computed again.
+// gstate: that of the state, or null.
 template <int K>
 static void backward_steps(long t, long end, const Channels &of, const float *gout,
                            const float *slope, long row, float *gx, long gx_row, float *gstate,

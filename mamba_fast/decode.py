@@ -356,9 +356,11 @@ class Graph:
 
     Its state belongs to one decoder at a time, its owner; another one that wants it takes it over.
     made_for: the number of prompts and the weights, by their addresses.  fused: by the kernels of
-    step_triton.py.  token: what a replay reads, and then the likeliest next ones.
+    step_triton.py.  token: what a replay reads, and overwrites with the likeliest next ones.
     """
 
+    @torch.inference_mode(False)    # what it keeps serves calls of both modes
+    @torch.no_grad()
     def __init__(self, model, rows, made_for, fused):
         self.made_for, self.owner = made_for, lambda: None
         self.state = model.init_state(rows)
@@ -379,7 +381,8 @@ class Graph:
         self.readers = {}
 
     def __call__(self, token):
-        if token is not self.given:     # else the replay before has left it there
+        # the replay before has left it there, if it is the one that it gave, and nobody changed it
+        if token is not self.given or token.is_inference() or token._version > 0:
             self.token.copy_(token)
         self.given = None
         self.graph.replay()
@@ -391,6 +394,8 @@ class Graph:
         self.given = self.token.clone()
         return self.given
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def read(self, model, tokens):
         """model reads tokens (B, L) into the state: a Mamba-1 all of them at once, with up to an
         eighth more as padding, so that few lengths are recorded; a Mamba-2 in parts whose lengths
@@ -432,6 +437,7 @@ def copy_state(state, new):
     torch._foreach_copy_([*itertools.chain(*state)], [*itertools.chain(*new)])
 
 
+@torch.no_grad()
 def read_whole(model, tokens, _length, state):
     """model reads tokens (B, L) into state."""
     copy_state(state, model(tokens, state=state, num_last_tokens=1)[2])
@@ -517,7 +523,13 @@ class GraphDecoder:
 def fuses(model):
     """Whether the step runs by the kernels of step_triton.py, if all weights are contiguous."""
     config, weight = model.config, model.lm_head.weight
-    return (all(layer.mixer.config == config for layer in model.backbone["layers"])
+
+    def is_as_configured(layer):
+        norm = getattr(layer.mixer, "norm", None)
+        return (layer.mixer.config == config and layer.mlp is None
+                and (norm is None or (norm.groups, norm.norm_before_gate)
+                     == (config.ngroups, config.norm_before_gate)))
+    return (all(map(is_as_configured, model.backbone["layers"]))
             and config.scan in ("auto", "triton")
             and step_triton is not None and scan_triton.runs_on(weight.device)
             and weight.dtype != torch.float64 and step_triton.decodes(config))

@@ -246,7 +246,7 @@ struct Sizes {
 // is what the convolution reads, delta has no bias yet and is before softplus, and a = delta A and
 // own = D + delta (C . B) are made here. grads: for each sequence the gradients of all five, one
 // after the other, which have to be zeros.
-struct Block {
+struct BeforeScan {
     const float *A, *D, *dt_bias;       // (heads,)
     const float *taps, *bias;           // of the convolution, (K, heads P), (heads P,)
     float *grads;
@@ -260,11 +260,11 @@ struct Block {
 
 struct Inputs {
     const float *u, *delta, *a, *B, *C, *own;
-    const Block *block;                         // or null
+    const BeforeScan *before;                         // or null
     Channels channels(const Sizes &n, long b, long head) const
     {
-        const Channels all = {n.u_row, n.heads * n.P, u + b * n.length * n.u_row, block->taps,
-                              block->bias, nullptr};
+        const Channels all = {n.u_row, n.heads * n.P, u + b * n.length * n.u_row, before->taps,
+                              before->bias, nullptr};
         return all.from(head * n.P);
     }
 };
@@ -327,9 +327,9 @@ struct Head {
         long at = chunk.row * n.heads + head;
         alignas(64) float a[T];
         copy_in(chunk.steps, in.delta + chunk.row * n.delta_row + head, n.delta_row, delta);
-        if (in.block) {
+        if (in.before) {
             convolve(in, chunk, head, slope_u);
-            open(*in.block, chunk, head, a);
+            open(*in.before, chunk, head, a);
         } else {
             copy_in(chunk.steps, n.P, in.u + chunk.row * n.u_row + head * n.P, n.u_row, u);
             copy_in(chunk.steps, in.own + at, n.heads, own);
@@ -343,7 +343,7 @@ struct Head {
 
     void convolve(const Inputs &in, const Chunk &chunk, long head, float *slope_u)
     {
-        long K = in.block->K;
+        long K = in.before->K;
         auto steps = K == 4 ? forward_steps<4> : K == 3 ? forward_steps<3> : forward_steps<2>;
         const Channels of = in.channels(n, chunk.b, head);
         for (long p = 0; p < n.P; p += W)
@@ -353,20 +353,20 @@ struct Head {
     }
 
     // delta, a and own, and the slope of delta
-    void open(const Block &block, const Chunk &chunk, long head, float *a)
+    void open(const BeforeScan &before, const Chunk &chunk, long head, float *a)
     {
         for (int v = 0; v < T; v += W) {
-            vec x = load(delta + v) + block.dt_bias[head], wide = softplus(x);
-            vec least = vec{} + block.least, most = vec{} + block.most;
+            vec x = load(delta + v) + before.dt_bias[head], wide = softplus(x);
+            vec least = vec{} + before.least, most = vec{} + before.most;
             auto there = numbers(v, LANES) < chunk.steps;
             store(slope + v, only(there & (wide >= least) & (wide <= most), sigmoid(x)));
             wide = wide < least ? least : wide;
             wide = only(there, wide > most ? most : wide);
             store(delta + v, wide);
-            store(a + v, wide * block.A[head]);
+            store(a + v, wide * before.A[head]);
         }
         for (int t = 0; t < T; t++)
-            own[t] = block.D[head] + delta[t] * chunk.scores[t * T + t];
+            own[t] = before.D[head] + delta[t] * chunk.scores[t * T + t];
     }
 
     // since, until and between
@@ -582,17 +582,17 @@ struct Backward {
 
     // What goes through the block's delta, a and own: gdelta, that of what is before softplus, and
     // gscores.
-    void through_open(const Block &block, ChunkBackward &chunk, const Head &head, const float *ga,
-                      const float *gown, float *gdelta, long i)
+    void through_open(const BeforeScan &before, ChunkBackward &chunk, const Head &head,
+                      const float *ga, const float *gown, float *gdelta, long i)
     {
         float gA = 0, gD = 0, gbias = 0;
         for (int t = 0; t < T; t++) {
-            gdelta[t] += ga[t] * block.A[i] + gown[t] * chunk.scores[t * T + t];
+            gdelta[t] += ga[t] * before.A[i] + gown[t] * chunk.scores[t * T + t];
             gdelta[t] *= head.slope[t];
             chunk.gscores[t * T + t] += gown[t] * head.delta[t];
             gA += ga[t] * head.delta[t], gD += gown[t], gbias += gdelta[t];
         }
-        float *sums = block.grads_of(n, chunk.b) + i;
+        float *sums = before.grads_of(n, chunk.b) + i;
         sums[0] += gA, sums[n.heads] += gD, sums[2 * n.heads] += gbias;
     }
 
@@ -600,8 +600,8 @@ struct Backward {
     // next one, too, which has written what they get from it.
     void through_conv(const Inputs &in, const Task &task, long k, long i, const Outputs &out)
     {
-        const Block &block = *in.block;
-        long first = k * KEPT * T, end = std::min(first + KEPT * T, n.length), K = block.K;
+        const BeforeScan &before = *in.before;
+        long first = k * KEPT * T, end = std::min(first + KEPT * T, n.length), K = before.K;
         auto steps = K == 4 ? backward_steps<4> : K == 3 ? backward_steps<3> : backward_steps<2>;
         const Channels of = in.channels(n, task.b, i);
         for (long p = 0; p < n.P; p += W) {
@@ -613,7 +613,7 @@ struct Backward {
                 float *at = gx + (end - (K - 1) + j) * out.u_row;
                 store(at, end == n.length ? sums.gseen[j] : load(at) + sums.gseen[j]);
             }
-            float *grads = block.grads_of(n, task.b) + 3 * n.heads + i * n.P + p;
+            float *grads = before.grads_of(n, task.b) + 3 * n.heads + i * n.P + p;
             for (long j = 0; j < K + 1; j++, grads += of.D)
                 store(grads, load(grads) + (j < K ? sums.gtaps[j] : sums.gbias));
         }
@@ -621,7 +621,7 @@ struct Backward {
 
     // A chunk of head i. g: the gradient of the state after it, and then of h, that before it.
     void step(ChunkBackward &chunk, const Head &head, const float *h, float *g, const Outputs &out,
-              const Block *block, long i)
+              const BeforeScan *before, long i)
     {
         long at = chunk.row * n.heads + i;
         alignas(64) float gdelta[T], ga[T], gown[T], guntil[T], gsince[T], scale[T];
@@ -631,8 +631,8 @@ struct Backward {
         through_until(chunk, head, g, gdelta, guntil, scale);
         through_since(chunk, head, h, g, gsince);
         decays(gsince, guntil, ga);
-        if (block) {
-            through_open(*block, chunk, head, ga, gown, gdelta, i);
+        if (before) {
+            through_open(*before, chunk, head, ga, gown, gdelta, i);
             add_out(chunk.steps, n.P, gu, read_t, scale, gsilu + chunk.first % (KEPT * T) * n.P,
                     n.P);
         } else {
@@ -669,9 +669,9 @@ struct Backward {
                 for (int c = count - 1; c >= 0; c--) {
                     long at = chunks[c].row * n.heads + i;
                     copy_in(chunks[c].steps, n.P, gy_in + at * n.P, n.heads * n.P, gy);
-                    step(chunks[c], heads[c], h[c], g, out, in.block, i);
+                    step(chunks[c], heads[c], h[c], g, out, in.before, i);
                 }
-                if (in.block) through_conv(in, task, k, i, out);
+                if (in.before) through_conv(in, task, k, i, out);
             }
             for (int c = 0; c < count; c++) chunks[c].write(task, out);
         }
@@ -685,15 +685,15 @@ extern "C" {
 // u, y (batch, length, heads, P); delta, a, own (batch, length, heads); B, C (batch, length,
 // groups, N); the steps of u are u_row numbers apart, those of B and C BC_row, those of delta
 // delta_row; state (batch, heads, P, N), which becomes the last one, or null for zeros; kept
-// (stretches, batch, heads, P, N), the states before every KEPT chunks, or null. With a block, a
-// and own are null.
-void forward(int threads, const Block *block, long batch, long length, long heads, long P,
+// (stretches, batch, heads, P, N), the states before every KEPT chunks, or null. With before, a and
+// own are null.
+void forward(int threads, const BeforeScan *before, long batch, long length, long heads, long P,
              long groups, long N, long u_row, long BC_row, long delta_row, const float *u,
              const float *delta, const float *a, const float *B, const float *C, const float *own,
              float *state, float *y, float *kept)
 {
     const Sizes n = {batch, length, heads, P, groups, N, u_row, BC_row, delta_row};
-    const Inputs in = {u, delta, a, B, C, own, block};
+    const Inputs in = {u, delta, a, B, C, own, before};
     #pragma omp parallel num_threads(threads)
     {
         NoTinyNumbers here;
@@ -706,15 +706,15 @@ void forward(int threads, const Block *block, long batch, long length, long head
 
 // gstate: that of the last state, becomes that of the first, or null for zeros. gB, gC: (runs,
 // batch, length, groups, N), to be summed, where runs is the number of tasks of a group, per_group
-// / HEADS rounded up. With a block, ga and gown are null.
-void backward(int threads, const Block *block, long batch, long length, long heads, long P,
+// / HEADS rounded up. With before, ga and gown are null.
+void backward(int threads, const BeforeScan *before, long batch, long length, long heads, long P,
               long groups, long N, long u_row, long BC_row, long delta_row, const float *u,
               const float *delta, const float *a, const float *B, const float *C, const float *own,
               const float *kept, const float *gy, float *gstate, long gu_row, long gdelta_row,
               float *gu, float *gdelta, float *ga, float *gB, float *gC, float *gown)
 {
     const Sizes n = {batch, length, heads, P, groups, N, u_row, BC_row, delta_row};
-    const Inputs in = {u, delta, a, B, C, own, block};
+    const Inputs in = {u, delta, a, B, C, own, before};
     const Outputs out = {gu, gdelta, ga, gB, gC, gown, gu_row, gdelta_row};
     #pragma omp parallel num_threads(threads)
     {

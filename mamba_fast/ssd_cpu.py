@@ -26,7 +26,7 @@ def ssd(u, delta, a, B, C, state, own):
     return (operator if compiling else NativeSSD.apply)(*inputs, keep)
 
 
-class Block(ctypes.Structure):
+class BeforeScan(ctypes.Structure):
     """What a block of Mamba-2 has for C++ to do before the scan, too; said in ssd_cpu.cpp."""
 
     _fields_ = (*((name, ctypes.c_void_p) for name in (
@@ -39,9 +39,9 @@ class Block(ctypes.Structure):
         five."""
         given = [t.contiguous() for t in (A, D, dt_bias, taps, bias)]
         pointers = [None if t is None else t.data_ptr() for t in (*given, grads)]
-        block = cls(*pointers, len(taps), *limits)
-        block.kept = given, grads       # they have to live as long
-        return block
+        made = cls(*pointers, len(taps), *limits)
+        made.kept = given, grads        # they have to live as long
+        return made
 
 
 class NativeSSD(torch.autograd.Function):
@@ -66,37 +66,37 @@ class NativeSSD(torch.autograd.Function):
         return gu, gdelta, ga, gB, gC, gown, gstate, None
 
 
-def scanned(block, u, delta, a, B, C, own, state, keep):
+def scanned(before, u, delta, a, B, C, own, state, keep):
     """y, and with keep what backward needs. state becomes the last one; None: it begins with zeros.
-    block: None, or a Block, with which a and own are None."""
+    before: None, or a BeforeScan, with which a and own are None."""
     kept = u.new_empty(math.ceil(u.shape[1] / STEPS) if keep else 0, len(u), *u.shape[2:],
                        B.shape[3])
     y = u.new_empty(u.shape)
-    cpp.call(cpp.compiled(NAME).forward, *given(block, u, delta, a, B, C, own), state, y,
+    cpp.call(cpp.compiled(NAME).forward, *given(before, u, delta, a, B, C, own), state, y,
              kept if keep else None)
     return y, kept
 
 
-def gradients(gy, gstate, kept, block, u, delta, a, B, C, own, gu, gdelta, ga, gB, gC, gown):
+def gradients(gy, gstate, kept, before, u, delta, a, B, C, own, gu, gdelta, ga, gB, gC, gown):
     """gu, ...: where to write these; the steps of gu and gdelta may be apart. gstate, that of the
     last state, becomes that of the first; None: it is zeros, and that of the first is not asked
     for."""
     sums = B.new_empty(2, math.ceil(u.shape[2] // B.shape[2] / HEADS), *B.shape)
-    cpp.call(cpp.compiled(NAME).backward, *given(block, u, delta, a, B, C, own), kept, gy, gstate,
+    cpp.call(cpp.compiled(NAME).backward, *given(before, u, delta, a, B, C, own), kept, gy, gstate,
              gu.stride(1), gdelta.stride(1), gu, gdelta, ga, *sums, gown)
     for g, sums_g in zip((gB, gC), sums):
         torch.sum(sums_g, 0, out=g)
 
 
-def given(block, u, delta, a, B, C, own):
+def given(before, u, delta, a, B, C, own):
     """What both passes read, as C++ takes it: the steps of u, of delta, and of B and C, may be
     apart."""
     u, B, C = (t if has_even_steps(t) else t.contiguous() for t in (u, B, C))
     if B.stride(1) != C.stride(1):
         B, C = B.contiguous(), C.contiguous()
-    if block is None:
+    if before is None:
         delta, a, own = (t.contiguous() for t in (delta, a, own))
-    return (block, *u.shape, *B.shape[2:], u.stride(1), B.stride(1), delta.stride(1), u, delta, a,
+    return (before, *u.shape, *B.shape[2:], u.stride(1), B.stride(1), delta.stride(1), u, delta, a,
             B, C, own)
 
 

@@ -181,7 +181,8 @@ def _begin(token, table, scale, x, norm, normed, squares, rows, N: constexpr, BN
 
 @triton.jit
 def _choose(logits, token, N: constexpr, BN: constexpr, PDL: constexpr):
-    """token (rows,): the likeliest of each row of logits (rows, N), the first of several."""
+    """token (rows,): the likeliest of each row of logits (rows, N), the first of several;
+    NaN is none."""
     row, n = logits + tl.program_id(0) * N, tl.arange(0, BN)
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -16,7 +16,7 @@ typedef int32_t whole_numbers __attribute__((vector_size(4 * W)));
 static inline vec load(const float *from) { return *(const vec_in_memory *)from; }
 static inline void store(float *to, vec v) { *(vec_in_memory *)to = v; }
 
-// By halves, each of which the compiler makes one operation of.
+// By halves: first lane i and lane i + W / 2 are added, then those W / 4 apart, and so on.
 static inline float sum(vec v)
 {
     EACH for (int half = W / 2; half > 0; half /= 2) {
