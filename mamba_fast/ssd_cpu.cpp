@@ -352,7 +352,7 @@ struct Head {
         memset(u + chunk.steps * n.P, 0, 4 * n.P * (T - chunk.steps));
     }
 
-    // delta, a and own, and the slope of delta
+    // delta, a and own, and the slope of delta: how far each step opens
     void open(const BeforeScan &before, const Chunk &chunk, long head, float *a)
     {
         for (int v = 0; v < T; v += W) {

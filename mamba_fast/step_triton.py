@@ -29,8 +29,8 @@ from triton.language import constexpr
 
 from .scan_triton import LOG2E, _silu
 
-SMALL = constexpr(64.0)
-PDL = torch.version.hip is None
+SMALL = constexpr(64.0)     # by which x is divided before its length is known; see _keep
+PDL = torch.version.hip is None     # on NVIDIA's GPUs: this launch, and PTX
 
 
 @triton.jit
