@@ -75,7 +75,7 @@ def run(main, Config, interrupt=signal.default_int_handler):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
     if message:
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    if ours and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+    if ours and getattr(sys.modules.get("processes"), "joined", False):
         sys.stdout.flush()
         os._exit(status)    # the threads of a group of processes may abort Python's end
     if status:

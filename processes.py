@@ -39,8 +39,11 @@ def own_device(name, world):
         raise Problem(f"{here} processes need as many GPUs; torch {torch.__version__} finds {gpus}")
     return f"cuda:{os.environ['LOCAL_RANK']}"
 
+joined = False      # whether this process has been one of several; common.run asks
+
 def join_others(rank, world, device):
     """Problem: the processes do not find each other."""
+    global joined
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)   # what asks for no device in particular, as --fsdp, gets it
@@ -53,6 +56,7 @@ def join_others(rank, world, device):
     except (RuntimeError, ValueError) as error:
         raise Problem("the processes do not find each other at MASTER_ADDR, MASTER_PORT: "
                       f"{error}") from None
+    joined = True
 
 def check_flags(cfg, world, dtype):
     """Problem: flags that do not go with so many processes."""
