@@ -58,8 +58,8 @@ struct Norm {
     long groups;
 };
 
-// A layer with its state, and memory for what it computes. D is a multiple of W, and so are
-// channels, those that the convolution goes over, and headdim, which is 0 in Mamba-1.
+// A layer with its state, and memory for what it computes. D is d_inner, N d_state. D is a multiple
+// of W, and so are channels, those that the convolution goes over, and headdim, 0 in Mamba-1.
 //                  Mamba-1                     Mamba-2, of H heads
 //     hidden       (rows, d_model), what enters and leaves; normed is like it
 //     projected    (rows, in.N): u, z          z, u, B, C, delta
@@ -67,7 +67,8 @@ struct Norm {
 //     dtBC, delta  (rows, rank + 2 N), (rows, D)
 //     y            (rows, D)
 //     taps         (width, channels)
-//     A2           (D, N), and W more numbers  (H,)                 A divided by ln 2
+//     A2           (D, N), and W more numbers  (H,)                 A divided by ln 2; the last
+//                  vector may reach beyond it
 //     D_u          (D,)                        (H,)                 what is called D
 //     dt_bias                                  (H,)                 in Mamba-1 that of dt
 //     conv         (rows, width - 1, channels), of conv_type
@@ -86,8 +87,8 @@ struct Layer {
 
 }
 
-// R rows of x with row n of w, U vectors at a time: as many for any R, so that a row gets the same
-// bits in any company. To go through more rows of w side by side is slower: memory likes to be read
+// R rows of x with row n of w, U vectors at a time: U is the same for any R, so the sum of a row does
+// not depend on the other rows. To go through more rows of w side by side is slower: memory likes to be read
 // in order.
 constexpr int U = 2;
 
@@ -114,7 +115,8 @@ static inline void output(const Matrix &m, long n, const float *x, long x_row, f
     }
 }
 
-// What is inside of a parallel region: x (rows, x_row), of which the first K count -> y (rows, N).
+// x (rows, x_row), of which the first K count -> y (rows, N). All threads of a parallel region call
+// this, and share the n.
 template <class T>
 static void product_of(const Matrix &m, long rows, const float *x, long x_row, float *y, bool add)
 {
@@ -149,7 +151,7 @@ static void normalize(const Norm &norm, long rows, long size, const float *x, fl
     }
 }
 
-// u = silu of the convolution, and its inputs move up by one.
+// u = silu of the convolution; of the inputs that it remembers the oldest one goes.
 template <class S>
 static void convolve(const Layer &l)
 {
@@ -214,8 +216,7 @@ static void scan_channels(const Layer &l)
     }
 }
 
-// Mamba-2: all channels of a head have one delta, and all of their numbers one decay. The channels
-// are taken one by one, though two would read B and C together: memory likes to be read in order.
+// Mamba-2: all channels of a head have one delta, and all of their numbers one decay.
 static void scan_heads(const Layer &l)
 {
     long heads = l.D / l.headdim;

@@ -14,7 +14,7 @@ from .int8 import Int8Linear
 
 NAME = "step_cpu"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}    # as in step_cpu.cpp
-MOST = 8        # rows: of more of them PyTorch's products are as fast
+MOST = 8        # rows, one for each text: of more of them PyTorch's products are as fast
 
 
 class Matrix(ctypes.Structure):
@@ -39,7 +39,7 @@ class Norm(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """A layer, its state and buffers, as C++ takes it."""
+    """A layer, its state and buffers, as C++ takes it: all arrays by their addresses."""
 
     _fields_ = (
         *((name, ctypes.c_long) for name in ("rows", "d_model", "D", "N", "width", "channels",
@@ -93,8 +93,8 @@ def layers(model, state):
     if (config.layer not in ("mamba", "mamba2") or config.mixer_rms_eps > 0 or rows > MOST
             or any(layer.mixer.config != config or layer.mlp is not None for layer in every)):
         return None
-    D, N, past, heads = config.d_inner, config.d_state, config.d_conv - 1, config.layer == "mamba2"
-    if heads:
+    D, N, past, mamba2 = config.d_inner, config.d_state, config.d_conv - 1, config.layer == "mamba2"
+    if mamba2:
         headdim, groups, rank, limits = config.headdim, config.ngroups, 0, config.dt_limit
         shapes, channels = shapes_of2(config), D + 2 * groups * N
         of_state = (rows, past, channels), (rows, config.nheads, headdim, N)
@@ -128,7 +128,7 @@ def layers(model, state):
             rows, config.d_model, D, N, config.d_conv, channels, rank, headdim, groups,
             norm(layer.norm), gated, before, *limits,
             *map(number, (b.conv1d.weight[:, 0].t(), b.conv1d.bias,
-                          F.pad(A2.flatten(), (0, cpp.WIDTH)), b.D, b.dt_bias if heads else None)),
+                          F.pad(A2.flatten(), (0, cpp.WIDTH)), b.D, b.dt_bias if mamba2 else None)),
             *matrices, TYPES[own.conv.dtype], *map(address, (*own, *buffers)))
     made, call = (Layer * len(every))(*map(as_c, every, state)), cpp.compiled(NAME).layers
 
@@ -142,7 +142,7 @@ def layers(model, state):
 
 def takes(layer, state, shapes, of_state):
     """
-    Whether C++ takes over a layer with its state: all has to be as large as it is read there.
+    Whether C++ takes over a layer with its state: all has to have the shapes that it reads.
     shapes: {name: shape} of the parameters of the mixer.  of_state: those of the state.
     """
     b, (conv, h) = layer.mixer, state
@@ -153,6 +153,6 @@ def takes(layer, state, shapes, of_state):
                 for name, t in there.items())
             and all(map(fits, linears)) and layer.norm.weight.shape == shapes["in_proj.weight"][1:]
             and ("norm.weight" not in shapes or b.config.d_inner % b.norm.groups == 0)
-            and all(t.shape == shape and t.device.type == "cpu"
+            and all(t.shape == shape and t.device.type == "cpu" and t.is_contiguous()
                     for t, shape in zip(state, of_state))
             and conv.dtype in (torch.float32, torch.bfloat16) and h.dtype == torch.float32)
