@@ -87,9 +87,9 @@ struct Layer {
 
 }
 
-// R rows of x with row n of w, U vectors at a time: U is the same for any R, so the sum of a row does
-// not depend on the other rows. To go through more rows of w side by side is slower: memory likes to be read
-// in order.
+// R rows of x with row n of w, U vectors at a time: U is the same for any R, so the sum of a row
+// does not depend on the other rows. To go through more rows of w side by side is slower: memory
+// likes to be read in order.
 constexpr int U = 2;
 
 template <int R, class T>
