@@ -17,6 +17,7 @@ import collections
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import errno
 import functools
@@ -3435,9 +3436,9 @@ tests.check_conv(1, 17, 5, 4, device="cpu")
 for shape in ((2, 1, 131, 4), (1, 17, 5, 1), (1, 70, 5, 2)):
     tests.check_conv(*shape, device="cpu", some=tests.OF_CONV[2:])
 
-from mamba_fast import block
+from mamba_fast import block, launch, rows_triton
 block.OnGPU.runs, block.OnCPU.runs = (lambda block, x, dtype, _: dtype == torch.float32), (lambda *_: False)
-block.scan_triton = scan_triton
+block.launch, block.rows_triton, block.scan_triton = launch, rows_triton, scan_triton
 tests.check_block(tests.OF_BLOCK[1], 3)
 tests.check_block({"expand": 1, "d_state": 2}, 70, frozen=tests.FROZEN[0])
 """
@@ -3803,7 +3804,8 @@ def check_block(changes, length=70, dtype=torch.float32, cast=None, frozen=(), d
             patch.setattr(mamba.fast, "mix", lambda *_: None)
             patch.setattr(mamba.fast, "mix2", lambda *_: None)
             parts, other = results_of_block(block, x, gy)
-    assert made == AT_ONCE[changes.get("layer", "mamba")] and other != made and same([t for t in ours if t is not None], [t for t in again if t is not None])
+    by_plan = device == "cuda" and not changes.get("bias")      # whose gradient PyTorch sums up
+    assert made == ("MixByPlanBackward" if by_plan else AT_ONCE[changes.get("layer", "mamba")]) != other and same([t for t in ours if t is not None], [t for t in again if t is not None])
     for one, part, expected, name in zip(ours, parts, exact, ["y", "x", *dict(block.named_parameters())], strict=True):
         if expected is None:
             assert one is part is None
@@ -3842,6 +3844,157 @@ def test_block_at_once_on_a_gpu(dtype, cast):
     check_block({}, 1, dtype, cast, device="cuda")
     for frozen in FROZEN:
         check_block({}, 300, dtype, cast, frozen, "cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("cast", [None, torch.bfloat16])
+def test_block_by_plan_is_the_block_at_once(monkeypatch, cast):
+    """The same bits: whatever is asked for, again and again, twice before backward, in a checkpoint, in a graph that is
+    captured, on another stream, with parameters that begin anywhere; and where plans cannot be used it goes without."""
+    launch, block = importlib.import_module("mamba_fast.launch"), MambaBlock(MambaConfig(d_model=72, d_state=5)).cuda()
+    x = torch.randn(3, 65, 72, device="cuda", requires_grad=True)
+
+    def results(f, *wanted):
+        with torch.autocast("cuda", cast, enabled=cast is not None):
+            y = f(x)
+        return [y, *torch.autograd.grad(y.float().square().sum(), wanted or [x, *block.parameters()])]
+    twice = lambda x: block(block(x))
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "can_repeat", lambda: False)
+        expected, expected_twice = results(block), results(twice)
+        assert type(block(x).grad_fn).__name__ == "MixBackward"
+    made = lambda: type(block(x).grad_fn).__name__
+    assert made() == "MixByPlanBackward"
+    for _ in range(3):
+        assert same(results(block), expected) and same(results(twice), expected_twice)
+    assert same(results(block, x, block.A_log), [*expected[:2], expected[2 + [*dict(block.named_parameters())].index("A_log")]])
+    checkpointed = lambda x: block(torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False))
+    assert same(results(checkpointed), expected_twice)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert same(results(block), expected)
+        x_here, graph = x.detach().clone().requires_grad_(), torch.cuda.CUDAGraph()
+        results(lambda _: block(x_here), x_here)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = results(lambda _: block(x_here), x_here)
+        for t in captured:
+            t.detach().zero_()
+        graph.replay()
+    torch.cuda.synchronize()
+    assert same(captured, expected[:2])
+    with torch.no_grad():
+        for p in block.parameters():
+            p.data = torch.cat([p.new_zeros(1), p.flatten()])[1:].view(p.shape)
+    assert all(relative(one, other) < 1e-2 for one, other in zip(results(block), expected)) and made() == "MixByPlanBackward"
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
+    assert made() == "MixBackward"
+
+
+@on_gpu
+def test_scan_by_plan_is_the_scan(monkeypatch):
+    launch, inputs = importlib.import_module("mamba_fast.launch"), scan_inputs(2, 300, 16, 5)
+    inputs = {k: t.detach().cuda().requires_grad_() for k, t in inputs.items()}
+
+    def results(last):
+        y, h = selective_scan(**inputs, delta_softplus=True, return_last_state=True)
+        return [y, h, *torch.autograd.grad(y.square().sum() + (h.sum() if last else 0), list(inputs.values()))]
+    for last in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "can_repeat", lambda: False)
+            expected = results(last)
+        assert same(results(last), expected) and same(results(last), expected)
+
+
+class StandIn:
+    """What a Plan asks of a kernel that Triton has compiled; function: its number."""
+
+    def __init__(self, function, **signature):
+        self.function, self.run, self.packed_metadata = function, None, None
+        self.src = SimpleNamespace(signature=signature)
+        self.metadata = SimpleNamespace(num_ctas=1, num_warps=2, shared=7, launch_cooperative_grid=False,
+                                        launch_pdl=False, global_scratch_size=0)
+
+
+@in_cpp
+def test_plan_repeats_its_calls_with_other_memory(monkeypatch):
+    """With a CPU in the place of the GPU, which reads what repeat.cpp gives to CUDA and to cuBLAS."""
+    pytest.importorskip("triton")
+    launch = importlib.import_module("mamba_fast.launch")
+    started = []
+
+    def memory(address, count):
+        return torch.frombuffer((ctypes.c_float * count).from_address(address), dtype=torch.float32)
+
+    number, address = ctypes.c_int, ctypes.c_void_p
+
+    @ctypes.CFUNCTYPE(number, ctypes.c_int64, *[ctypes.c_uint] * 7, address, ctypes.POINTER(address), address)
+    def start(function, *others):
+        *sizes, stream, arguments, _ = others
+        x, y, n, shift, large, more = (ctypes.c_int64.from_address(arguments[i]).value for i in range(6))
+        started.append((function, *sizes, stream, large, more))
+        memory(y, n)[:] = memory(x, n) + shift
+        return 0
+
+    @ctypes.CFUNCTYPE(number, address, *[number] * 5, address, address, number, number, address, number, number, address,
+                      address, number, number, number, number)
+    def multiply(blas, turned_a, turned_b, m, n, k, one, a, a_type, a_step, b, b_type, b_step, beta, c, c_type, c_step, _, __):
+        assert blas == 6 and a_type == b_type == c_type == 0 and min(a_step, b_step, c_step) >= 1
+        columns = lambda t, rows, columns, step: memory(t, (columns - 1) * step + rows).as_strided((rows, columns), (1, step))
+        a = columns(a, k, m, a_step).t() if turned_a else columns(a, m, k, a_step)
+        b = columns(b, n, k, b_step).t() if turned_b else columns(b, k, n, b_step)
+        c = columns(c, m, n, c_step)
+        c[:] = a @ b + (c if ctypes.c_float.from_address(beta).value else 0)
+        return 0
+
+    repeat = importlib.import_module("mamba_fast.cpp").compiled("repeat").repeat
+    repeat.argtypes = (address, ctypes.c_int64, *[address] * 5)
+    monkeypatch.setattr(launch, "functions", lambda: (repeat, *(ctypes.cast(f, address) for f in (start, multiply))))
+    monkeypatch.setattr(launch, "parameters_of", lambda function: 6)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: 6)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
+    kernel = launch.Kernel(None)
+    kernel.keep("version", StandIn(4, x="*fp32", y="*fp32", none="constexpr", n="i32", shift="i32", large="i64", SIZE="constexpr"))
+
+    def shifted(x, shift):
+        y = x.new_empty(x.shape)
+        kernel((1, 2, 3), "version", (x, y, None), x.numel(), shift, 2 ** 40, 64)
+        return y
+
+    def call(a, w, absent):
+        p = launch.product(a, w.t())                                # kept
+        q = shifted(p, 100)                                         # not kept
+        wide = a.new_empty(len(a), 9)
+        launch.product(shifted(q, -99), w, wide[:, 1:5])
+        launch.product(p, w, wide[:, 1:5], add=True)
+        launch.product(p[:, :1], w[:1], wide[:, 5:9])
+        pair = a.new_empty(2, 5)
+        launch.product(p.t()[:2, :1], p[:1], pair)
+        return (wide, *pair.unbind(), None, launch.product(p.t(), p[:, :1])), (p, a, None)
+
+    def expected(a, w):
+        p = a @ w.t()
+        return p, (torch.cat([(p + 1) @ w + p @ w, p[:, :1] @ w[:1]], dim=1), *(p.t()[:2, :1] @ p[:1]), p.t() @ p[:, :1])
+
+    plans = {}
+    for i, (rows, left) in enumerate(((3, 0), (3, 0), (3, 8), (2, 8))):
+        a, w = (torch.randn(n, 4 + left).round()[:, left:] for n in (rows, 5))
+        plan = launch.Plan.of(plans, "key", functools.partial(call, a, w, None), (a, w, None))
+        assert len(plans) == max(1, i) and plan.used == [0]
+        del started[:]
+        (wide, first, second, none, last), kept = plan.repeat((a, w, None))
+        p, (wide_expected, *others) = expected(a, w)
+        assert none is None and same([wide[:, 1:], first, second, last], [wide_expected, *others])
+        p_kept, a_kept, nothing = plan.all_kept(kept, a)
+        assert same([p_kept], [p]) and a_kept is a and nothing is None
+        assert started == [(4, 1, 2, 3, 64, 1, 1, 7, 5, 2 ** 40, 0)] * 2
+    part = torch.randn(5, 8)[:, :4]
+    for wrong in (lambda: ((part + 1,), ()), lambda: ((part,), ()), lambda: ((p := part.new_empty(3),), (p,)),
+                  lambda: ((part.contiguous(),), ()), lambda: ((launch.product(part[::2, ::2], part[:2]),), ())):
+        assert launch.Plan.of({}, "key", wrong, (part,)) is None
+    assert launch.writer.get() is None
 
 
 def with_hook(block):

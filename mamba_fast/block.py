@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import cpp, layers, norm_cpu, scan_cpu, ssd_cpu
-from .kernels import can_run, scan_triton
+from .kernels import can_run, launch, rows_triton, scan_triton
 from .operators import Context, differentiable_once, is_traced
 
 CASTS = {torch.float32, torch.bfloat16, torch.float16}      # what autocast makes 16 bits of
 OPTIONAL = {"in_proj.bias", "conv1d.bias", "out_proj.bias"}
+PLANS = {}      # of mixed on a GPU
 # the parameters of products, which autocast takes in 16 bits
 OF_PRODUCTS = {"in_proj.weight", "in_proj.bias", "x_proj.weight", "dt_proj.weight",
                "out_proj.weight", "out_proj.bias"}
@@ -44,11 +45,22 @@ def mix(block, x, others, is_plain, plain):
     parts = next((p for p in (OnGPU, OnCPU) if p.runs(block, x, dtype, parameters)), None)
     if parts is None:
         return None
-    inputs = x, *parameters, dtype, parts
+    inputs = x, *parameters
     if x.is_cuda:
         key = x.device, dtype, *(None if t is None else t.shape for t in parameters)
-        scan_triton.compile_ahead(key, lambda: rehearse(*inputs))
-    return Mix.apply(*inputs), None
+        launch.compile_ahead(key, lambda: rehearse(parts, dtype, *inputs))
+        if launch.can_repeat():
+            inputs = x.contiguous(), *parameters
+            plan = launch.Plan.of(PLANS, dtype, lambda: planned(dtype, inputs), inputs)
+            if plan is not None:
+                return MixByPlan.apply(plan, dtype, *inputs), None
+    return Mix.apply(parts, dtype, *inputs), None
+
+
+def planned(dtype, inputs):
+    """mixed, as a Plan takes it."""
+    out, kept = mixed(OnGPU, dtype, *inputs)
+    return (out,), kept
 
 
 def shapes_of(c):
@@ -152,66 +164,93 @@ def without_autocast(backward):
     return run
 
 
+def mixed(parts, dtype, x, w_in, b_in, w_conv, b_conv, w_x, w_dt, b_dt, A_log, D, w_out, b_out):
+    """The result of a MambaBlock, and what gradients needs."""
+    D_inner, N = A_log.shape
+    # x itself if it has this type: differentiable_once asks if what is saved needs gradients
+    x, w_in, b_in, w_x, w_dt, w_out, b_out = parts.cast(dtype, (x, w_in, b_in, w_x, w_dt, w_out,
+                                                                b_out))
+    xz = parts.product(x, w_in, b_in)                                       # (B, L, 2 D)
+    u, z = xz.split_with_sizes((D_inner, D_inner), -1)                      # (B, L, D) each
+    u = parts.conv(u, w_conv, b_conv)
+    dtBC = parts.product(u, w_x, None)                                      # (B, L, rank + 2 N)
+    dt, B, C = dtBC.split_with_sizes((w_dt.shape[1], N, N), -1)
+    delta = parts.linear(dt, w_dt)                                          # (B, L, D)
+    y, kept = parts.scan(u, delta, A_log, B, C, D, z, b_dt)
+    return parts.product(y, w_out, b_out), (x, xz, u, dtBC, delta, kept, y, w_in, w_conv, b_conv,
+                                            w_x, w_dt, b_dt, A_log, D, w_out)
+
+
+def gradients(parts, needs, x_dtype, weight_dtype, gout, x, xz, u, dtBC, delta, kept, y, w_in,
+              w_conv, b_conv, w_x, w_dt, b_dt, A_log, D, w_out):
+    """Those of x and of all parameters of a MambaBlock. needs: which of these are asked for.
+    x_dtype, weight_dtype: of the gradients of x and of the weights of products."""
+    (needs_x, needs_in, needs_b_in, _, _, needs_w_x, needs_dt, _, _, _, needs_out,
+     needs_b_out) = needs
+    D_inner, N = A_log.shape
+    gout = gout.flatten(0, 1)                                               # (B L, d_model)
+    gy, gw_out = parts.product_back(gout, y.flatten(0, 1), w_out, True, needs_out, y.dtype,
+                                    weight_dtype)
+    # written part by part below: gz, gB, gC by the scan, gdt by a product, gu_in by conv_back
+    gxz, gdtBC = torch.empty_like(xz), torch.empty_like(dtBC)
+    halves, sizes = (D_inner, D_inner), (w_dt.shape[1], N, N)
+    (u_in, z), (gu_in, gz) = (t.split_with_sizes(halves, -1) for t in (xz, gxz))
+    (dt, B, C), (gdt, *gBC) = (t.split_with_sizes(sizes, -1) for t in (dtBC, gdtBC))
+    gu, gdelta, gA_log, gD, gb_dt = parts.scan_back(gy.view(u.shape), kept, u, delta, A_log, B, C,
+                                                    D, z, b_dt, gz, *gBC)
+    gdelta, gdtBC, u = (t.flatten(0, 1) for t in (gdelta, gdtBC, u))
+    parts.matmul(gdelta, w_dt, gdt.flatten(0, 1))
+    gw_dt = parts.of_weight(gdelta, dt.flatten(0, 1), weight_dtype) if needs_dt else None
+    gw_x = parts.of_weight(gdtBC, u, weight_dtype) if needs_w_x else None
+    parts.matmul(gdtBC, w_x, gu.view(u.shape), add=True)    # u is what x_proj has read, too
+    gw_conv, gb_conv = parts.conv_back(gu, u_in, w_conv, b_conv, gu_in)
+    gxz = gxz.flatten(0, 1)
+    gx, gw_in = parts.product_back(gxz, x.flatten(0, 1), w_in, needs_x, needs_in, x_dtype,
+                                   weight_dtype)
+    return (gx.view(x.shape) if needs_x else None, gw_in, gxz.sum(0) if needs_b_in else None,
+            gw_conv, gb_conv, gw_x, gw_dt, gb_dt, gA_log, gD, gw_out,
+            gout.sum(0) if needs_b_out else None)
+
+
 class Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_in, b_in, w_conv, b_conv, w_x, w_dt, b_dt, A_log, D, w_out, b_out, dtype,
-                parts):
-        D_inner, N = A_log.shape
-        ctx.parts, ctx.weight_dtype = parts, w_in.dtype
-        w_in, b_in, w_x, w_dt, w_out, b_out = all_to(dtype, w_in, b_in, w_x, w_dt, w_out, b_out)
-        # x itself if it has this type: differentiable_once asks if what is saved needs gradients
-        x = x.to(dtype)
-        xz = parts.product(x, w_in, b_in)                                   # (B, L, 2 D)
-        u, z = xz.split_with_sizes((D_inner, D_inner), -1)                  # (B, L, D) each
-        u = parts.conv(u, w_conv, b_conv)
-        dtBC = parts.product(u, w_x, None)                                  # (B, L, rank + 2 N)
-        dt, B, C = dtBC.split_with_sizes((w_dt.shape[1], N, N), -1)
-        delta = F.linear(dt, w_dt)                                          # (B, L, D)
-        y, kept = parts.scan(u, delta, A_log, B, C, D, z, b_dt)
-        ctx.save_for_backward(x, xz, u, dtBC, delta, kept, y, w_in, w_conv, b_conv, w_x, w_dt,
-                              b_dt, A_log, D, w_out)
-        return parts.product(y, w_out, b_out)
+    def forward(ctx, parts, dtype, x, *parameters):
+        ctx.parts, ctx.dtypes = parts, (x.dtype, parameters[0].dtype)
+        out, saved = mixed(parts, dtype, x, *parameters)
+        ctx.save_for_backward(*saved)
+        return out
 
     @staticmethod
     @differentiable_once
     @without_autocast
     def backward(ctx, gout):
-        (x, xz, u, dtBC, delta, kept, y, w_in, w_conv, b_conv, w_x, w_dt, b_dt, A_log, D,
-         w_out) = ctx.saved_tensors
-        (needs_x, needs_in, needs_b_in, _, _, needs_w_x, needs_dt, _, _, _, needs_out, needs_b_out,
-         *_) = ctx.needs_input_grad
-        parts, weight_dtype, (D_inner, N) = ctx.parts, ctx.weight_dtype, A_log.shape
-        gout = gout.flatten(0, 1)                                           # (B L, d_model)
-        gy, gw_out = parts.product_back(gout, y.flatten(0, 1), w_out, True, needs_out, weight_dtype)
-        # written part by part below: gz, gB, gC by the scan, gdt by a product, gu_in by conv_back
-        gxz, gdtBC = torch.empty_like(xz), torch.empty_like(dtBC)
-        halves, sizes = (D_inner, D_inner), (w_dt.shape[1], N, N)
-        (u_in, z), (gu_in, gz) = (t.split_with_sizes(halves, -1) for t in (xz, gxz))
-        (dt, B, C), (gdt, *gBC) = (t.split_with_sizes(sizes, -1) for t in (dtBC, gdtBC))
-        gu, gdelta, gA_log, gD, gb_dt = parts.scan_back(gy.view(u.shape), kept, u, delta, A_log, B,
-                                                        C, D, z, b_dt, gz, *gBC)
-        gdelta, gdtBC, u = (t.flatten(0, 1) for t in (gdelta, gdtBC, u))
-        torch.mm(gdelta, w_dt, out=gdt.flatten(0, 1))
-        gw_dt = parts.of_weight(gdelta, dt.flatten(0, 1), weight_dtype) if needs_dt else None
-        gw_x = parts.of_weight(gdtBC, u, weight_dtype) if needs_w_x else None
-        gu.view(u.shape).addmm_(gdtBC, w_x)             # u is what x_proj has read, too
-        gw_conv, gb_conv = parts.conv_back(gu, u_in, w_conv, b_conv, gu_in)
-        gxz = gxz.flatten(0, 1)
-        gx, gw_in = parts.product_back(gxz, x.flatten(0, 1), w_in, needs_x, needs_in, weight_dtype)
-        return (gx.view(x.shape) if needs_x else None, gw_in, gxz.sum(0) if needs_b_in else None,
-                gw_conv, gb_conv, gw_x, gw_dt, gb_dt, gA_log, gD, gw_out,
-                gout.sum(0) if needs_b_out else None, None, None)
+        needs = ctx.needs_input_grad[2:]
+        return None, None, *gradients(ctx.parts, needs, *ctx.dtypes, gout, *ctx.saved_tensors)
 
 
-def all_to(dtype, *tensors):
-    """The tensors, which may be None, in this dtype; all by one call."""
-    others = [t for t in tensors if t is not None and t.dtype != dtype]
-    if not others:
-        return tensors
-    made = [torch.empty_like(t, dtype=dtype) for t in others]
-    torch._foreach_copy_(made, others)
-    made = iter(made)
-    return [t if t is None or t.dtype == dtype else next(made) for t in tensors]
+class MixByPlan(torch.autograd.Function):
+    """The same on a GPU, all of forward and all of backward by one call each."""
+
+    @staticmethod
+    def forward(ctx, plan, dtype, x, *parameters):
+        inputs = x, *parameters
+        (out,), memory = plan.repeat(inputs)
+        ctx.plan, ctx.dtypes = plan, (x.dtype, parameters[0].dtype)
+        ctx.save_for_backward(memory, *(inputs[i] for i in plan.used))
+        return out
+
+    @staticmethod
+    @differentiable_once
+    @without_autocast
+    def backward(ctx, gout):
+        forward, needs, saved = ctx.plan, ctx.needs_input_grad[2:], ctx.saved_tensors
+        inputs = gout.contiguous(), *saved
+
+        def compute():
+            kept = forward.all_kept(*saved)
+            return gradients(OnGPU, needs, *ctx.dtypes, inputs[0], *kept)
+        plan = launch.Plan.of(forward.plans_back, needs, lambda: (compute(), ()), inputs)
+        return None, None, *(compute() if plan is None else plan.repeat(inputs)[0])
 
 
 class Mix2(torch.autograd.Function):
@@ -242,17 +281,17 @@ class Mix2(torch.autograd.Function):
         (x, projected, B, C, kept, y, w_in, w_conv, b_conv, dt_bias, A_log, D, w_norm,
          w_out) = ctx.saved_tensors
         rows = x.flatten(0, 1)
-        parts, block, dtype, needs = OnCPU, ctx.block, rows.dtype, ctx.needs_input_grad
+        parts, block, needs = OnCPU, ctx.block, ctx.needs_input_grad
         gout = gout.reshape(len(rows), -1)                                  # (B L, d_model)
         y_rows = y.flatten(0, 1)
-        gnormed, _ = parts.product_back(gout, y_rows, w_out, True, False, dtype)
+        gnormed, _ = parts.product_back(gout, y_rows, w_out, True, False)
         gprojected = torch.empty_like(projected)        # written part by part below
         (z, u, BC_in, dt), (gz, gu, gBC_in, gdt) = (Mix2.split(t, block)
                                                     for t in (projected, gprojected))
         normed = torch.empty_like(y_rows)
         gy, gw_norm = norm_cpu.gradients(gnormed.view(y.shape), y, z, w_norm, *ctx.of_norm, gz,
                                          normed)
-        _, gw_out = parts.product_back(gout, normed, w_out, False, needs[9], dtype)
+        _, gw_out = parts.product_back(gout, normed, w_out, False, needs[9])
         of_u, of_BC = Mix2.convolutions(w_conv, b_conv, block)
         arrays = Mix2.arrays(A_log, D, dt_bias, *of_u)
         grads = x.new_zeros(len(x), sum(t.numel() for t in arrays))
@@ -266,7 +305,7 @@ class Mix2(torch.autograd.Function):
         gw_conv = torch.cat([gtaps.t()[:, None], gw_BC])                    # (D + 2 G N, 1, d_conv)
         gb_conv = None if b_conv is None else torch.cat([gbias, gb_BC])
         gprojected = gprojected.flatten(0, 1)
-        gx, gw_in = parts.product_back(gprojected, rows, w_in, needs[0], needs[1], dtype)
+        gx, gw_in = parts.product_back(gprojected, rows, w_in, needs[0], needs[1])
         gb_in, gb_out = (g.sum(0) if n else None
                          for g, n in zip((gprojected, gout), (needs[2], needs[10])))
         gx = None if gx is None else gx.view(*y.shape[:2], -1)
@@ -302,8 +341,6 @@ class Mix2(torch.autograd.Function):
 class OnGPU:
     """The parts by Triton's kernels."""
 
-    product = staticmethod(F.linear)
-
     @staticmethod
     def runs(block, x, _dtype, _parameters):
         d_inner, d_state = block.A_log.shape
@@ -311,16 +348,32 @@ class OnGPU:
                 and d_state <= 256)
 
     @staticmethod
+    def cast(dtype, tensors):
+        return rows_triton.cast(dtype, tensors)
+
+    @staticmethod
+    def matmul(*inputs, **settings):
+        return launch.product(*inputs, **settings)
+
+    @staticmethod
+    def product(x, weight, bias):
+        if bias is not None:
+            return F.linear(x, weight, bias)
+        return OnGPU.linear(x, weight)
+
+    @staticmethod
+    def linear(x, weight):
+        return launch.product(x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1)
+
+    @staticmethod
     def of_weight(gy, x, dtype):
         """gy^T x, the gradient of a weight of this dtype. If that is float32, so is it, even where
         autocast made 16 bits of the others."""
-        if dtype != torch.float32 or gy.dtype == torch.float32:
-            return gy.t() @ x
-        return torch.mm(gy.t(), x, out_dtype=dtype)
+        return launch.product(gy.t(), x, dtype=dtype)
 
     @staticmethod
-    def product_back(gy, x, weight, needs_x, needs_weight, dtype):
-        return (gy @ weight if needs_x else None,
+    def product_back(gy, x, weight, needs_x, needs_weight, x_dtype, dtype):
+        return (launch.product(gy, weight, dtype=x_dtype) if needs_x else None,
                 OnGPU.of_weight(gy, x, dtype) if needs_weight else None)
 
     @staticmethod
@@ -378,11 +431,21 @@ class OnCPU:
         return product(rows, weight, bias).view(*x.shape[:2], -1)
 
     @staticmethod
+    def cast(_dtype, tensors):
+        return tensors
+
+    linear = staticmethod(F.linear)
+
+    @staticmethod
+    def matmul(a, b, out, add=False):
+        return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+
+    @staticmethod
     def of_weight(gy, x, _dtype):
         return gy.t() @ x
 
     @staticmethod
-    def product_back(gy, x, weight, needs_x, needs_weight, _dtype):
+    def product_back(gy, x, weight, needs_x, needs_weight, *_dtypes):
         if OnCPU.by_convolution(x):
             return layers.by_convolution_back(gy, x, weight, needs_x, needs_weight)
         return gy @ weight if needs_x else None, gy.t() @ x if needs_weight else None

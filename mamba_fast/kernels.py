@@ -7,11 +7,12 @@ import torch
 try:
     if not torch.cuda.is_available():       # then Triton is not worth the time of its import
         raise ImportError
-    from . import rows_triton, scan_triton, ssd_triton, step_triton, turn_triton
+    from . import launch, rows_triton, scan_triton, ssd_triton, step_triton, turn_triton
 except ImportError:
-    rows_triton = scan_triton = ssd_triton = step_triton = turn_triton = None
+    launch = rows_triton = scan_triton = ssd_triton = step_triton = turn_triton = None
 
-__all__ = ["can_run", "rows_triton", "scan_triton", "ssd_triton", "step_triton", "turn_triton"]
+__all__ = ["can_run", "launch", "rows_triton", "scan_triton", "ssd_triton", "step_triton",
+           "turn_triton"]
 
 
 def can_run(x):

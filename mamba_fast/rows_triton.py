@@ -1,6 +1,7 @@
 """
 What goes row by row on CUDA, as Triton kernels, so that each number is read and written once: the
-gated norm behind the scan of Mamba-2, and the loss and gradient of the logits.
+gated norm behind the scan of Mamba-2, the loss and gradient of the logits, and numbers in another
+type.
 """
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Kernel
 from .operators import differentiable_once
-from .scan_triton import Kernel, _facts, _kinds, _wants_gradients
+from .scan_triton import _facts, _kinds, _wants_gradients
 
 PROGRAMS = 528      # of the backward pass of the norm: 4 for each multiprocessor of an H100
 
@@ -85,9 +87,30 @@ def _softmax_gradient(logits, targets, losses, V: tl.constexpr, stride: tl.const
         tl.store(logits + v, tl.where(counts & (v < V), gradient, 0.0), mask=v < stride)
 
 
+@triton.jit
+def _cast_one(x, y, n, program, SIZE: tl.constexpr):
+    """This program's part of y = x, which is none if its number is below 0 or too large. Returns
+    its number among those of the next tensors."""
+    programs = tl.cdiv(n, SIZE)
+    if (program >= 0) & (program < programs):
+        at = program.to(tl.int64) * SIZE + tl.arange(0, SIZE)
+        tl.store(y + at, tl.load(x + at, mask=at < n).to(y.dtype.element_ty), mask=at < n)
+    return program - programs
+
+
+@triton.jit
+def _cast(x0, x1, x2, x3, x4, y0, y1, y2, y3, y4, n0, n1, n2, n3, n4, SIZE: tl.constexpr):
+    """y = x, in the type of y, for five tensors of n numbers."""
+    program = _cast_one(x0, y0, n0, tl.program_id(0), SIZE)
+    program = _cast_one(x1, y1, n1, program, SIZE)
+    program = _cast_one(x2, y2, n2, program, SIZE)
+    program = _cast_one(x3, y3, n3, program, SIZE)
+    _cast_one(x4, y4, n4, program, SIZE)
+
+
 _start_norm = Kernel(_norm, num_warps=4)
-_start_norm_gradients, _start_softmax_gradient = (
-    Kernel(function, num_warps=8) for function in (_norm_gradients, _softmax_gradient))
+_start_norm_gradients, _start_softmax_gradient, _start_cast = (
+    Kernel(function, num_warps=8) for function in (_norm_gradients, _softmax_gradient, _cast))
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -150,3 +173,21 @@ def softmax_gradient(logits, targets, vocab_size):
     with torch.cuda.device_of(logits):
         _start_softmax_gradient((len(logits), 1, 1), version, (logits, targets, losses), *sizes)
     return losses.sum(), logits
+
+
+def cast(dtype, tensors):
+    """The tensors, which may be None, in this dtype; by one kernel for five of them."""
+    cast, size = list(tensors), 4096
+    others = [i for i, t in enumerate(tensors) if t is not None and t.dtype != dtype]
+    for five in (others[i:i + 5] for i in range(0, len(others), 5)):
+        before = [tensors[i].contiguous() for i in five]
+        after = [t.new_empty(t.shape, dtype=dtype) for t in before]
+        for i, t in zip(five, after):
+            cast[i] = t
+        counts = [t.numel() for t in before] + [0] * (5 - len(five))
+        before, after = (t + t[:1] * (5 - len(five)) for t in (before, after))
+        version = before[0].device.index, *_kinds(*before, *after), *_facts(*counts)
+        with torch.cuda.device_of(before[0]):
+            _start_cast((sum(-(-n // size) for n in counts), 1, 1), version, (*before, *after),
+                        *counts, size)
+    return cast

@@ -28,8 +28,6 @@ _gradients, which issue one in 67 and 64 % of the cycles; in _ends the exponenti
 """
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 from functools import partial
 
 import torch
@@ -42,6 +40,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import constexpr, gather
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from .launch import Kernel, by_plan, compile_ahead
 from .operators import Context, differentiable_once
 
 S, LANES = constexpr(4), constexpr(8)       # a warp: segments of a tile, and channels
@@ -675,52 +674,6 @@ def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, Lp, rows, b
         _sum_rows(sums, gA, gDw, A2, rows, N, N + 2, D, i - of_BC, R, BD)
 
 
-rehearsing = ContextVar("rehearsing", default=False)    # then kernels are compiled, but not started
-REHEARSED = set()
-
-
-def compile_ahead(key, call):
-    """Before the first call of this key: its kernels are compiled side by side, as one after the other they take seconds."""
-    if key in REHEARSED or rehearsing.get():
-        return
-    if torch._C._len_torch_dispatch_stack() > 0 or torch.cuda.is_current_stream_capturing():
-        return      # who looks on, or records, is not to see it
-    REHEARSED.add(key)
-    before = rehearsing.set(True)
-    try:
-        with torch.no_grad(), ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
-            call()
-    finally:
-        rehearsing.reset(before)
-
-
-class Kernel:
-    """
-    A kernel that starts within a few microseconds: kernel(grid, version, tensors, *numbers), its arguments in their order; a tensor
-    may be None. Triton looks at all arguments of each call, to see which of the versions that it compiled they need. Here `version`
-    says it: the GPU, then all on which that depends.
-    """
-
-    def __init__(self, function, **options):
-        self.function, self.options, self.compiled = function, options, {}
-
-    def __call__(self, grid, version, tensors, *numbers):
-        compiled = self.compiled.get(version)
-        if rehearsing.get():
-            if compiled is None:
-                self.function.warmup(*tensors, *numbers, grid=grid, **self.options)
-            return
-        if compiled is None:
-            kernel = self.function[grid](*tensors, *numbers, **self.options)
-            if kernel is not None:      # Triton's interpreter has none
-                self.compiled[version] = kernel.run, kernel.function, kernel.packed_metadata, kernel
-            return
-        run, function, metadata, _ = compiled
-        # of a tensor itself the launcher would ask the driver whose it is
-        addresses = [t if t is None else t.data_ptr() for t in tensors]
-        run(*grid, torch._C._cuda_getCurrentRawStream(version[0]), function, metadata, None, None, None, *addresses, *numbers)
-
-
 _start_pack, _start_finish, _start_carry = Kernel(_pack), Kernel(_finish), Kernel(_carry)
 _start_ends, _start_outputs = (Kernel(function, num_warps=WARPS.value, maxnreg=128) for function in (_ends, _outputs))
 _start_gradients = Kernel(_gradients, num_warps=WARPS.value, maxnreg=168)
@@ -899,7 +852,7 @@ def _as_function(run, setup, gradients, results=2):
     return Operator
 
 
-_Scan = _as_function(_run, _setup, partial(_gradients_of, _run_back))
+_Scan = _as_function(by_plan(_run, 9), _setup, partial(_gradients_of, by_plan(_run_back, 8)))
 _forward = library.custom_op("selective_scan::forward", _run, mutates_args=(), schema=FORWARD)
 _backward = library.custom_op("selective_scan::backward", _run_back, mutates_args=(), schema=BACKWARD)
 _forward.register_autograd(partial(_gradients_of, torch.ops.selective_scan.backward), setup_context=_setup)

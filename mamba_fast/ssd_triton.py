@@ -25,7 +25,8 @@ import triton.language as tl
 from torch import library
 from triton.language import constexpr
 
-from .scan_triton import CAPABLE, Kernel, _as_function, _facts, _kinds, _wants_gradients
+from .launch import Kernel
+from .scan_triton import CAPABLE, _as_function, _facts, _kinds, _wants_gradients
 
 LOG2E = constexpr(1.4426950408889634)
 SMALLEST = constexpr(-1500.0)   # of delta A log2(e): the exp2 of it is 0

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import library
 
+from .launch import Kernel
 from .operators import differentiable_once
-from .scan_triton import Kernel, _as_function, _kinds, _wants_gradients
+from .scan_triton import _as_function, _kinds, _wants_gradients
 
 # steps of a program, which has all heads of a group; backward it is one warp, so that its sums need
 # no other, and has registers for half as many
