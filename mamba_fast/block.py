@@ -7,14 +7,15 @@ gradients of what was one projection, as u and z, are written side by side: no p
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from . import cpp, layers, norm_cpu, scan_cpu, ssd_cpu
-from .kernels import can_run, launch, rows_triton, scan_triton
-from .operators import Context, differentiable_once, is_traced
+from .kernels import can_run, heads_triton, launch, rows_triton, scan_triton, ssd_triton
+from .operators import differentiable_once, is_traced
 
 CASTS = {torch.float32, torch.bfloat16, torch.float16}      # what autocast makes 16 bits of
 OPTIONAL = {"in_proj.bias", "conv1d.bias", "out_proj.bias"}
@@ -45,22 +46,37 @@ def mix(block, x, others, is_plain, plain):
     parts = next((p for p in (OnGPU, OnCPU) if p.runs(block, x, dtype, parameters)), None)
     if parts is None:
         return None
-    inputs = x, *parameters
     if x.is_cuda:
-        key = x.device, dtype, *(None if t is None else t.shape for t in parameters)
-        launch.compile_ahead(key, lambda: rehearse(parts, dtype, *inputs))
-        if launch.can_repeat():
-            inputs = x.contiguous(), *parameters
-            plan = launch.Plan.of(PLANS, dtype, lambda: planned(dtype, inputs), inputs)
-            if plan is not None:
-                return MixByPlan.apply(plan, dtype, *inputs), None
-    return Mix.apply(parts, dtype, *inputs), None
+        y = by_plan(functools.partial(mixed, parts), functools.partial(gradients, parts), dtype, x,
+                    parameters)
+        if y is not None:
+            return y, None
+    return Mix.apply(parts, dtype, x, *parameters), None
 
 
-def planned(dtype, inputs):
-    """mixed, as a Plan takes it."""
-    out, kept = mixed(OnGPU, dtype, *inputs)
-    return (out,), kept
+def by_plan(forward, back, dtype, x, parameters, *settings):
+    """
+    The result of forward(dtype, x, *parameters) as one operation, or None where there is no plan
+    of it on this GPU.
+    forward returns it with what is kept for back, which returns the gradients of x and parameters
+    for (which of them are asked for, the types of those of x and of weights, gout, *kept).
+    settings: all else that they depend on.
+    """
+    inputs = x.contiguous(), *parameters
+    key = dtype, len(parameters), *settings
+
+    def rehearse():
+        with torch.autocast("cuda", enabled=False):
+            out, kept = forward(dtype, *inputs)
+            back([True] * len(inputs), x.dtype, parameters[0].dtype, out, *kept)
+
+    def compute():
+        out, kept = forward(dtype, *inputs)
+        return (out,), kept
+    shapes = (None if t is None else (t.shape, t.dtype) for t in parameters)
+    launch.compile_ahead((key, x.device, x.dtype, *shapes), rehearse)
+    plan = launch.Plan.of(PLANS, key, compute, inputs) if launch.can_repeat() else None
+    return None if plan is None else ByPlan.apply(plan, back, *inputs)
 
 
 def shapes_of(c):
@@ -71,26 +87,24 @@ def shapes_of(c):
         (D, N), (D,), (c.d_model, D), (c.d_model,))))
 
 
-def rehearse(*inputs):
-    """Forward and backward, for compile_ahead."""
-    context = Context(needs_input_grad=[True] * len(inputs))
-    Mix.backward(context, Mix.forward(context, *inputs))
-
-
 def mix2(block, x, others, is_plain, plain, gated_norm):
     """
-    block.mix(x, *others) of a Mamba2Block, as mix, but only where C++ can run.
+    block.mix(x, *others) of a Mamba2Block, as mix.
     gated_norm: the class of its norm.
     """
     c, linears = block.config, ("in_proj", "out_proj")
     if (not c.rmsnorm or not is_plain(block.norm, gated_norm) or block.norm.norm_before_gate
-            or plain.get(gated_norm) != (gated_norm.forward, None)
-            or c.d_inner % (block.norm.groups * cpp.WIDTH) > 0):
+            or plain.get(gated_norm) != (gated_norm.forward, None)):
         return None
     ready = prepared(block, x, others, shapes_of2(c), linears, is_plain, plain)
-    if not ready or not OnCPU.runs2(block, x, *ready):
+    if ready and OnCPU.runs2(block, x, *ready):
+        return Mix2.apply(x, *ready[1], block), None
+    if not ready or not OnGPU.runs2(block, x, ready[0]):
         return None
-    return Mix2.apply(x, *ready[1], block), None
+    sizes = Sizes(c.headdim, c.ngroups, tuple(c.dt_limit), block.norm.groups, block.norm.eps)
+    y = by_plan(functools.partial(mixed2, sizes), functools.partial(gradients2, sizes), ready[0], x,
+                ready[1], sizes)
+    return None if y is None else (y, None)
 
 
 def shapes_of2(c):
@@ -228,14 +242,14 @@ class Mix(torch.autograd.Function):
         return None, None, *gradients(ctx.parts, needs, *ctx.dtypes, gout, *ctx.saved_tensors)
 
 
-class MixByPlan(torch.autograd.Function):
-    """The same on a GPU, all of forward and all of backward by one call each."""
+class ByPlan(torch.autograd.Function):
+    """A block on a GPU, all of forward and all of backward by one call each."""
 
     @staticmethod
-    def forward(ctx, plan, dtype, x, *parameters):
+    def forward(ctx, plan, back, x, *parameters):
         inputs = x, *parameters
         (out,), memory = plan.repeat(inputs)
-        ctx.plan, ctx.dtypes = plan, (x.dtype, parameters[0].dtype)
+        ctx.plan, ctx.back, ctx.dtypes = plan, back, (x.dtype, parameters[0].dtype)
         ctx.save_for_backward(memory, *(inputs[i] for i in plan.used))
         return out
 
@@ -243,14 +257,73 @@ class MixByPlan(torch.autograd.Function):
     @differentiable_once
     @without_autocast
     def backward(ctx, gout):
-        forward, needs, saved = ctx.plan, ctx.needs_input_grad[2:], ctx.saved_tensors
-        inputs = gout.contiguous(), *saved
+        inputs = gout.contiguous(), *ctx.saved_tensors
+        needs, forward = ctx.needs_input_grad[2:], ctx.plan
 
         def compute():
-            kept = forward.all_kept(*saved)
-            return gradients(OnGPU, needs, *ctx.dtypes, inputs[0], *kept)
-        plan = launch.Plan.of(forward.plans_back, needs, lambda: (compute(), ()), inputs)
-        return None, None, *(compute() if plan is None else plan.repeat(inputs)[0])
+            gout, *saved = inputs
+            return ctx.back(needs, *ctx.dtypes, gout, *forward.all_kept(*saved)), ()
+        plan = launch.Plan.of(forward.plans_back, needs, compute, inputs)
+        return None, None, *(compute() if plan is None else plan.repeat(inputs))[0]
+
+
+class Sizes(NamedTuple):
+    """What mixed2 has to know of a Mamba2Block."""
+    headdim: int
+    ngroups: int
+    dt_limit: tuple
+    groups_of_norm: int
+    eps: float
+
+
+def parts_of2(sizes, d_inner, projected, uBC):
+    """z (B, L, D), uBC (B, L, D + 2 G N) and dt (B, L, H) of what in_proj gives, and of uBC u (B,
+    L, H, P), B and C (B, L, G, N)."""
+    channels, heads = uBC.shape[2], d_inner // sizes.headdim
+    shared = (channels - d_inner) // 2
+    z, uBC_in, dt = projected.split_with_sizes((d_inner, channels, heads), -1)
+    u, B, C = uBC.split_with_sizes((d_inner, shared, shared), -1)
+    B, C = (t.unflatten(-1, (sizes.ngroups, -1)) for t in (B, C))
+    return z, uBC_in, dt, u.unflatten(-1, (heads, -1)), B, C
+
+
+def mixed2(sizes, dtype, x, w_in, b_in, w_conv, b_conv, dt_bias, A_log, D, w_norm, w_out, b_out):
+    """The result of a Mamba2Block on a GPU, and what gradients2 needs."""
+    x, w_in, b_in, w_out, b_out = OnGPU.cast(dtype, (x, w_in, b_in, w_out, b_out))
+    projected, d_inner = OnGPU.product(x, w_in, b_in), len(w_norm)
+    uBC_in = projected.narrow(2, d_inner, len(w_conv))
+    uBC = OnGPU.conv(uBC_in, w_conv, b_conv)
+    z, _, dt, u, B, C = parts_of2(sizes, d_inner, projected, uBC)
+    delta, a, own = heads_triton.before(dt, dt_bias, A_log, D, B, C, sizes.dt_limit)
+    y, _, packed, states = ssd_triton._run(u, delta, a, B, C, own, None, True)
+    y = y.flatten(2)                                                        # (B, L, D)
+    normed = rows_triton.run_norm(y, z, w_norm, sizes.groups_of_norm, sizes.eps)
+    return OnGPU.product(normed, w_out, b_out), (
+        x, projected, uBC, own, packed, states, y, normed, w_in, w_conv, b_conv, dt_bias, A_log,
+        w_norm, w_out)
+
+
+def gradients2(sizes, needs, x_dtype, weight_dtype, gout, x, projected, uBC, own, packed, states, y,
+               normed, w_in, w_conv, b_conv, dt_bias, A_log, w_norm, w_out):
+    """As gradients, of a Mamba2Block on a GPU."""
+    gprojected, guBC, d_inner = torch.empty_like(projected), torch.empty_like(uBC), len(w_norm)
+    z, uBC_in, dt, u, B, C = parts_of2(sizes, d_inner, projected, uBC)
+    gz, guBC_in, gdt, gu, gB, gC = parts_of2(sizes, d_inner, gprojected, guBC)
+    gout = gout.flatten(0, 1)                                               # (B L, d_model)
+    gnormed, gw_out = OnGPU.product_back(gout, normed.flatten(0, 1), w_out, True, needs[9], y.dtype,
+                                         weight_dtype)
+    gy, gw_norm = rows_triton.run_norm_back(gnormed.view(y.shape), y, z, w_norm,
+                                            sizes.groups_of_norm, sizes.eps, gz)
+    gdelta, ga, gown, of_BC, _ = ssd_triton.back_in_parts(gy.view(u.shape), None, u, packed, B, C,
+                                                          own, states, gu)
+    of_heads = heads_triton.before_back(dt, dt_bias, A_log, B, C, gdelta, ga, gown, *of_BC, gdt, gB,
+                                        gC, sizes.dt_limit)
+    gw_conv, gb_conv = OnGPU.conv_back(guBC, uBC_in, w_conv, b_conv, guBC_in)
+    gprojected = gprojected.flatten(0, 1)
+    gx, gw_in = OnGPU.product_back(gprojected, x.flatten(0, 1), w_in, needs[0], needs[1], x_dtype,
+                                   weight_dtype)
+    return (gx.view(x.shape) if needs[0] else None, gw_in, gprojected.sum(0) if needs[2] else None,
+            gw_conv, gb_conv, *of_heads, gw_norm, gw_out, gout.sum(0) if needs[10] else None)
 
 
 class Mix2(torch.autograd.Function):
@@ -348,6 +421,14 @@ class OnGPU:
                 and d_state <= 256)
 
     @staticmethod
+    def runs2(block, x, dtype):
+        """Whether mixed2 can run."""
+        c, exact = block.config, (block.A_log, block.D, block.dt_bias)
+        return (block.scan in ("auto", "triton") and can_run(x) and x.shape[1] > 1
+                and all(t.dtype == torch.float32 for t in exact)
+                and ssd_triton.fits(x.device, dtype, c.headdim, c.d_state))
+
+    @staticmethod
     def cast(dtype, tensors):
         return rows_triton.cast(dtype, tensors)
 
@@ -415,7 +496,8 @@ class OnCPU:
     @staticmethod
     def runs2(block, x, dtype, parameters):
         """Whether Mix2 can run."""
-        sizes = block.config.headdim, block.config.d_state
+        sizes = (block.config.headdim, block.config.d_state,
+                 block.config.d_inner // block.norm.groups)
         return (not any(n % cpp.WIDTH for n in sizes)
                 and OnCPU.runs(block, x, dtype, parameters, ssd_cpu.NAME, norm_cpu.NAME))
 

@@ -7,12 +7,21 @@ import torch
 try:
     if not torch.cuda.is_available():       # then Triton is not worth the time of its import
         raise ImportError
-    from . import launch, rows_triton, scan_triton, ssd_triton, step_triton, turn_triton
+    from . import (
+        heads_triton,
+        launch,
+        rows_triton,
+        scan_triton,
+        ssd_triton,
+        step_triton,
+        turn_triton,
+    )
 except ImportError:
-    launch = rows_triton = scan_triton = ssd_triton = step_triton = turn_triton = None
+    heads_triton = launch = rows_triton = scan_triton = None
+    ssd_triton = step_triton = turn_triton = None
 
-__all__ = ["can_run", "launch", "rows_triton", "scan_triton", "ssd_triton", "step_triton",
-           "turn_triton"]
+__all__ = ["can_run", "heads_triton", "launch", "rows_triton", "scan_triton", "ssd_triton",
+           "step_triton", "turn_triton"]
 
 
 def can_run(x):

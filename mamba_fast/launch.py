@@ -164,8 +164,10 @@ class Plan(TorchDispatchMode):
         for kind, argument in zip(made.src.signature.values(), (*tensors, *numbers)):
             if kind.startswith("*"):
                 arguments.append(self.where(argument))
-            elif kind != "constexpr":
+            elif kind[0] in "iu":
                 arguments.append((-1, int(argument)))
+            elif kind != "constexpr":
+                raise CannotBeWritten(kind)
         # the last ones are memory that Triton gives to some kernels, and not to these
         more = parameters_of(made.function) - len(arguments)
         special = about.num_ctas > 1 or about.launch_cooperative_grid or about.launch_pdl

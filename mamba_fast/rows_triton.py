@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .heads_triton import sum_over_rows
 from .launch import Kernel
 from .operators import differentiable_once
 from .scan_triton import _facts, _kinds, _wants_gradients
@@ -38,7 +39,7 @@ def _norm(y, z, weight, out, rows, z_l, G: tl.constexpr, D: tl.constexpr, EPS: t
 
 @triton.jit(do_not_specialize=("rows",))
 def _norm_gradients(y, z, weight, gout, gy, gz, gweight, rows, z_l, G: tl.constexpr,
-                    D: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr):
+                    D: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr, gz_l):
     """gy, gz, and gweight (programs, G D), to be added up: program i takes of its group the rows i,
     i + programs, ..."""
     group, d = tl.program_id(1), tl.arange(0, BD)
@@ -54,7 +55,8 @@ def _norm_gradients(y, z, weight, gout, gy, gz, gweight, rows, z_l, G: tl.conste
         gout_d *= weight_d
         ggated = size * (gout_d - gated * (size * size * tl.sum(gout_d * gated, 0) / D))
         tl.store(gy + row * D + d, ggated * z_d * sigmoid, mask=d < D)
-        tl.store(gz + row * D + d, ggated * y_d * sigmoid * (1 + z_d * (1 - sigmoid)), mask=d < D)
+        tl.store(gz + place * gz_l + group * D + d,
+                 ggated * y_d * sigmoid * (1 + z_d * (1 - sigmoid)), mask=d < D)
     tl.store(gweight + (tl.program_id(0) * G + group) * D + d, total, mask=d < D)
 
 
@@ -118,20 +120,15 @@ class _GatedNorm(torch.autograd.Function):
     def forward(ctx, y, z, weight, groups, eps):
         ctx.save_for_backward(y, z, weight)
         ctx.groups, ctx.eps = groups, eps
-        return _run_norm(y, z, weight, groups, eps)
+        return run_norm(y, z, weight, groups, eps)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, gout):
-        y, z, weight = ctx.saved_tensors
-        sizes, tensors = _sizes(y, z, ctx.groups, ctx.eps), (y, z, weight, gout.contiguous())
-        gy, gz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (y, z))
-        programs = min(PROGRAMS, y.shape[0] * y.shape[1])
-        gweight = weight.new_empty(programs, y.shape[-1], dtype=torch.float32)
-        with torch.cuda.device_of(y):
-            _start_norm_gradients((programs, ctx.groups, 1), _version(sizes, *tensors),
-                                  (*tensors, gy, gz, gweight), *sizes)
-        return gy, gz, gweight.sum(0).to(weight.dtype), None, None
+        _, z, _ = tensors = ctx.saved_tensors
+        gz = torch.empty_like(z, memory_format=torch.contiguous_format)
+        gy, gweight = run_norm_back(gout.contiguous(), *tensors, ctx.groups, ctx.eps, gz)
+        return gy, gz, gweight, None, None
 
 
 def _sizes(y, z, groups, eps):
@@ -144,11 +141,23 @@ def _version(sizes, *tensors):
     return tensors[0].device.index, *sizes[2:], *_facts(sizes[1]), *_kinds(*tensors)
 
 
-def _run_norm(y, z, weight, groups, eps):
+def run_norm(y, z, weight, groups, eps):
     out, sizes = torch.empty_like(y), _sizes(y, z, groups, eps)
     with torch.cuda.device_of(y):
         _start_norm((sizes[0], 1, 1), _version(sizes, y, z, weight), (y, z, weight, out), *sizes)
     return out
+
+
+def run_norm_back(gout, y, z, weight, groups, eps, gz):
+    """The gradients of y and weight. gz: where to write that of z; its steps may be apart."""
+    sizes, tensors, gy = _sizes(y, z, groups, eps), (y, z, weight, gout), torch.empty_like(y)
+    programs, gz_l = min(PROGRAMS, y.shape[0] * y.shape[1]), gz.stride(1)
+    gweight = weight.new_empty(programs, y.shape[-1], dtype=torch.float32)
+    version = *_version(sizes, *tensors, gz), *_facts(gz_l)
+    with torch.cuda.device_of(y):
+        _start_norm_gradients((programs, groups, 1), version, (*tensors, gy, gz, gweight), *sizes,
+                              gz_l)
+    return gy, sum_over_rows(gweight, weight.dtype)
 
 
 def gated_norm(y, z, weight, groups, eps):
@@ -157,7 +166,7 @@ def gated_norm(y, z, weight, groups, eps):
     y, weight = y.contiguous(), weight.contiguous()
     if z.stride(2) != 1 or z.stride(0) != z.stride(1) * z.shape[1]:     # the rows are evenly apart
         z = z.clone(memory_format=torch.contiguous_format)
-    norm = _GatedNorm.apply if _wants_gradients(y, z, weight) else _run_norm
+    norm = _GatedNorm.apply if _wants_gradients(y, z, weight) else run_norm
     return norm(y, z, weight, groups, eps)
 
 

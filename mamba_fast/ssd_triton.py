@@ -153,8 +153,8 @@ def _adjoint(gy, packed, C, glast, gstates, gstate, L, K, H: constexpr, P: const
 @triton.jit(do_not_specialize=SIZES)
 def _of_heads(u, packed, B, C, own, gy, states, gstates, gu, gdelta, ga, gown, L, K, H: constexpr,
               P: constexpr, N: constexpr, G: constexpr, u_b, u_l, u_h, B_b, B_l, B_g, C_b, C_l, C_g,
-              gy_b, gy_l, gy_h, T: constexpr, PB: constexpr, NB: constexpr, TYPE: constexpr,
-              DOT: constexpr):
+              gy_b, gy_l, gy_h, gu_b, gu_l, T: constexpr, PB: constexpr, NB: constexpr,
+              TYPE: constexpr, DOT: constexpr):
     """A chunk of one head: the gradients of u, delta, a and own."""
     k, head, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     of_head, apart = b * H + head, tl.num_programs(2).to(tl.int64) * H * K * T
@@ -187,7 +187,9 @@ def _of_heads(u, packed, B, C, own, gy, states, gstates, gu, gdelta, ga, gown, L
     tl.store(gown + at, tl.sum(gy_t.to(tl.float32) * u_t, 1), mask=there)
     gv *= delta_t[:, None]
     gv += gy_t.to(tl.float32) * tl.load(own + at, mask=there, other=0)[:, None]
-    tl.store(gu + at[:, None] * P + p[None, :], gv, mask=there[:, None] & (p < P)[None, :])
+    gu += b * gu_b + head * P
+    tl.store(gu + t.to(tl.int64)[:, None] * gu_l + p[None, :], gv,
+             mask=there[:, None] & (p < P)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -323,10 +325,18 @@ def _run(u, delta, a, B, C, own, state, keep):
 def _run_back(gy, glast, u, packed, B, C, own, states):
     """The gradients of u, delta, a, B, C, own and state."""
     u, B, C, gy = _by_rows(u, B, C, gy)
-    glast = None if glast is None else glast.contiguous()
+    glast, gu = None if glast is None else glast.contiguous(), u.new_empty(u.shape)
+    gdelta, ga, gown, sums, gstate = back_in_parts(gy, glast, u, packed, B, C, own, states, gu)
+    gB, gC = (t.sum(0) if len(t) > 1 else t[0] for t in sums)
+    return gu, gdelta, ga, gB.to(B.dtype), gC.to(C.dtype), gown, gstate
+
+
+def back_in_parts(gy, glast, u, packed, B, C, own, states, gu):
+    """The gradients of delta, a and own; those of B and of C in parts (parts, B, L, G, N), which
+    are to be added up; that of the state. gu: where to write that of u; its steps may be apart."""
     L, K, H, P, N, G = sizes = _sizes(u, B)
     batch, tiles, whole = len(u), _tiles_of_states(u, P, N), _tiles(u, P, N)
-    gu, gstates = u.new_empty(u.shape), torch.empty_like(states)
+    gstates = torch.empty_like(states)
     gdelta, ga, gown = (packed.new_empty(batch, L, H) for _ in range(3))
     gstate = packed.new_empty(batch, H, P, N)
     # two programs for each multiprocessor of an H100
@@ -338,7 +348,7 @@ def _run_back(gy, glast, u, packed, B, C, own, states):
         _start_adjoint((-(-P // tiles[1]), H, batch), _version(sizes, tensors, *_facts(*strides)),
                        (*tensors, gstates, gstate), *sizes, *strides, *tiles)
         tensors, strides = (u, packed, B, C, own, gy, states), _strides(u, B, C, gy)
-        gtensors = gstates, gu, gdelta, ga, gown
+        gtensors, strides = (gstates, gu, gdelta, ga, gown), (*strides, *gu.stride()[:2])
         _start_of_heads((K, H, batch), _version(sizes, (*tensors, *gtensors), *_facts(*strides)),
                         (*tensors, *gtensors), *sizes, *strides, *whole)
         for of_C, other, of_chunks in ((False, C, gstates), (True, B, states)):
@@ -347,8 +357,7 @@ def _run_back(gy, glast, u, packed, B, C, own, states):
             _start_of_groups((K, G * parts, batch),
                              _version(sizes, tensors, *_facts(*strides), parts, of_C),
                              tensors, *sizes, *strides, parts, of_C, *whole)
-    gB, gC = (t.sum(0) if parts > 1 else t[0] for t in sums)
-    return gu, gdelta, ga, gB.to(B.dtype), gC.to(C.dtype), gown, gstate
+    return gdelta, ga, gown, sums, gstate
 
 
 def _setup(ctx, inputs, output):

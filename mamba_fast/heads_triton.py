@@ -1,0 +1,155 @@
+"""
+What Mamba-2 makes of the step sizes of its heads before the scan, on CUDA, as a Triton kernel each
+way: of what in_proj gives, dt (B, L, H), and of B and C (B, L, G, N)
+
+    delta = softplus(dt + dt_bias), clamped
+    a     = delta A,   A = -exp(A_log)
+    own   = (B . C) delta + D,              what a step adds to y of its own u
+
+all (B, L, H), in float32. And sums over rows, by which gradients of parameters end.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language import constexpr
+
+from .launch import Kernel
+from .scan_triton import _facts, _kinds
+
+STEPS = 16      # of a program, which has all heads of a group
+
+
+@triton.jit
+def _softplus(x):
+    """And its derivative. log(1 + e) by the error of 1 + e: of a small e the sum forgets most."""
+    e = tl.exp(-tl.abs(x))
+    more = 1 + e
+    rest = tl.where(more == 1, e, tl.log(more) * (e / tl.where(more == 1, 1.0, more - 1)))
+    return tl.maximum(x, 0.0) + rest, tl.where(x >= 0, 1.0, e) / more
+
+
+@triton.jit
+def _of_program(dt, bias, A_log, B, C, L, dt_b, dt_l, B_b, B_l, H: constexpr, G: constexpr,
+                N: constexpr, LOW: constexpr, HIGH: constexpr, T: constexpr, HB: constexpr,
+                NB: constexpr):
+    """Places (T, HB) and (T, NB), and whether they are there; delta, its derivative; A; B, C and
+    their scalar products."""
+    t, b = tl.program_id(0) * T + tl.arange(0, T)[:, None], tl.program_id(2).to(tl.int64)
+    h, n, t_wide = tl.arange(0, HB)[None, :], tl.arange(0, NB)[None, :], t.to(tl.int64)
+    head, there = tl.program_id(1) * (H // G) + h, (t < L) & (h < H // G)
+    raw = tl.load(dt + b * dt_b + t_wide * dt_l + head, mask=there, other=0).to(tl.float32)
+    raw += tl.load(bias + head, mask=h < H // G, other=0)
+    delta, slope = _softplus(raw)
+    slope = tl.where((delta >= LOW) & (delta <= HIGH), slope, 0)
+    delta = tl.minimum(tl.maximum(delta, LOW), HIGH)
+    A = -tl.exp(tl.load(A_log + head, mask=h < H // G, other=0))
+    at_n, there_n = b * B_b + t_wide * B_l + tl.program_id(1) * N + n, (t < L) & (n < N)
+    B_t = tl.load(B + at_n, mask=there_n, other=0).to(tl.float32)
+    C_t = tl.load(C + at_n, mask=there_n, other=0).to(tl.float32)
+    dots = tl.sum(B_t * C_t, 1)[:, None]
+    return (b * L + t) * H + head, head, there, at_n, there_n, delta, slope, A, B_t, C_t, dots
+
+
+@triton.jit(do_not_specialize=("L",))
+def _before(dt, bias, A_log, D, B, C, delta, a, own, L, dt_b, dt_l, B_b, B_l, H: constexpr,
+            G: constexpr, N: constexpr, LOW: constexpr, HIGH: constexpr, T: constexpr,
+            HB: constexpr, NB: constexpr):
+    at, head, there, _, _, delta_t, _, A, _, _, dots = _of_program(
+        dt, bias, A_log, B, C, L, dt_b, dt_l, B_b, B_l, H, G, N, LOW, HIGH, T, HB, NB)
+    tl.store(delta + at, delta_t, mask=there)
+    tl.store(a + at, delta_t * A, mask=there)
+    D_h = tl.load(D + head, mask=tl.arange(0, HB)[None, :] < H // G, other=0)
+    tl.store(own + at, dots * delta_t + D_h, mask=there)
+
+
+@triton.jit(do_not_specialize=("L",))
+def _before_gradients(dt, bias, A_log, B, C, gdelta, ga, gown, of_B, of_C, gdt, gB, gC, sums, L,
+                      dt_b, dt_l, B_b, B_l, gdt_b, gdt_l, PARTS: constexpr, H: constexpr,
+                      G: constexpr, N: constexpr, LOW: constexpr, HIGH: constexpr, T: constexpr,
+                      HB: constexpr, NB: constexpr):
+    """
+    gdt (B, L, H), gB and gC (B, L, G, N), which lie as B and C do, and sums (programs, 3, H): what
+    a program has of the gradients of dt_bias, A_log and D.
+    of_B, of_C: (PARTS, B, L, G, N), what the scan has of the gradients of B and C, to be added up.
+    """
+    at, head, there, at_n, there_n, delta_t, slope, A, B_t, C_t, dots = _of_program(
+        dt, bias, A_log, B, C, L, dt_b, dt_l, B_b, B_l, H, G, N, LOW, HIGH, T, HB, NB)
+    t, b = tl.program_id(0) * T + tl.arange(0, T)[:, None], tl.program_id(2).to(tl.int64)
+    ga_t = tl.load(ga + at, mask=there, other=0)
+    gown_t = tl.load(gown + at, mask=there, other=0)
+    graw = (tl.load(gdelta + at, mask=there, other=0) + ga_t * A + gown_t * dots) * slope
+    tl.store(gdt + b * gdt_b + t.to(tl.int64) * gdt_l + head, graw, mask=there)
+    gdots = tl.sum(gown_t * delta_t, 1)[:, None]
+    gB_t, gC_t = gdots * C_t, gdots * B_t
+    n, batch = tl.arange(0, NB)[None, :], tl.num_programs(2).to(tl.int64)
+    for part in range(PARTS):
+        at_part = (((part * batch + b) * L + t) * G + tl.program_id(1)) * N + n
+        gB_t += tl.load(of_B + at_part, mask=there_n, other=0)
+        gC_t += tl.load(of_C + at_part, mask=there_n, other=0)
+    tl.store(gB + at_n, gB_t, mask=there_n)
+    tl.store(gC + at_n, gC_t, mask=there_n)
+    heads = tl.arange(0, HB)
+    to = sums + (b * tl.num_programs(0) + tl.program_id(0)) * 3 * H + tl.program_id(1) * (H // G)
+    tl.store(to + heads, tl.sum(graw, 0), mask=heads < H // G)
+    tl.store(to + H + heads, tl.sum(ga_t * delta_t * A, 0), mask=heads < H // G)
+    tl.store(to + 2 * H + heads, tl.sum(gown_t, 0), mask=heads < H // G)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def _sum(x, y, rows, M: constexpr, BM: constexpr):
+    """y (M,), the sum over the rows of x (rows, M)."""
+    m, total = tl.program_id(0) * BM + tl.arange(0, BM)[None, :], tl.zeros((64, BM), tl.float32)
+    for first in range(0, rows, 64):
+        row = first + tl.arange(0, 64)[:, None]
+        total += tl.load(x + row.to(tl.int64) * M + m, mask=(row < rows) & (m < M), other=0)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    tl.store(y + m, tl.sum(total, 0), mask=m < M)
+
+
+_start_before, _start_before_gradients, _start_sum = map(Kernel, (_before, _before_gradients, _sum))
+
+
+def sum_over_rows(x, dtype):
+    """The sum over the first dimension of x, which is contiguous and float32, in this dtype."""
+    y, M = x.new_empty(x.shape[1:], dtype=dtype), x[0].numel()
+    with torch.cuda.device_of(x):
+        _start_sum((-(-M // 32), 1, 1), (x.device.index, M, *_kinds(x, y)), (x, y), len(x), M, 32)
+    return y
+
+
+def _sizes(dt, B, limits):
+    """H, G, N, LOW, HIGH, T, HB, NB, as the kernels have them."""
+    H, (G, N) = dt.shape[2], B.shape[2:]
+    return (H, G, N, *map(float, limits), STEPS, triton.next_power_of_2(H // G),
+            triton.next_power_of_2(N))
+
+
+def before(dt, dt_bias, A_log, D, B, C, limits):
+    """delta, a and own. The numbers of a row lie side by side, B and C lie alike."""
+    (batch, L, H), sizes = dt.shape, _sizes(dt, B, limits)
+    made = [A_log.new_empty(batch, L, H) for _ in range(3)]
+    tensors, strides = (dt, dt_bias, A_log, D, B, C), (*dt.stride()[:2], *B.stride()[:2])
+    version = dt.device.index, *sizes, *_kinds(*tensors), *_facts(*strides)
+    with torch.cuda.device_of(dt):
+        _start_before((-(-L // STEPS), sizes[1], batch), version, (*tensors, *made), L, *strides,
+                      *sizes)
+    return made
+
+
+def before_back(dt, dt_bias, A_log, B, C, gdelta, ga, gown, of_B, of_C, gdt, gB, gC, limits):
+    """
+    The gradients of dt_bias, A_log and D, (3, H); those of dt, B and C into gdt, gB and gC. These
+    two lie as B and C do.
+    of_B, of_C: (parts, B, L, G, N), of which the sum is what the scan adds to gB and gC.
+    """
+    (batch, L, H), sizes, programs = dt.shape, _sizes(dt, B, limits), -(-dt.shape[1] // STEPS)
+    sums = A_log.new_empty(batch * programs, 3, H)
+    tensors = dt, dt_bias, A_log, B, C, gdelta, ga, gown, of_B, of_C, gdt, gB, gC
+    strides = (*dt.stride()[:2], *B.stride()[:2], *gdt.stride()[:2])
+    version = dt.device.index, len(of_B), *sizes, *_kinds(*tensors), *_facts(*strides)
+    with torch.cuda.device_of(dt):
+        _start_before_gradients((programs, sizes[1], batch), version, (*tensors, sums), L, *strides,
+                                len(of_B), *sizes)
+    return sum_over_rows(sums, torch.float32)
