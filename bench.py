@@ -6,6 +6,7 @@ python bench.py                                 # scan, train and generate, some
 python bench.py --suite=scan --shapes=4x1024x512x16,1x4096x1536x16      # each shape is BxLxDxN
 python bench.py --suite=scan --lengths=256,1024,4096 --plot=scan.png
 python bench.py --suite=train --compile
+python bench.py --suite=block --d_model=768 --block_size=2048           # a block in eager calls
 python bench.py --suite=generate --size=small --device=cuda
 python bench.py --suite=compare --dataset=pydoc --seconds=60            # or --max_iters=500
 python bench.py --suite=tasks
@@ -73,7 +74,8 @@ except ImportError:     # what needs it is left out
 
 @dataclass
 class Config:
-    suite: str = flag("all", "scan, train, generate, or all of these; or compare; or tasks")
+    suite: str = flag("all", "scan, train, generate, or all of these; or block; or compare; or "
+                      "tasks")
     seconds: float = flag(3.0, "time for each variant; two calls at least, unless one takes longer;"
                           " of compare, for training each model, 60 by default")
     out: str = flag("results.json", "file for all results, raw times included")
@@ -91,10 +93,11 @@ class Config:
     longest: int = flag(65536, "cost per token from L = 256 to here, below 256 it is left out; and "
                         "the longest text of compare and tasks")
     memory_gb: float = flag(8.0, "a scan that would take more is left out")
-    # train, generate and compare
+    # train, block, generate and compare
     d_model: int = flag(256, "width of the small model")
     n_layer: int = flag(4, "its layers")
-    layer: str = flag("mamba", "kind of our layers in train and generate: mamba, mamba2 or mamba3")
+    layer: str = flag("mamba", "kind of our layers in train, block and generate: mamba, mamba2 or "
+                      "mamba3")
     vocab_size: int = flag(65, "its vocabulary")
     batch_size: int = flag(8, "sequences in a training step")
     block_size: int = flag(256, "tokens in a sequence")
@@ -619,6 +622,40 @@ def train_suite(bench):
           variants, dict.fromkeys(names, x.numel()), remarks=remarks, queue=True)
 
 
+def block_step(bench, name, x):
+    """A call of a single block, forward and backward, and of AdamW, as a network of one's own makes
+    them."""
+    cfg, layer = bench.cfg, bench.cfg.layer
+    if name == "mamba_ssm":
+        import mamba_ssm
+        block = getattr(mamba_ssm, layer.capitalize())(cfg.d_model)
+    else:
+        config = MambaConfig(d_model=cfg.d_model, layer=layer)
+        block = config.block(config)
+    block = block.to(bench.device)
+    optimizer = torch.optim.AdamW(block.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        x.grad = None
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(bench.device, bench.dtype):
+            y = block(x)
+        y.backward(y.detach())
+        optimizer.step()
+    return step
+
+
+def block_suite(bench):
+    cfg = bench.cfg
+    shape = cfg.batch_size, cfg.block_size, cfg.d_model
+    x = torch.randn(shape, device=bench.device, requires_grad=True)
+    names = ["ours", *(name for name in bench.peers if name == "mamba_ssm")]
+    table(bench, f"a block of {cfg.layer} and its AdamW: d_model {cfg.d_model}, B={cfg.batch_size} "
+          f"L={cfg.block_size}, {bench.dtype}",
+          {name: functools.partial(block_step, bench, name, x) for name in names},
+          dict.fromkeys(names, cfg.batch_size * cfg.block_size), queue=True)
+
+
 def generating(bench, name, shape, dtype, compiled):
     """A call that generates, greedily, cfg.new_tokens for each of cfg.texts of cfg.start tokens."""
     n, size = bench.cfg.new_tokens, (bench.cfg.texts, bench.cfg.start)
@@ -736,7 +773,8 @@ def machine_of(device):
 
 
 def main(cfg, given):
-    for name, choices in (("suite", ("scan", "train", "generate", "all", "compare", "tasks")),
+    for name, choices in (("suite", ("scan", "train", "block", "generate", "all", "compare",
+                                     "tasks")),
                           ("size", ("small", "130m", "both")), ("layer", ("mamba", *HEADS))):
         if (value := getattr(cfg, name)) not in choices:
             hint = nearest(value, choices)
@@ -782,6 +820,8 @@ def main(cfg, given):
             plot(bench, sweep)
     if cfg.suite in ("train", "all"):
         train_suite(bench)
+    if cfg.suite == "block":
+        block_suite(bench)
     if cfg.suite in ("generate", "all"):
         generate_suite(bench)
     if cfg.suite == "compare":

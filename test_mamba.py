@@ -8750,6 +8750,15 @@ def test_bench_measures_every_suite(tmp_path, call):
         assert table["title"] in done.stdout and not [remark for remark in table["remarks"] if "failed" in remark]
 
 
+@pytest.mark.parametrize("layer", ["mamba", "mamba2"])
+def test_bench_measures_a_block(tmp_path, call, layer):
+    done = succeeded(call("bench.py", "--suite=block", "--device=cpu", "--seconds=0.003", f"--layer={layer}", "--d_model=32", "--batch_size=2",
+                          "--block_size=8", "--out=bench.json", cwd=tmp_path))
+    [table] = json.loads((tmp_path / "bench.json").read_text())["tables"]
+    assert [row["variant"] for row in table["rows"]] == ["ours"] and table["rows"][0]["median_s"] > 0 and table["remarks"] == []
+    assert f"a block of {layer} and its AdamW: d_model 32, B=2 L=8" in done.stdout
+
+
 def test_bench_goes_on_without_a_variant_that_fails():
     def broken():
         raise ImportError("no such kernel\nand a long story")

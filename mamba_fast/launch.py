@@ -84,6 +84,7 @@ def compile_ahead(key, call):
     before = writer.set(Rehearsal)
     try:
         with torch.no_grad(), ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
+            threads.submit(functions)       # which compiles repeat.cpp
             call()
     finally:
         writer.reset(before)
