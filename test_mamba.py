@@ -3976,13 +3976,13 @@ def test_plan_repeats_its_calls_with_other_memory(monkeypatch):
 
     repeat = importlib.import_module("mamba_fast.cpp").compiled("repeat").repeat
     repeat.argtypes = (address, ctypes.c_int64, *[address] * 5)
-    monkeypatch.setattr(launch, "functions", lambda: (repeat, *(ctypes.cast(f, address) for f in (start, multiply))))
+    monkeypatch.setattr(launch, "entry_points", lambda: (repeat, *(ctypes.cast(f, address) for f in (start, multiply))))
     monkeypatch.setattr(launch, "parameters_of", lambda function: 6)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: 6)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
     kernel = launch.Kernel(None)
-    kernel.keep("version", StandIn(4, x="*fp32", y="*fp32", none="constexpr", n="i32", shift="i32", large="i64", SIZE="constexpr"))
+    kernel.add("version", StandIn(4, x="*fp32", y="*fp32", none="constexpr", n="i32", shift="i32", large="i64", SIZE="constexpr"))
 
     def shifted(x, shift):
         y = x.new_empty(x.shape)
@@ -4008,7 +4008,7 @@ def test_plan_repeats_its_calls_with_other_memory(monkeypatch):
     for i, (rows, left) in enumerate(((3, 0), (3, 0), (3, 8), (2, 8))):
         a, w = (torch.randn(n, 4 + left).round()[:, left:] for n in (rows, 5))
         plan = launch.Plan.of(plans, "key", functools.partial(call, a, w, None), (a, w, None))
-        assert len(plans) == max(1, i) and plan.used == [0]
+        assert len(plans) == max(1, i) and plan.kept_inputs == [0]
         del started[:]
         (wide, first, second, none, last), kept = plan.repeat((a, w, None))
         p, (wide_expected, *others) = expected(a, w)
@@ -4016,11 +4016,21 @@ def test_plan_repeats_its_calls_with_other_memory(monkeypatch):
         p_kept, a_kept, nothing = plan.all_kept(kept, a)
         assert same([p_kept], [p]) and a_kept is a and nothing is None
         assert started == [(4, 1, 2, 3, 64, 1, 1, 7, 5, 2 ** 40, 0)] * 2
+    # inputs that lie between each other's rows, in any order, far apart, and the same one twice
+    plans, (b, c), far = {}, torch.randn(5, 8).round().split(4, dim=1), torch.randn(5, 8).round()[:, :4]
+    for one, other, count in ((b, c, 1), (c, b, 1), (b, far, 1), (b, b, 2), (far, far, 2), (far, c, 2)):
+        plan = launch.Plan.of(plans, "key", lambda one=one, other=other: ((launch.product(one, other.t()),), (other,)), (one, other))
+        (result,), kept = plan.repeat((one, other))
+        assert len(plans) == count and kept is None and same([result], [one @ other.t()])
+        assert plan.kept_inputs == [0 if one is other else 1] and plan.all_kept(None, other)[0] is other
     part = torch.randn(5, 8)[:, :4]
     for wrong in (lambda: ((part + 1,), ()), lambda: ((part,), ()), lambda: ((p := part.new_empty(3),), (p,)),
-                  lambda: ((part.contiguous(),), ()), lambda: ((launch.product(part[::2, ::2], part[:2]),), ())):
+                  lambda: ((part.contiguous(),), ()), lambda: ((launch.product(part[::2, ::2], part[:2]),), ()),
+                  lambda: ((launch.product(part.double(), part),), ()), lambda: ((), (part[1:],)), lambda: ((), (part.t(),)),
+                  lambda: ((p := part.new_empty(4), p.view(torch.int32)), ())):
         assert launch.Plan.of({}, "key", wrong, (part,)) is None
-    assert launch.writer.get() is None
+    assert launch.Plan.of({}, "key", lambda: ((launch.product(c[1:], c[:4]),), ()), (b, c)) is None    # c[1:] may be of b
+    assert launch.taker.get() is None
 
 
 def with_hook(block):

@@ -56,25 +56,25 @@ def mix(block, x, others, is_plain, plain):
 
 def by_plan(forward, back, dtype, x, parameters, *settings):
     """
-    The result of forward(dtype, x, *parameters) as one operation, or None where there is no plan
-    of it on this GPU.
-    forward returns it with what is kept for back, which returns the gradients of x and parameters
-    for (which of them are asked for, the types of those of x and of weights, gout, *kept).
-    settings: all else that they depend on.
+    The result of a block as one operation, or None where there is no plan of it on this GPU.
+    forward(dtype, x, *parameters) returns it, and a list of what back needs. back(needs, type of
+    x, type of weights, gout, *that list) returns the gradients of x and parameters, or None for
+    those of which needs says False.
+    settings: all else on which forward and back depend.
     """
     inputs = x.contiguous(), *parameters
-    key = dtype, len(parameters), *settings
-
-    def rehearse():
-        with torch.autocast("cuda", enabled=False):
-            out, kept = forward(dtype, *inputs)
-            back([True] * len(inputs), x.dtype, parameters[0].dtype, out, *kept)
 
     def compute():
         out, kept = forward(dtype, *inputs)
         return (out,), kept
-    shapes = (None if t is None else (t.shape, t.dtype) for t in parameters)
-    launch.compile_ahead((key, x.device, x.dtype, *shapes), rehearse)
+
+    def rehearse():
+        with torch.autocast("cuda", enabled=False):
+            (out,), kept = compute()    # out has the shape and type of its gradient
+            back([True] * len(inputs), x.dtype, parameters[0].dtype, out, *kept)
+    key = dtype, len(parameters), *settings     # the number tells which block it is
+    forms = (None if t is None else (t.shape, t.dtype) for t in parameters)
+    launch.compile_ahead((key, x.device, x.dtype, *forms), rehearse)
     plan = launch.Plan.of(PLANS, key, compute, inputs) if launch.can_repeat() else None
     return None if plan is None else ByPlan.apply(plan, back, *inputs)
 
@@ -243,14 +243,14 @@ class Mix(torch.autograd.Function):
 
 
 class ByPlan(torch.autograd.Function):
-    """A block on a GPU, all of forward and all of backward by one call each."""
+    """A block on a GPU, all of forward and mostly all of backward by one call each."""
 
     @staticmethod
     def forward(ctx, plan, back, x, *parameters):
         inputs = x, *parameters
         (out,), memory = plan.repeat(inputs)
         ctx.plan, ctx.back, ctx.dtypes = plan, back, (x.dtype, parameters[0].dtype)
-        ctx.save_for_backward(memory, *(inputs[i] for i in plan.used))
+        ctx.save_for_backward(memory, *(inputs[i] for i in plan.kept_inputs))
         return out
 
     @staticmethod
@@ -258,12 +258,12 @@ class ByPlan(torch.autograd.Function):
     @without_autocast
     def backward(ctx, gout):
         inputs = gout.contiguous(), *ctx.saved_tensors
-        needs, forward = ctx.needs_input_grad[2:], ctx.plan
+        needs = ctx.needs_input_grad[2:]
 
         def compute():
             gout, *saved = inputs
-            return ctx.back(needs, *ctx.dtypes, gout, *forward.all_kept(*saved)), ()
-        plan = launch.Plan.of(forward.plans_back, needs, compute, inputs)
+            return ctx.back(needs, *ctx.dtypes, gout, *ctx.plan.all_kept(*saved)), ()
+        plan = launch.Plan.of(ctx.plan.plans_back, needs, compute, inputs)
         return None, None, *(compute() if plan is None else plan.repeat(inputs))[0]
 
 
@@ -294,7 +294,7 @@ def mixed2(sizes, dtype, x, w_in, b_in, w_conv, b_conv, dt_bias, A_log, D, w_nor
     uBC_in = projected.narrow(2, d_inner, len(w_conv))
     uBC = OnGPU.conv(uBC_in, w_conv, b_conv)
     z, _, dt, u, B, C = parts_of2(sizes, d_inner, projected, uBC)
-    delta, a, own = heads_triton.before(dt, dt_bias, A_log, D, B, C, sizes.dt_limit)
+    delta, a, own = heads_triton.prepare(dt, dt_bias, A_log, D, B, C, sizes.dt_limit)
     y, _, packed, states = ssd_triton._run(u, delta, a, B, C, own, None, True)
     y = y.flatten(2)                                                        # (B, L, D)
     normed = rows_triton.run_norm(y, z, w_norm, sizes.groups_of_norm, sizes.eps)
@@ -316,8 +316,8 @@ def gradients2(sizes, needs, x_dtype, weight_dtype, gout, x, projected, uBC, own
                                             sizes.groups_of_norm, sizes.eps, gz)
     gdelta, ga, gown, of_BC, _ = ssd_triton.back_in_parts(gy.view(u.shape), None, u, packed, B, C,
                                                           own, states, gu)
-    of_heads = heads_triton.before_back(dt, dt_bias, A_log, B, C, gdelta, ga, gown, *of_BC, gdt, gB,
-                                        gC, sizes.dt_limit)
+    of_heads = heads_triton.prepare_back(dt, dt_bias, A_log, B, C, gdelta, ga, gown, *of_BC, gdt,
+                                         gB, gC, sizes.dt_limit)
     gw_conv, gb_conv = OnGPU.conv_back(guBC, uBC_in, w_conv, b_conv, guBC_in)
     gprojected = gprojected.flatten(0, 1)
     gx, gw_in = OnGPU.product_back(gprojected, x.flatten(0, 1), w_in, needs[0], needs[1], x_dtype,

@@ -1,12 +1,12 @@
 """
-What Mamba-2 makes of the step sizes of its heads before the scan, on CUDA, as a Triton kernel each
-way: of what in_proj gives, dt (B, L, H), and of B and C (B, L, G, N)
+What Mamba-2 makes of the step sizes of its heads before the scan, on CUDA, by one Triton kernel
+forward and one backward. Of what in_proj gives, dt (B, L, H), and of B and C (B, L, G, N) it makes
 
     delta = softplus(dt + dt_bias), clamped
     a     = delta A,   A = -exp(A_log)
     own   = (B . C) delta + D,              what a step adds to y of its own u
 
-all (B, L, H), in float32. And sums over rows, by which gradients of parameters end.
+all (B, L, H), in float32. And the sum over rows that gradients of parameters end with.
 """
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ STEPS = 16      # of a program, which has all heads of a group
 
 @triton.jit
 def _softplus(x):
-    """And its derivative. log(1 + e) by the error of 1 + e: of a small e the sum forgets most."""
+    """softplus(x) and its derivative. 1 + e forgets most of a small e: its logarithm is scaled by e
+    over what it has kept of it."""
     e = tl.exp(-tl.abs(x))
     more = 1 + e
     rest = tl.where(more == 1, e, tl.log(more) * (e / tl.where(more == 1, 1.0, more - 1)))
@@ -34,8 +35,9 @@ def _softplus(x):
 def _of_program(dt, bias, A_log, B, C, L, dt_b, dt_l, B_b, B_l, H: constexpr, G: constexpr,
                 N: constexpr, LOW: constexpr, HIGH: constexpr, T: constexpr, HB: constexpr,
                 NB: constexpr):
-    """Places (T, HB) and (T, NB), and whether they are there; delta, its derivative; A; B, C and
-    their scalar products."""
+    """For steps and heads (T, HB): where they lie, the heads, whether they exist; for steps and
+    numbers of the state (T, NB): where they lie in B and C, whether they exist; then delta, its
+    derivative and A, and B, C and their scalar products."""
     t, b = tl.program_id(0) * T + tl.arange(0, T)[:, None], tl.program_id(2).to(tl.int64)
     h, n, t_wide = tl.arange(0, HB)[None, :], tl.arange(0, NB)[None, :], t.to(tl.int64)
     head, there = tl.program_id(1) * (H // G) + h, (t < L) & (h < H // G)
@@ -53,7 +55,7 @@ def _of_program(dt, bias, A_log, B, C, L, dt_b, dt_l, B_b, B_l, H: constexpr, G:
 
 
 @triton.jit(do_not_specialize=("L",))
-def _before(dt, bias, A_log, D, B, C, delta, a, own, L, dt_b, dt_l, B_b, B_l, H: constexpr,
+def _prepare(dt, bias, A_log, D, B, C, delta, a, own, L, dt_b, dt_l, B_b, B_l, H: constexpr,
             G: constexpr, N: constexpr, LOW: constexpr, HIGH: constexpr, T: constexpr,
             HB: constexpr, NB: constexpr):
     at, head, there, _, _, delta_t, _, A, _, _, dots = _of_program(
@@ -65,13 +67,13 @@ def _before(dt, bias, A_log, D, B, C, delta, a, own, L, dt_b, dt_l, B_b, B_l, H:
 
 
 @triton.jit(do_not_specialize=("L",))
-def _before_gradients(dt, bias, A_log, B, C, gdelta, ga, gown, of_B, of_C, gdt, gB, gC, sums, L,
+def _prepare_gradients(dt, bias, A_log, B, C, gdelta, ga, gown, of_B, of_C, gdt, gB, gC, sums, L,
                       dt_b, dt_l, B_b, B_l, gdt_b, gdt_l, PARTS: constexpr, H: constexpr,
                       G: constexpr, N: constexpr, LOW: constexpr, HIGH: constexpr, T: constexpr,
                       HB: constexpr, NB: constexpr):
     """
-    gdt (B, L, H), gB and gC (B, L, G, N), which lie as B and C do, and sums (programs, 3, H): what
-    a program has of the gradients of dt_bias, A_log and D.
+    Writes gdt (B, L, H), gB and gC (B, L, G, N), which lie as B and C do, and sums (programs, 3,
+    H), each program's share of the gradients of dt_bias, A_log and D.
     of_B, of_C: (PARTS, B, L, G, N), what the scan has of the gradients of B and C, to be added up.
     """
     at, head, there, at_n, there_n, delta_t, slope, A, B_t, C_t, dots = _of_program(
@@ -108,7 +110,8 @@ def _sum(x, y, rows, M: constexpr, BM: constexpr):
     tl.store(y + m, tl.sum(total, 0), mask=m < M)
 
 
-_start_before, _start_before_gradients, _start_sum = map(Kernel, (_before, _before_gradients, _sum))
+_start_prepare, _start_gradients, _start_sum = map(
+    Kernel, (_prepare, _prepare_gradients, _sum))
 
 
 def sum_over_rows(x, dtype):
@@ -126,22 +129,22 @@ def _sizes(dt, B, limits):
             triton.next_power_of_2(N))
 
 
-def before(dt, dt_bias, A_log, D, B, C, limits):
-    """delta, a and own. The numbers of a row lie side by side, B and C lie alike."""
+def prepare(dt, dt_bias, A_log, D, B, C, limits):
+    """delta, a and own. The last dimension of dt, B and C has stride 1, and B and C lie alike."""
     (batch, L, H), sizes = dt.shape, _sizes(dt, B, limits)
     made = [A_log.new_empty(batch, L, H) for _ in range(3)]
     tensors, strides = (dt, dt_bias, A_log, D, B, C), (*dt.stride()[:2], *B.stride()[:2])
     version = dt.device.index, *sizes, *_kinds(*tensors), *_facts(*strides)
     with torch.cuda.device_of(dt):
-        _start_before((-(-L // STEPS), sizes[1], batch), version, (*tensors, *made), L, *strides,
+        _start_prepare((-(-L // STEPS), sizes[1], batch), version, (*tensors, *made), L, *strides,
                       *sizes)
     return made
 
 
-def before_back(dt, dt_bias, A_log, B, C, gdelta, ga, gown, of_B, of_C, gdt, gB, gC, limits):
+def prepare_back(dt, dt_bias, A_log, B, C, gdelta, ga, gown, of_B, of_C, gdt, gB, gC, limits):
     """
-    The gradients of dt_bias, A_log and D, (3, H); those of dt, B and C into gdt, gB and gC. These
-    two lie as B and C do.
+    The gradients of dt_bias, A_log and D, (3, H); those of dt, B and C go into gdt, gB and gC. gB
+    and gC lie as B and C do.
     of_B, of_C: (parts, B, L, G, N), of which the sum is what the scan adds to gB and gC.
     """
     (batch, L, H), sizes, programs = dt.shape, _sizes(dt, B, limits), -(-dt.shape[1] // STEPS)
@@ -150,6 +153,6 @@ def before_back(dt, dt_bias, A_log, B, C, gdelta, ga, gown, of_B, of_C, gdt, gB,
     strides = (*dt.stride()[:2], *B.stride()[:2], *gdt.stride()[:2])
     version = dt.device.index, len(of_B), *sizes, *_kinds(*tensors), *_facts(*strides)
     with torch.cuda.device_of(dt):
-        _start_before_gradients((programs, sizes[1], batch), version, (*tensors, sums), L, *strides,
-                                len(of_B), *sizes)
+        _start_gradients((programs, sizes[1], batch), version, (*tensors, sums), L, *strides,
+                         len(of_B), *sizes)
     return sum_over_rows(sums, torch.float32)

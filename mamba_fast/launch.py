@@ -1,8 +1,9 @@
 """
-How the kernels start. Kernel starts one of them within a few microseconds. Plan makes all the calls
-of a function at once, kernels and products of matrices: the first time that it is called with such
-tensors, what it asks of the GPU is written down, and from then on repeat.cpp does that for other
-memory. For a small block the host takes longer to ask than the GPU to compute.
+How the kernels start. Kernel starts one of them within a few microseconds. Plan is for functions
+that ask the GPU for many: the first time, the function runs without starting anything, and what it
+would ask for, kernels and products of matrices, is written down. Then, and from then on, repeat.cpp
+asks for the same with other tensors. For a small block the host takes longer to ask in Python than
+the GPU to compute.
 """
 from __future__ import annotations
 
@@ -19,11 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import cpp
 
-writer = ContextVar("writer", default=None)     # if there is one, kernels are not started
-REHEARSED = set()
-TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}    # of cuBLAS
-ALIGNED = 512       # bytes, as PyTorch's own allocator has it
-MOST_PLANS = 1000   # of a function: one for each shape
+taker = ContextVar("taker", default=None)   # who gets kernels instead of the GPU: see take below
+REHEARSED = set()       # keys of what has been compiled ahead
+TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}    # their numbers in cuBLAS
+ALIGNED = 512           # bytes, as PyTorch's own allocator has it
+MOST_PLANS = 1000       # in a dict of plans, which then starts anew
+MOST_ARGUMENTS = 64     # of a kernel, as in repeat.cpp
+NUMBER = -1             # (NUMBER, n) is the number n and no address
+# what a plan may ask of PyTorch besides views
 EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default,
          torch.ops.aten.empty_strided.default, torch.ops.aten.new_empty.default}
 
@@ -37,70 +41,70 @@ class Kernel:
     """
 
     def __init__(self, function, **options):
-        self.function, self.options, self.compiled = function, options, {}
+        self.function, self.options, self.versions = function, options, {}
 
     def __call__(self, grid, version, tensors, *numbers):
-        compiled, instead = self.compiled.get(version), writer.get()
-        if instead is not None:
-            return instead.write(self, grid, version, tensors, numbers)
-        if compiled is None:
-            return self.keep(version, self.function[grid](*tensors, *numbers, **self.options))
-        run, function, metadata, _ = compiled
-        # of a tensor itself the launcher would ask the driver whose it is
-        addresses = [t if t is None else t.data_ptr() for t in tensors]
-        run(*grid, torch._C._cuda_getCurrentRawStream(version[0]), function, metadata, None, None,
-            None, *addresses, *numbers)
+        if (other := taker.get()) is not None:
+            other.take(self, grid, version, tensors, numbers)
+        elif version not in self.versions:
+            self.add(version, self.function[grid](*tensors, *numbers, **self.options))
+        else:
+            run, handle, metadata, _ = self.versions[version]
+            # of a tensor itself the launcher would ask the driver whose it is
+            addresses = [t if t is None else t.data_ptr() for t in tensors]
+            stream = torch._C._cuda_getCurrentRawStream(version[0])
+            # three times None: no metadata of this launch, and no hooks
+            run(*grid, stream, handle, metadata, None, None, None, *addresses, *numbers)
 
     def compiled_for(self, grid, version, tensors, numbers):
         """The kernel for these arguments, as Triton has it. It is not started."""
-        if version not in self.compiled:
+        if version not in self.versions:
             made = self.function.warmup(*tensors, *numbers, grid=grid, **self.options)
-            self.keep(version, made)
-        return self.compiled[version][3]
+            self.add(version, made)
+        return self.versions[version][3]
 
-    def keep(self, version, kernel):
+    def add(self, version, kernel):
         if kernel is not None:      # Triton's interpreter has none
-            # run first: it loads the kernel
-            self.compiled[version] = kernel.run, kernel.function, kernel.packed_metadata, kernel
+            # run comes first: it loads the kernel, which has a handle only then
+            self.versions[version] = kernel.run, kernel.function, kernel.packed_metadata, kernel
 
 
 class Rehearsal:
-    """Kernels are compiled, side by side."""
+    """Takes kernels to compile them, which Triton does in the threads of compile_ahead."""
 
     @staticmethod
-    def write(kernel, grid, version, tensors, numbers):
-        if version not in kernel.compiled:
+    def take(kernel, grid, version, tensors, numbers):
+        if version not in kernel.versions:
             kernel.function.warmup(*tensors, *numbers, grid=grid, **kernel.options)
 
 
 def compile_ahead(key, call):
     """Before the first call of this key: its kernels are compiled side by side, as one after the
     other they take seconds."""
-    if key in REHEARSED or writer.get() is not None:
+    if key in REHEARSED or taker.get() is not None:
         return
     if torch._C._len_torch_dispatch_stack() > 0 or torch.cuda.is_current_stream_capturing():
-        return      # who looks on, or records, is not to see it
+        return      # neither a dispatch mode nor a CUDA graph is to see the rehearsal
     REHEARSED.add(key)
-    before = writer.set(Rehearsal)
+    before = taker.set(Rehearsal)
     try:
         with torch.no_grad(), ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
-            threads.submit(functions)       # which compiles repeat.cpp
+            threads.submit(entry_points)    # which compiles repeat.cpp
             call()
     finally:
-        writer.reset(before)
+        taker.reset(before)
 
 
 def product(a, b, out=None, dtype=None, add=False):
     """
-    a @ b of two matrices, of which each has neighbours side by side, in rows or in columns.
-    out: where to write it, or with add to add it.  dtype: of the result, if this is float32, and
-    else that of a.
+    a @ b of two matrices that lie row by row or column by column, in the dtype of a, or float32 if
+    that is asked for.
+    out: where it is written, or with add added to what is there.
     """
     dtype = dtype if dtype == torch.float32 else a.dtype
-    plan = writer.get()
-    if isinstance(plan, Plan):
+    if isinstance(plan := taker.get(), Plan):
         out = a.new_empty(len(a), b.shape[1], dtype=dtype) if out is None else out
-        plan.write_product(out, a, b, add)
+        plan.take_product(out, a, b, add)
         return out
     if add:
         return out.addmm_(a, b)
@@ -110,23 +114,29 @@ def product(a, b, out=None, dtype=None, add=False):
 
 
 class CannotBeWritten(Exception):
-    """The function does more than to start kernels and products."""
+    """The function does something that a plan cannot repeat."""
 
 
 class Plan(TorchDispatchMode):
     """
     What call(), a function of some tensors, asks of the GPU. call returns two lists of tensors or
-    None: its results, each of which gets memory of its own each time, and what else is kept, which
-    lies in one piece of memory.
+    None: its results, and what it keeps for another function, which comes in one piece of memory.
+    Of the memory of a GPU it may read only these tensors and what it makes itself. A plan is a
+    dispatch mode while it is written, to refuse all that it cannot repeat.
     """
 
     @classmethod
     def of(cls, plans, key, call, tensors):
         """The plan in the dict plans for this key and for tensors like these, or None where there
         can be none."""
-        like = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
-                for t in tensors]
-        key = key, tensors[0].device, *like
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        # Triton compiles other versions for addresses that 16 does not divide
+        like = [None if t is None else (t.shape, t.stride(), t.dtype, address % 16)
+                for t, address in zip(tensors, addresses)]
+        # which of them are the same: for a plan they would be the same always
+        same = None if len(set(addresses)) == len(addresses) else tuple(map(addresses.index,
+                                                                            addresses))
+        key = key, tensors[0].device, same, *like
         if key not in plans:
             if len(plans) >= MOST_PLANS:
                 plans.clear()
@@ -138,142 +148,160 @@ class Plan(TorchDispatchMode):
 
     def __init__(self, call, tensors):
         super().__init__()
-        self.inputs = [range(0) if t is None else range(t.data_ptr(), t.data_ptr() + bytes_of(t))
-                       for t in tensors]
-        # what was made, by its address, and the kernels: so that they stay
-        self.made, self.calls, self.kernels, self.plans_back = {}, [], [], {}
-        before = writer.set(self)
+        self.inputs, self.ranges = tensors, [range_of(t) for t in tensors]
+        # storages by their addresses, all of them until the end, so that no two have the same one
+        self.storages, self.requests = {}, []
+        self.kernels, self.plans_back = [], {}      # kernels: so that they stay loaded
+        before = taker.set(self)
         try:
             with torch.no_grad(), self:
                 results, kept = call()
         finally:
-            writer.reset(before)
-        self.place(results, kept)
-        numbers = [self.numbers_of(call) for call in self.calls]
-        self.count, self.multiplies = len(numbers), any(call[0] == 1 for call in numbers)
-        self.list = as_int64([n for call in numbers for n in (len(call) - 1, *call)])
-        del self.inputs, self.made, self.calls, self.places
+            taker.reset(before)
+        self.assign_memory(results, kept)
+        requests = [self.numbers_of(request) for request in self.requests]
+        self.count, self.multiplies = len(requests), any(r[0] == 1 for r in requests)
+        self.numbers = as_int64([n for r in requests for n in (len(r) - 1, *r)])
+        del self.inputs, self.ranges, self.storages, self.requests, self.targets
 
-    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
-        if function in EMPTY or function.is_view:
-            return function(*arguments, **(settings or {}))
-        raise CannotBeWritten(function)
+    def __torch_dispatch__(self, operator, types, arguments=(), settings=None):
+        if operator in EMPTY or operator.is_view:
+            return operator(*arguments, **(settings or {}))
+        raise CannotBeWritten(operator)
 
-    def write(self, kernel, grid, version, tensors, numbers):
-        made = kernel.compiled_for(grid, version, tensors, numbers)
-        about, arguments = made.metadata, []
-        for kind, argument in zip(made.src.signature.values(), (*tensors, *numbers)):
+    def take(self, kernel, grid, version, tensors, numbers):
+        compiled = kernel.compiled_for(grid, version, tensors, numbers)
+        metadata, arguments = compiled.metadata, []
+        for kind, argument in zip(compiled.src.signature.values(), (*tensors, *numbers)):
             if kind.startswith("*"):
-                arguments.append(self.where(argument))
+                arguments.append(self.source_of(argument))
             elif kind[0] in "iu":
-                arguments.append((-1, int(argument)))
-            elif kind != "constexpr":
+                arguments.append((NUMBER, int(argument)))
+            elif kind != "constexpr":       # a constexpr, as None is, is no argument
                 raise CannotBeWritten(kind)
-        # the last ones are memory that Triton gives to some kernels, and not to these
-        more = parameters_of(made.function) - len(arguments)
-        special = about.num_ctas > 1 or about.launch_cooperative_grid or about.launch_pdl
-        if special or about.global_scratch_size > 0 or not 0 <= more <= 2:
+        # the last parameters are memory that Triton gives to some kernels, and not to these
+        scratch = parameters_of(compiled.function) - len(arguments)
+        special = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size")
+        if (not 0 <= scratch <= 2 or len(arguments) + scratch > MOST_ARGUMENTS
+                or metadata.num_ctas > 1 or any(getattr(metadata, k, 0) for k in special)):
             raise CannotBeWritten(kernel)
-        self.kernels.append(made)
-        self.calls.append((0, made.function, *grid, 32 * about.num_warps, about.shared, *arguments,
-                           *[(-1, 0)] * more))
+        self.kernels.append(compiled)
+        self.requests.append((0, compiled.function, *grid, 32 * metadata.num_warps, metadata.shared,
+                              *arguments, *[(NUMBER, 0)] * scratch))
 
-    def write_product(self, out, a, b, add):
-        # cuBLAS counts along columns: it is asked for the turned matrices, out^T = b^T a^T
+    def take_product(self, out, a, b, add):
+        # cuBLAS takes matrices column by column, so it is to compute out^T = b^T a^T
         (rows, inner), columns = a.shape, b.shape[1]
-        (turned_a, step_a), (turned_b, step_b) = order_of(a), order_of(b)
-        self.calls.append((1, turned_b, turned_a, columns, rows, inner,
-                           self.where(b), TYPES[b.dtype], step_b,
-                           self.where(a), TYPES[a.dtype], step_a,
-                           self.where(out), TYPES[out.dtype], max(out.stride(0), columns), add))
+        (turned_a, step_a), (turned_b, step_b), (turned, step) = map(order_of, (a, b, out))
+        if turned or not {a.dtype, b.dtype, out.dtype} <= TYPES.keys():
+            raise CannotBeWritten("cuBLAS takes this product in another way, or not at all")
+        self.requests.append((1, turned_b, turned_a, columns, rows, inner,
+                              self.source_of(b), TYPES[b.dtype], step_b,
+                              self.source_of(a), TYPES[a.dtype], step_a,
+                              self.source_of(out), TYPES[out.dtype], step, add))
 
-    def where(self, t):
-        """Where t begins: the number of an input, or the address of what was made, or -1 if there
-        is nothing; and the distance from the start of that."""
+    def source_of(self, t):
+        """Where t lies: in which input, by its number, or in which storage, by its address; or
+        NUMBER if it has no memory. And how far from the start of that."""
+        if t.numel() == 0:
+            return NUMBER, 0
         address = t.data_ptr()
-        for i, memory in enumerate(self.inputs):
-            if address in memory:
-                return i, address - memory.start
+        starts = [i for i, inside in enumerate(self.ranges) if inside and address == inside.start]
+        around = starts[:1] or [i for i, inside in enumerate(self.ranges) if address in inside]
+        if len(around) > 1:
+            raise CannotBeWritten("a part of one input, or of another that lies between its rows")
+        if around:
+            return around[0], address - self.ranges[around[0]].start
         storage = t.untyped_storage()
-        if storage.nbytes() == 0:
-            return -1, 0
-        self.made[storage.data_ptr()] = storage
+        self.storages[storage.data_ptr()] = storage
         return storage.data_ptr(), address - storage.data_ptr()
 
-    def place(self, results, kept):
+    def assign_memory(self, results, kept):
         """Decides where all that was made will lie: as a result, in the memory that is kept, or in
-        other memory. In this order they follow the inputs in what repeat.cpp gets."""
-        first, own = len(self.inputs), {}
-        self.places = {i: (i, 0) for i in range(-1, first)}
-        self.memories, self.results, self.kept, sizes = [], [], [], [0, 0]
+        scratch. In this order they follow the inputs in the addresses that repeat.cpp gets."""
+        inputs, pieces = len(self.inputs), [0, 0]       # bytes that are kept, and of scratch
+        self.targets = {i: (i, 0) for i in (NUMBER, *range(inputs))}
+        self.to_allocate, self.results, self.kept = [], [], []
         for t in results:
-            if t is None:
-                self.results.append(None)
-                continue
-            of, distance = self.where(t)
-            if 0 <= of < first:
-                raise CannotBeWritten("a result is an input")
-            size = t.untyped_storage().nbytes()
-            whole = t.is_contiguous() and bytes_of(t) == size
-            if of < 0 or of not in own:
-                own[of] = len(self.memories)
-                self.memories.append((t.shape if whole else (size // t.element_size(),), t.dtype))
-                self.places.setdefault(of, (first + own[of], 0))
-            part = None if whole else (t.shape, t.stride(), distance // t.element_size())
-            self.results.append((own[of], part))
-
-        def put(of, memory):
-            self.places[of] = first + len(self.memories) + memory, sizes[memory]
-            sizes[memory] += -(-self.made[of].nbytes() // ALIGNED) * ALIGNED
-
+            self.results.append(None if t is None else self.result(t))
         for t in kept:
-            of, distance = (-1, 0) if t is None else self.where(t)
-            if of >= first:
-                if of in own:
-                    raise CannotBeWritten("what is kept is a result")
-                if of not in self.places:
-                    put(of, 0)
-                self.kept.append((self.places[of][1] + distance, t.shape, t.stride(), t.dtype))
-            else:
-                self.kept.append(None if t is None else of)
-        for of in self.made.keys() - self.places.keys():
-            put(of, 1)
-        self.used = [i for i in range(first) if i in self.kept]
-        self.memories += [((size,), torch.uint8) if size > 0 else None for size in sizes]
+            self.kept.append(None if t is None else self.kept_as(t, pieces))
+        for source in self.storages.keys() - self.targets.keys():
+            self.put(source, pieces, 1)
+        self.kept_inputs = [i for i in range(inputs) if i in self.kept]
+        self.to_allocate += [((size,), torch.uint8) if size > 0 else None for size in pieces]
 
-    def numbers_of(self, call):
-        """All numbers of a call, of which pairs are where memory was, by where it will be."""
+    def result(self, t):
+        """(its memory's number in to_allocate, None if it is all of that, or how it lies there)."""
+        source, distance = self.source_of(t)
+        if 0 <= source < len(self.inputs):
+            raise CannotBeWritten("a result is an input")
+        size = t.untyped_storage().nbytes()
+        if source == NUMBER or source not in self.targets:
+            whole = t.is_contiguous() and len(range_of(t)) == size
+            shape = t.shape if whole else (size // t.element_size(),)
+            self.targets.setdefault(source, (len(self.inputs) + len(self.to_allocate), 0))
+            self.to_allocate.append((shape, t.dtype))
+            if whole:
+                return len(self.to_allocate) - 1, None
+        number = self.targets[source][0] - len(self.inputs)
+        if self.to_allocate[number][1] != t.dtype:
+            raise CannotBeWritten("two results in one memory, with two types")
+        return number, (t.shape, t.stride(), distance // t.element_size())
+
+    def kept_as(self, t, pieces):
+        """The number of an input, or how t lies in the memory that is kept."""
+        source, distance = self.source_of(t)
+        if 0 <= source < len(self.inputs):
+            if form_of(t) != form_of(self.inputs[source]) or distance > 0:
+                raise CannotBeWritten("a part of an input is kept")
+            return source
+        if source not in self.targets:
+            self.put(source, pieces, 0)
+        target, start = self.targets[source]
+        if target != len(self.inputs) + len(self.to_allocate):
+            raise CannotBeWritten("what is kept is a result, or empty")
+        return start + distance, *form_of(t)
+
+    def put(self, source, pieces, which):
+        """Puts a storage at the end of one of the pieces."""
+        self.targets[source] = len(self.inputs) + len(self.to_allocate) + which, pieces[which]
+        pieces[which] += -(-self.storages[source].nbytes() // ALIGNED) * ALIGNED
+
+    def numbers_of(self, request):
+        """The numbers of a request, each (source, distance) as (number of an address, distance)."""
         numbers = []
-        for n in call:
+        for n in request:
             if isinstance(n, tuple):
-                of, start = self.places[n[0]]
-                numbers += of, start + n[1]
+                target, start = self.targets[n[0]]
+                numbers += target, start + n[1]
             else:
                 numbers.append(int(n))
         return numbers
 
     def repeat(self, tensors):
         """The results for tensors like those of the plan, and the memory of what is kept."""
-        like = tensors[0]
-        if like.device.index != torch.cuda.current_device():
-            with torch.cuda.device_of(like):
+        first = tensors[0]
+        if first.device.index != torch.cuda.current_device():
+            with torch.cuda.device_of(first):
                 return self.repeat(tensors)
-        made = [None if m is None else like.new_empty(m[0], dtype=m[1]) for m in self.memories]
-        bases = as_int64([0 if t is None else t.data_ptr() for t in (*tensors, *made)])
-        repeat, launch, multiply = functions()
-        stream, blas = torch._C._cuda_getCurrentRawStream(like.device.index), None
-        if self.multiplies:
+        allocated = [None if of is None else first.new_empty(of[0], dtype=of[1])
+                     for of in self.to_allocate]
+        addresses = as_int64([0 if t is None else t.data_ptr() for t in (*tensors, *allocated)])
+        run_list, launch, multiply = entry_points()
+        stream, blas = torch._C._cuda_getCurrentRawStream(first.device.index), None
+        if self.multiplies:     # asked for each time: PyTorch then sets its stream and precision
             blas = torch.cuda.current_blas_handle()
-        error = repeat(self.list, self.count, bases, stream, blas, launch, multiply)
+        error = run_list(self.numbers, self.count, addresses, stream, blas, launch, multiply)
         if error:
             raise RuntimeError(f"the GPU has refused a call: error {error} of CUDA or cuBLAS")
-        results = [None if r is None else made[r[0]] if r[1] is None else
-                   made[r[0]].as_strided(*r[1]) for r in self.results]
-        return results, made[-2]
+        results = [None if r is None else allocated[r[0]] if r[1] is None else
+                   allocated[r[0]].as_strided(*r[1]) for r in self.results]
+        return results, allocated[-2]
 
     def all_kept(self, memory, *inputs):
-        """The tensors that call kept. memory: as repeat returns it.  inputs: those in used."""
-        inputs, tensors = dict(zip(self.used, inputs)), []
+        """The tensors that call kept. memory: as repeat returns it.  inputs: the kept_inputs."""
+        inputs, tensors = dict(zip(self.kept_inputs, inputs)), []
         for kept in self.kept:
             if kept is None or isinstance(kept, int):
                 tensors.append(inputs.get(kept))
@@ -283,8 +311,35 @@ class Plan(TorchDispatchMode):
         return tensors
 
 
-def by_plan(function, count):
-    """function, whose first inputs are so many tensors, and which returns some, by plans."""
+def form_of(t):
+    return t.shape, t.stride(), t.dtype
+
+
+def range_of(t):
+    """The addresses from a tensor's first number to the end of its last."""
+    if t is None or t.numel() == 0:
+        return range(0)
+    numbers = sum((n - 1) * step for n, step in zip(t.shape, t.stride())) + 1
+    return range(t.data_ptr(), t.data_ptr() + numbers * t.element_size())
+
+
+def order_of(matrix):
+    """Whether it lies column by column, and the step from one column, or else row, to the next."""
+    (rows, columns), (down, right) = matrix.shape, matrix.stride()
+    if right == 1 or columns == 1:
+        return False, max(down, columns)
+    if down == 1 or rows == 1:
+        return True, max(right, rows)
+    raise CannotBeWritten("neither rows nor columns have their numbers side by side")
+
+
+def as_int64(numbers):
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def with_plans(function, count):
+    """function by plans. Its first inputs are count tensors or None, the others settings; it
+    returns a tuple of tensors."""
     plans = {}
 
     @functools.wraps(function)
@@ -297,44 +352,24 @@ def by_plan(function, count):
     return run
 
 
-def order_of(matrix):
-    """Whether its columns lie side by side, and not its rows, and how far they are apart."""
-    (rows, columns), (down, right) = matrix.shape, matrix.stride()
-    if right == 1 or columns == 1:
-        return False, max(down, columns)
-    if down == 1 or rows == 1:
-        return True, max(right, rows)
-    raise CannotBeWritten("neither rows nor columns lie side by side")
-
-
-def as_int64(numbers):
-    return (ctypes.c_int64 * len(numbers))(*numbers)
-
-
-def bytes_of(t):
-    """How far the numbers of a tensor reach in memory."""
-    if t.numel() == 0:
-        return 0
-    return (sum((n - 1) * step for n, step in zip(t.shape, t.stride())) + 1) * t.element_size()
-
-
 def can_repeat():
-    """Whether plans can be used now, when nobody looks on or has asked PyTorch for special
-    products."""
-    of_products = torch.backends.cuda.matmul
-    return (writer.get() is None and torch._C._len_torch_dispatch_stack() == 0
+    """Whether plans can be used now: nobody looks on, and nobody has asked PyTorch for other
+    products than it makes by default."""
+    matmul = torch.backends.cuda.matmul
+    return (taker.get() is None and torch._C._len_torch_dispatch_stack() == 0
             and not torch.are_deterministic_algorithms_enabled()
-            and of_products.allow_bf16_reduced_precision_reduction
-            and of_products.allow_fp16_reduced_precision_reduction
-            and functions() is not None)
+            and matmul.allow_bf16_reduced_precision_reduction
+            and matmul.allow_fp16_reduced_precision_reduction
+            and entry_points() is not None)
 
 
 @functools.cache
-def functions():
-    """That of repeat.cpp, and the addresses of what it calls; or None where it cannot be."""
+def entry_points():
+    """repeat of repeat.cpp, and the addresses of cuLaunchKernel and cublasGemmEx, which it calls;
+    or None if one of them is missing."""
     compiled = cpp.compiled("repeat")
     blas = re.search(r"/\S*/libcublas\.so\S*", Path("/proc/self/maps").read_text())
-    if compiled is None or blas is None:
+    if compiled is None or blas is None or not hasattr(driver(), "cuFuncGetParamInfo"):
         return None
     address = ctypes.c_void_p
     compiled.repeat.argtypes = (address, ctypes.c_int64, *[address] * 5)
@@ -347,10 +382,10 @@ def driver():
     return ctypes.CDLL("libcuda.so.1")
 
 
-def parameters_of(function):
-    """How many a kernel has."""
+def parameters_of(handle):
+    """How many parameters a kernel has."""
     count, at, size = 0, ctypes.c_size_t(), ctypes.c_size_t()
-    while driver().cuFuncGetParamInfo(ctypes.c_void_p(function), ctypes.c_size_t(count),
+    while driver().cuFuncGetParamInfo(ctypes.c_void_p(handle), ctypes.c_size_t(count),
                                       ctypes.byref(at), ctypes.byref(size)) == 0:
         count += 1
     return count

@@ -40,7 +40,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import constexpr, gather
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .launch import Kernel, by_plan, compile_ahead
+from .launch import Kernel, compile_ahead, with_plans
 from .operators import Context, differentiable_once
 
 S, LANES = constexpr(4), constexpr(8)       # a warp: segments of a tile, and channels
@@ -852,7 +852,7 @@ def _as_function(run, setup, gradients, results=2):
     return Operator
 
 
-_Scan = _as_function(by_plan(_run, 9), _setup, partial(_gradients_of, by_plan(_run_back, 8)))
+_Scan = _as_function(with_plans(_run, 9), _setup, partial(_gradients_of, with_plans(_run_back, 8)))
 _forward = library.custom_op("selective_scan::forward", _run, mutates_args=(), schema=FORWARD)
 _backward = library.custom_op("selective_scan::backward", _run_back, mutates_args=(), schema=BACKWARD)
 _forward.register_autograd(partial(_gradients_of, torch.ops.selective_scan.backward), setup_context=_setup)
