@@ -3456,6 +3456,11 @@ class Plain(torch.autograd.Function):
 block.by_plan = lambda forward, back, dtype, x, parameters, *_: Plain.apply(forward, back, dtype, x, *parameters)
 block.OnGPU.runs2, block.OnCPU.runs2 = (lambda block, x, dtype: dtype == torch.float32), (lambda *_: False)
 block.heads_triton, block.ssd_triton = importlib.import_module("mamba_fast.heads_triton"), ssd_triton
+one, BC = torch.zeros(2), torch.ones(1, 3, 1, 4)
+delta, a, own = block.heads_triton.prepare(torch.tensor([-90.0, float("nan"), 30.0])[None, :, None].expand(1, 3, 2).contiguous(), one, one,
+                                           one, BC, BC, (0.0, 20.0))
+assert delta[0, :, 0].isnan().tolist() == own[0, :, 1].isnan().tolist() == [False, True, False]
+assert 0 < delta[0, 0, 0] < 1e-38 and delta[0, 2].tolist() == [20, 20] and a[0, 2].tolist() == [-20, -20] and own[0, 2].tolist() == [80, 80]
 tests.AT_ONCE["mamba2"] = "PlainBackward"
 tests.check_block(tests.OF_BLOCK2[1], 37)
 tests.check_block(tests.OF_BLOCK2[2], 17)
@@ -3893,6 +3898,8 @@ def test_block_by_plan_is_the_block_at_once(monkeypatch, cast, changes):
         assert all(relative(one, other) < (1e-4 if cast is None else 2e-2) for one, other in zip(expected, parts))
     for _ in range(3):
         assert same(results(block), expected) and same(results(twice), expected_twice)
+    plans = block(x).grad_fn.plan.plans_back
+    assert len(plans) == 1 and all(plans.values())      # none is missing: it would only take longer
     assert same(results(block, x, block.A_log), [*expected[:2], expected[2 + [*dict(block.named_parameters())].index("A_log")]])
     checkpointed = lambda x: block(torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False))
     assert same(results(checkpointed), expected_twice)
@@ -3914,6 +3921,11 @@ def test_block_by_plan_is_the_block_at_once(monkeypatch, cast, changes):
         for p in block.parameters():
             p.data = torch.cat([p.new_zeros(1), p.flatten()])[1:].view(p.shape)
     assert all(relative(one, other) < 1e-2 for one, other in zip(results(block), expected)) and made() == "ByPlanBackward"
+    expected = results(block)
+    block.D.data = torch.stack([block.D.data, -block.D.data], dim=1)[:, 0]
+    assert all(relative(one, other) < 5e-2 for one, other in zip(results(block), expected))
+    block.D.data = block.D.data.contiguous()
+    assert made() == "ByPlanBackward"
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     assert made() != "ByPlanBackward"
 

@@ -89,7 +89,7 @@ def shapes_of(c):
 
 def mix2(block, x, others, is_plain, plain, gated_norm):
     """
-    block.mix(x, *others) of a Mamba2Block, as mix.
+    block.mix(x, *others) of a Mamba2Block, as mix; None also on a GPU for which there is no plan.
     gated_norm: the class of its norm.
     """
     c, linears = block.config, ("in_proj", "out_proj")
@@ -263,7 +263,9 @@ class ByPlan(torch.autograd.Function):
         def compute():
             gout, *saved = inputs
             return ctx.back(needs, *ctx.dtypes, gout, *ctx.plan.all_kept(*saved)), ()
-        plan = launch.Plan.of(ctx.plan.plans_back, needs, compute, inputs)
+        plan = None
+        if launch.can_repeat():
+            plan = launch.Plan.of(ctx.plan.plans_back, needs, compute, inputs)
         return None, None, *(compute() if plan is None else plan.repeat(inputs))[0]
 
 
@@ -290,6 +292,7 @@ def parts_of2(sizes, d_inner, projected, uBC):
 def mixed2(sizes, dtype, x, w_in, b_in, w_conv, b_conv, dt_bias, A_log, D, w_norm, w_out, b_out):
     """The result of a Mamba2Block on a GPU, and what gradients2 needs."""
     x, w_in, b_in, w_out, b_out = OnGPU.cast(dtype, (x, w_in, b_in, w_out, b_out))
+    dt_bias, A_log, D, w_norm = scan_triton._whole(dt_bias, A_log, D, w_norm)
     projected, d_inner = OnGPU.product(x, w_in, b_in), len(w_norm)
     uBC_in = projected.narrow(2, d_inner, len(w_conv))
     uBC = OnGPU.conv(uBC_in, w_conv, b_conv)
@@ -426,7 +429,7 @@ class OnGPU:
         c, exact = block.config, (block.A_log, block.D, block.dt_bias)
         return (block.scan in ("auto", "triton") and can_run(x) and x.shape[1] > 1
                 and all(t.dtype == torch.float32 for t in exact)
-                and ssd_triton.fits(x.device, dtype, c.headdim, c.d_state))
+                and ssd_triton.fits(x.device, dtype, c.headdim, c.d_state) and launch.can_repeat())
 
     @staticmethod
     def cast(dtype, tensors):

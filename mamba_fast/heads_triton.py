@@ -44,8 +44,9 @@ def _of_program(dt, bias, A_log, B, C, L, dt_b, dt_l, B_b, B_l, H: constexpr, G:
     raw = tl.load(dt + b * dt_b + t_wide * dt_l + head, mask=there, other=0).to(tl.float32)
     raw += tl.load(bias + head, mask=h < H // G, other=0)
     delta, slope = _softplus(raw)
-    slope = tl.where((delta >= LOW) & (delta <= HIGH), slope, 0)
-    delta = tl.minimum(tl.maximum(delta, LOW), HIGH)
+    slope = tl.where((delta < LOW) | (delta > HIGH), 0, slope)
+    # not tl.minimum, which forgets NaN
+    delta = tl.where(delta < LOW, LOW, tl.where(delta > HIGH, HIGH, delta))
     A = -tl.exp(tl.load(A_log + head, mask=h < H // G, other=0))
     at_n, there_n = b * B_b + t_wide * B_l + tl.program_id(1) * N + n, (t < L) & (n < N)
     B_t = tl.load(B + at_n, mask=there_n, other=0).to(tl.float32)

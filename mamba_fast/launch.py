@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -21,10 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import cpp
 
 taker = ContextVar("taker", default=None)   # who gets kernels instead of the GPU: see take below
+thread = threading.local()      # in gpus those on which it has repeated a plan
 REHEARSED = set()       # keys of what has been compiled ahead
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}    # their numbers in cuBLAS
 ALIGNED = 512           # bytes, as PyTorch's own allocator has it
 MOST_PLANS = 1000       # in a dict of plans, which then starts anew
+NOT_TRIED = object()    # no plan yet; None says that there can be none
 MOST_ARGUMENTS = 64     # of a kernel, as in repeat.cpp
 NUMBER = -1             # (NUMBER, n) is the number n and no address
 # what a plan may ask of PyTorch besides views
@@ -126,6 +128,10 @@ class Plan(TorchDispatchMode):
     """
 
     @classmethod
+    def _should_skip_dynamo(cls):
+        return False    # PyTorch would import its compiler, for a second, to keep it away from here
+
+    @classmethod
     def of(cls, plans, key, call, tensors):
         """The plan in the dict plans for this key and for tensors like these, or None where there
         can be none."""
@@ -137,14 +143,16 @@ class Plan(TorchDispatchMode):
         same = None if len(set(addresses)) == len(addresses) else tuple(map(addresses.index,
                                                                             addresses))
         key = key, tensors[0].device, same, *like
-        if key not in plans:
-            if len(plans) >= MOST_PLANS:
-                plans.clear()
-            try:
-                plans[key] = cls(call, tensors)
-            except CannotBeWritten:
-                plans[key] = None
-        return plans[key]
+        if (plan := plans.get(key, NOT_TRIED)) is not NOT_TRIED:
+            return plan
+        try:
+            plan = cls(call, tensors)
+        except CannotBeWritten:
+            plan = None
+        if len(plans) >= MOST_PLANS:
+            plans.clear()
+        plans[key] = plan
+        return plan
 
     def __init__(self, call, tensors):
         super().__init__()
@@ -181,7 +189,8 @@ class Plan(TorchDispatchMode):
                 raise CannotBeWritten(kind)
         # the last parameters are memory that Triton gives to some kernels, and not to these
         scratch = parameters_of(compiled.function) - len(arguments)
-        special = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size")
+        special = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size",
+                   "profile_scratch_size")
         if (not 0 <= scratch <= 2 or len(arguments) + scratch > MOST_ARGUMENTS
                 or metadata.num_ctas > 1 or any(getattr(metadata, k, 0) for k in special)):
             raise CannotBeWritten(kernel)
@@ -285,6 +294,9 @@ class Plan(TorchDispatchMode):
         if first.device.index != torch.cuda.current_device():
             with torch.cuda.device_of(first):
                 return self.repeat(tensors)
+        if first.device.index not in getattr(thread, "gpus", ()):
+            first.new_zeros(1)      # so that CUDA knows this thread
+            thread.gpus = {first.device.index, *getattr(thread, "gpus", ())}
         allocated = [None if of is None else first.new_empty(of[0], dtype=of[1])
                      for of in self.to_allocate]
         addresses = as_int64([0 if t is None else t.data_ptr() for t in (*tensors, *allocated)])
@@ -326,9 +338,9 @@ def range_of(t):
 def order_of(matrix):
     """Whether it lies column by column, and the step from one column, or else row, to the next."""
     (rows, columns), (down, right) = matrix.shape, matrix.stride()
-    if right == 1 or columns == 1:
+    if (right == 1 or columns == 1) and (down >= columns or rows == 1):
         return False, max(down, columns)
-    if down == 1 or rows == 1:
+    if (down == 1 or rows == 1) and (right >= rows or columns == 1):
         return True, max(right, rows)
     raise CannotBeWritten("neither rows nor columns have their numbers side by side")
 
@@ -360,6 +372,7 @@ def can_repeat():
             and not torch.are_deterministic_algorithms_enabled()
             and matmul.allow_bf16_reduced_precision_reduction
             and matmul.allow_fp16_reduced_precision_reduction
+            and not getattr(matmul, "allow_fp16_accumulation", False)
             and entry_points() is not None)
 
 
@@ -367,14 +380,17 @@ def can_repeat():
 def entry_points():
     """repeat of repeat.cpp, and the addresses of cuLaunchKernel and cublasGemmEx, which it calls;
     or None if one of them is missing."""
-    compiled = cpp.compiled("repeat")
-    blas = re.search(r"/\S*/libcublas\.so\S*", Path("/proc/self/maps").read_text())
-    if compiled is None or blas is None or not hasattr(driver(), "cuFuncGetParamInfo"):
+    if (compiled := cpp.compiled("repeat")) is None:
         return None
     address = ctypes.c_void_p
     compiled.repeat.argtypes = (address, ctypes.c_int64, *[address] * 5)
-    return (compiled.repeat, ctypes.cast(driver().cuLaunchKernel, address),
-            ctypes.cast(ctypes.CDLL(blas[0]).cublasGemmEx, address))
+    try:    # the cuBLAS that PyTorch is linked with; there may be others
+        cuda = ctypes.CDLL(Path(torch.__file__).with_name("lib") / "libtorch_cuda.so")
+        # the last one, which parameters_of calls, came with CUDA 12.4
+        needed = driver().cuLaunchKernel, cuda.cublasGemmEx, driver().cuFuncGetParamInfo
+    except (OSError, AttributeError):
+        return None
+    return compiled.repeat, *(ctypes.cast(function, address) for function in needed[:2])
 
 
 @functools.cache
