@@ -385,7 +385,7 @@ def entry_points():
     address = ctypes.c_void_p
     compiled.repeat.argtypes = (address, ctypes.c_int64, *[address] * 5)
     try:    # the cuBLAS that PyTorch is linked with; there may be others
-        cuda = ctypes.CDLL(Path(torch.__file__).with_name("lib") / "libtorch_cuda.so")
+        cuda = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cuda.so"))
         # the last one, which parameters_of calls, came with CUDA 12.4
         needed = driver().cuLaunchKernel, cuda.cublasGemmEx, driver().cuFuncGetParamInfo
     except (OSError, AttributeError):
