@@ -209,7 +209,7 @@ class Mamba3Block(Mixer):
         delta = F.softplus(delta + self.dt_bias).clamp(*c.dt_limit)         # (B, L, H)
         if mask is not None:
             delta = delta.masked_fill(~mask[..., None], 0)
-        # mamba_ssm 2.3.2 still has softplus(A); the released weights are made for what came after it
+        # mamba_ssm 2.3.2 still has softplus(A); the released weights are of what came after
         A = -torch.where(A >= 0, 1 + A, 1 / (1 + A.abs())).clamp(min=c.A_floor)
         lam, a, begins = torch.sigmoid(lam), delta * A, None
         gamma, late = lam * delta, (1 - lam) * delta

@@ -4035,6 +4035,19 @@ def test_plan_repeats_its_calls_with_other_memory(monkeypatch):
         (result,), kept = plan.repeat((one, other))
         assert len(plans) == count and kept is None and same([result], [one @ other.t()])
         assert plan.kept_inputs == [0 if one is other else 1] and plan.all_kept(None, other)[0] is other
+    # scratch is used again, but not by two who need it at once
+    a = torch.randn(64, 32).round()
+
+    def long():
+        x, early = shifted(a, 1), shifted(a, 2)
+        for i in range(6):
+            x = shifted(launch.product(x, a[:32].t()), i) if i % 2 else shifted(x, i)
+        return (launch.product(x, early.t()),), ()
+    plan, x = launch.Plan(long, (a,)), a + 1
+    for i in range(6):
+        x = x @ a[:32].t() + i if i % 2 else x + i
+    assert relative(plan.repeat((a,))[0][0], x @ (a + 2).t()) < 1e-6
+    assert [of[0] for of in plan.to_allocate[:1]] == [(64, 64)] and plan.to_allocate[2][0] == (3 * 64 * 32 * 4,)
     part = torch.randn(5, 8)[:, :4]
     for wrong in (lambda: ((part + 1,), ()), lambda: ((part,), ()), lambda: ((p := part.new_empty(3),), (p,)),
                   lambda: ((part.contiguous(),), ()), lambda: ((launch.product(part[::2, ::2], part[:2]),), ()),

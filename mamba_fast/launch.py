@@ -157,8 +157,9 @@ class Plan(TorchDispatchMode):
     def __init__(self, call, tensors):
         super().__init__()
         self.inputs, self.ranges = tensors, [range_of(t) for t in tensors]
-        # storages by their addresses, all of them until the end, so that no two have the same one
-        self.storages, self.requests = {}, []
+        # storages by their addresses, all of them until the end, so that no two have the same one;
+        # and of each the first and the last request that it is in
+        self.storages, self.spans, self.requests = {}, {}, []
         self.kernels, self.plans_back = [], {}      # kernels: so that they stay loaded
         before = taker.set(self)
         try:
@@ -170,7 +171,7 @@ class Plan(TorchDispatchMode):
         requests = [self.numbers_of(request) for request in self.requests]
         self.count, self.multiplies = len(requests), any(r[0] == 1 for r in requests)
         self.numbers = as_int64([n for r in requests for n in (len(r) - 1, *r)])
-        del self.inputs, self.ranges, self.storages, self.requests, self.targets
+        del self.inputs, self.ranges, self.storages, self.spans, self.requests, self.targets
 
     def __torch_dispatch__(self, operator, types, arguments=(), settings=None):
         if operator in EMPTY or operator.is_view:
@@ -221,24 +222,25 @@ class Plan(TorchDispatchMode):
             raise CannotBeWritten("a part of one input, or of another that lies between its rows")
         if around:
             return around[0], address - self.ranges[around[0]].start
-        storage = t.untyped_storage()
-        self.storages[storage.data_ptr()] = storage
-        return storage.data_ptr(), address - storage.data_ptr()
+        storage, now = t.untyped_storage(), len(self.requests)
+        source = storage.data_ptr()
+        self.storages[source], (first, _) = storage, self.spans.get(source, (now, now))
+        self.spans[source] = first, now
+        return source, address - source
 
     def assign_memory(self, results, kept):
         """Decides where all that was made will lie: as a result, in the memory that is kept, or in
         scratch. In this order they follow the inputs in the addresses that repeat.cpp gets."""
-        inputs, pieces = len(self.inputs), [0, 0]       # bytes that are kept, and of scratch
+        inputs, self.bytes_kept = len(self.inputs), 0
         self.targets = {i: (i, 0) for i in (NUMBER, *range(inputs))}
         self.to_allocate, self.results, self.kept = [], [], []
         for t in results:
             self.results.append(None if t is None else self.result(t))
         for t in kept:
-            self.kept.append(None if t is None else self.kept_as(t, pieces))
-        for source in self.storages.keys() - self.targets.keys():
-            self.put(source, pieces, 1)
+            self.kept.append(None if t is None else self.kept_as(t))
         self.kept_inputs = [i for i in range(inputs) if i in self.kept]
-        self.to_allocate += [((size,), torch.uint8) if size > 0 else None for size in pieces]
+        sizes = self.bytes_kept, self.place_scratch()
+        self.to_allocate += [((size,), torch.uint8) if size > 0 else None for size in sizes]
 
     def result(self, t):
         """(its memory's number in to_allocate, None if it is all of that, or how it lies there)."""
@@ -258,24 +260,41 @@ class Plan(TorchDispatchMode):
             raise CannotBeWritten("two results in one memory, with two types")
         return number, (t.shape, t.stride(), distance // t.element_size())
 
-    def kept_as(self, t, pieces):
+    def kept_as(self, t):
         """The number of an input, or how t lies in the memory that is kept."""
         source, distance = self.source_of(t)
         if 0 <= source < len(self.inputs):
             if form_of(t) != form_of(self.inputs[source]) or distance > 0:
                 raise CannotBeWritten("a part of an input is kept")
             return source
+        memory = len(self.inputs) + len(self.to_allocate)
         if source not in self.targets:
-            self.put(source, pieces, 0)
+            self.targets[source] = memory, self.bytes_kept
+            self.bytes_kept += self.size_of(source)
         target, start = self.targets[source]
-        if target != len(self.inputs) + len(self.to_allocate):
+        if target != memory:
             raise CannotBeWritten("what is kept is a result, or empty")
         return start + distance, *form_of(t)
 
-    def put(self, source, pieces, which):
-        """Puts a storage at the end of one of the pieces."""
-        self.targets[source] = len(self.inputs) + len(self.to_allocate) + which, pieces[which]
-        pieces[which] += -(-self.storages[source].nbytes() // ALIGNED) * ALIGNED
+    def place_scratch(self):
+        """Places all other storages in one piece of memory, the largest first, each as far to its
+        front as none lies that is in use at the same time. Returns the bytes of it."""
+        placed, scratch = [], len(self.inputs) + len(self.to_allocate) + 1
+        others = sorted(self.storages.keys() - self.targets.keys(),
+                        key=lambda source: (-self.size_of(source), self.spans[source]))
+        for source in others:
+            (first, last), size, start = self.spans[source], self.size_of(source), 0
+            for begin, end in sorted(ends for ends, span in placed
+                                     if first <= span[1] and span[0] <= last):
+                if start + size <= begin:
+                    break
+                start = max(start, end)
+            placed.append(((start, start + size), (first, last)))
+            self.targets[source] = scratch, start
+        return max((end for (_, end), _ in placed), default=0)
+
+    def size_of(self, source):
+        return -(-self.storages[source].nbytes() // ALIGNED) * ALIGNED
 
     def numbers_of(self, request):
         """The numbers of a request, each (source, distance) as (number of an address, distance)."""
