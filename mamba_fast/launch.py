@@ -140,8 +140,9 @@ class Plan(TorchDispatchMode):
         like = [None if t is None else (t.shape, t.stride(), t.dtype, address % 16)
                 for t, address in zip(tensors, addresses)]
         # which of them are the same: for a plan they would be the same always
-        same = None if len(set(addresses)) == len(addresses) else tuple(map(addresses.index,
-                                                                            addresses))
+        there, same = [address for address in addresses if address], None
+        if len(set(there)) < len(there):
+            same = tuple(map(addresses.index, addresses))
         key = key, tensors[0].device, same, *like
         if (plan := plans.get(key, NOT_TRIED)) is not NOT_TRIED:
             return plan
