@@ -1,6 +1,6 @@
 """
-Mamba-3 (arXiv 2603.15569): the block of Mamba-2 with three changes. It imports what it shares from
-mamba.py and mamba2.py. Parameters have the names of the released mamba3-* weights.
+Mamba-3 (arXiv 2603.15569): the block of Mamba-2 with three main changes. It imports what it shares
+from mamba.py and mamba2.py. Parameters have the names of the released mamba3-* weights.
 
 How it differs from Mamba-2
 - A better rule for the step. Mamba-2 adds delta_t u_t B_t at step t, which is Euler's rule. Mamba-3
@@ -209,7 +209,7 @@ class Mamba3Block(Mixer):
         delta = F.softplus(delta + self.dt_bias).clamp(*c.dt_limit)         # (B, L, H)
         if mask is not None:
             delta = delta.masked_fill(~mask[..., None], 0)
-        # mamba_ssm 2.3.2 still has softplus(A); the released weights are of what came after
+        # mamba_ssm 2.3.2 still has softplus(A) here; the released weights need this
         A = -torch.where(A >= 0, 1 + A, 1 / (1 + A.abs())).clamp(min=c.A_floor)
         lam, a, begins = torch.sigmoid(lam), delta * A, None
         gamma, late = lam * delta, (1 - lam) * delta
@@ -217,6 +217,7 @@ class Mamba3Block(Mixer):
             begins = beginnings(seq_idx, mask)
             a = a.masked_fill(begins[..., None], FORGET)
             late = late.masked_fill(begins[..., None], 0)
+        # by at most half a turn times delta
         turns = torch.tanh(angles)[:, :, None] * delta[..., None] / 2       # (B, L, H, S)
         tiny = x.shape[0] == 0 or (self.scan == "auto" and x.shape[1] == 1)
         method = "sequential" if tiny else scan_method(self.scan, parts[0], c.d_state, c.headdim)

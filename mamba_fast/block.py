@@ -2,7 +2,8 @@
 The mixers of Mamba-1 and Mamba-2 in training, each as one autograd.Function: what mix of MambaBlock
 or Mamba2Block does, one part after the other, without what autograd costs between them. On a GPU
 the host takes longer to ask for the parts of a small block than the GPU to compute them. And the
-gradients of what was one projection, as u and z, are written side by side: no pass joins them.
+gradients of what was one projection, as u and z, are written side by side: no pass joins them. On
+a GPU launch.py makes all the calls of forward, or of backward, at once.
 """
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from .operators import differentiable_once, is_traced
 
 CASTS = {torch.float32, torch.bfloat16, torch.float16}      # what autocast makes 16 bits of
 OPTIONAL = {"in_proj.bias", "conv1d.bias", "out_proj.bias"}
-PLANS = {}      # of mixed on a GPU
+PLANS = {}      # of mixed and mixed2 on a GPU, by launch.Plan
 # the parameters of products, which autocast takes in 16 bits
 OF_PRODUCTS = {"in_proj.weight", "in_proj.bias", "x_proj.weight", "dt_proj.weight",
                "out_proj.weight", "out_proj.bias"}

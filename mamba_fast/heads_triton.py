@@ -17,18 +17,9 @@ from triton.language import constexpr
 
 from .launch import Kernel
 from .scan_triton import _facts, _kinds
+from .step_triton import _softplus
 
 STEPS = 16      # of a program, which has all heads of a group
-
-
-@triton.jit
-def _softplus(x):
-    """softplus(x) and its derivative. 1 + e forgets most of a small e: its logarithm is scaled by e
-    over what it has kept of it."""
-    e = tl.exp(-tl.abs(x))
-    more = 1 + e
-    rest = tl.where(more == 1, e, tl.log(more) * (e / tl.where(more == 1, 1.0, more - 1)))
-    return tl.maximum(x, 0.0) + rest, tl.where(x >= 0, 1.0, e) / more
 
 
 @triton.jit
@@ -43,8 +34,8 @@ def _of_program(dt, bias, A_log, B, C, L, dt_b, dt_l, B_b, B_l, H: constexpr, G:
     head, there = tl.program_id(1) * (H // G) + h, (t < L) & (h < H // G)
     raw = tl.load(dt + b * dt_b + t_wide * dt_l + head, mask=there, other=0).to(tl.float32)
     raw += tl.load(bias + head, mask=h < H // G, other=0)
-    delta, slope = _softplus(raw)
-    slope = tl.where((delta < LOW) | (delta > HIGH), 0, slope)
+    delta = _softplus(raw)
+    slope = tl.where((delta < LOW) | (delta > HIGH), 0, tl.sigmoid(raw))
     # not tl.minimum, which forgets NaN
     delta = tl.where(delta < LOW, LOW, tl.where(delta > HIGH, HIGH, delta))
     A = -tl.exp(tl.load(A_log + head, mask=h < H // G, other=0))
