@@ -3728,7 +3728,8 @@ def test_fused_step_equals_one_call():
                                (1, torch.bfloat16, 4), (3, torch.int8, 3), (40, torch.bfloat16, 3), (3, torch.bfloat16, 5)):
         check_fused_step(SHAPES[shape], dtype, rows, "cuda")
     for dtype, shape in ((torch.float32, 0), (torch.bfloat16, 1), (torch.int8, 2)):
-        check_padded_reading(SHAPES[shape], 70, 80, "cuda", dtype)
+        for length, size in ((70, 80), (56, 64), (3, 8)):
+            check_padded_reading(SHAPES[shape], length, size, "cuda", dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3871,6 +3872,32 @@ def test_block_at_once_on_a_gpu(dtype, cast):
     for frozen in FROZEN:
         check_block({}, 300, dtype, cast, frozen, "cuda")
         check_block(OF_BLOCK2[0], 300, dtype, cast, frozen, "cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("cast", [None, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{"d_state": 5}, {"bias": True, "conv_bias": False}])
+def test_compiled_block_is_the_block_at_once(monkeypatch, cast, changes):
+    """It goes through as one operator, with the same numbers; and no longer where a part has become another."""
+    module, calls = importlib.import_module("mamba_fast.block"), []
+    block, x = MambaBlock(MambaConfig(d_model=72, **changes)).cuda(), torch.randn(3, 65, 72, device="cuda", requires_grad=True)
+
+    def results(f):
+        with torch.autocast("cuda", cast, enabled=cast is not None):
+            y = f(x)
+        return [y, *torch.autograd.grad(y.float().square().sum(), [x, *block.parameters()])]
+    expected, mixed = results(block), module.mixed
+    monkeypatch.setattr(module, "mixed", lambda *inputs: calls.append(1) or mixed(*inputs))
+    compiled = torch.compile(block, fullgraph=True)
+    for one, other in zip(results(compiled), expected):
+        assert one.dtype == other.dtype and relative(one, other) < (1e-5 if cast is None else 1e-2)
+    assert calls == [1]
+    block.x_proj.register_forward_hook(lambda *_: None)
+    torch.compiler.reset()
+    results(compiled)
+    assert calls == [1]
+    inputs = [dict(block.named_parameters()).get(name) for name in module.OF_MAMBA]
+    torch.library.opcheck(torch.ops.mamba_py.block.default, (x.detach().requires_grad_(), *inputs))
 
 
 @on_gpu
@@ -4329,6 +4356,38 @@ def test_operator_of_the_scan(as_compiled):
         for count in range(len(OPTIONS) + 1):
             for options in itertools.combinations(OPTIONS, count):
                 check_scan(scan_inputs(3, length, 5, 4, options), ["chunked"], softplus=count % 2 == 0)
+
+
+@fast
+@WITHOUT_COMPILER
+@pytest.mark.parametrize("changes", [{}, {"bias": True, "conv_bias": False}])
+def test_operator_of_the_block(monkeypatch, changes):
+    """What torch.compile gets for a GPU, with the parts of a CPU in it: the same result and gradients."""
+    module = importlib.import_module("mamba_fast.block")
+    block, x = MambaBlock(MambaConfig(d_model=32, **changes)), torch.randn(2, 40, 32, requires_grad=True)
+    expected, parameters = block(x), dict(block.named_parameters())
+    shape = module.OnCPU.scan(*(torch.zeros(2, 40, 64) for _ in range(2)), block.A_log.detach(),
+                              *(torch.zeros(2, 40, 16) for _ in range(2)), *map(torch.zeros, (64, (2, 40, 64), 64)))[1].shape
+
+    class Parts(module.OnCPU):
+        @staticmethod
+        def scan(*inputs):
+            y, kept = module.OnCPU.scan(*inputs)
+            return y, kept.flatten()
+
+        @staticmethod
+        def scan_back(gy, kept, *others):
+            return module.OnCPU.scan_back(gy, kept.view(shape), *others)
+    monkeypatch.setattr(module, "OnGPU", Parts)
+    monkeypatch.setattr(module, "scan_triton", SimpleNamespace(_sizes_kept=lambda *sizes: [shape.numel()]))
+    inputs = [x, *map(parameters.get, module.OF_MAMBA)]
+    wanted = [t for t in inputs if t is not None]
+    y = torch.ops.mamba_py.block(*inputs)[0]
+    gout = torch.randn_like(y)
+    assert torch.equal(y, expected)
+    for one, other in zip(torch.autograd.grad(y, wanted, gout), torch.autograd.grad(expected, wanted, gout)):
+        assert torch.equal(one, other)
+    torch.library.opcheck(torch.ops.mamba_py.block.default, inputs)
 
 
 @fast

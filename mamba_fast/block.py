@@ -3,7 +3,8 @@ The mixers of Mamba-1 and Mamba-2 in training, each as one autograd.Function: wh
 or Mamba2Block does, one part after the other, without what autograd costs between them. On a GPU
 the host takes longer to ask for the parts of a small block than the GPU to compute them. And the
 gradients of what was one projection, as u and z, are written side by side: no pass joins them. On
-a GPU launch.py makes all the calls of forward, or of backward, at once.
+a GPU launch.py makes all the calls of forward, or of backward, at once; torch.compile takes the
+block of Mamba-1 as one operator.
 """
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from . import cpp, layers, norm_cpu, scan_cpu, ssd_cpu
 from .kernels import can_run, heads_triton, launch, rows_triton, scan_triton, ssd_triton
-from .operators import differentiable_once, is_traced
+from .operators import COMPILES, differentiable_once, is_exporting, is_traced
 
 CASTS = {torch.float32, torch.bfloat16, torch.float16}      # what autocast makes 16 bits of
 OPTIONAL = {"in_proj.bias", "conv1d.bias", "out_proj.bias"}
@@ -39,11 +40,18 @@ def mix(block, x, others, is_plain, plain):
     neither Triton's kernels nor C++ can run.
     is_plain: that of mamba.py.  plain: its PLAIN.
     """
+    compiling = torch.compiler.is_compiling()
+    if compiling and (not COMPILES or not x.is_cuda or is_exporting()):
+        return None
     linears = "in_proj", "x_proj", "dt_proj", "out_proj"
     ready = prepared(block, x, others, shapes_of(block.config), linears, is_plain, plain)
     if not ready or block.config.mixer_rms_eps > 0:
         return None
     dtype, parameters = ready
+    if compiling:
+        if not OnGPU.runs(block, x, dtype, parameters):
+            return None
+        return torch.ops.mamba_py.block(x.to(dtype).contiguous(), *parameters)[0], None
     parts = next((p for p in (OnGPU, OnCPU) if p.runs(block, x, dtype, parameters)), None)
     if parts is None:
         return None
@@ -94,7 +102,8 @@ def mix2(block, x, others, is_plain, plain, gated_norm):
     gated_norm: the class of its norm.
     """
     c, linears = block.config, ("in_proj", "out_proj")
-    if (not c.rmsnorm or not is_plain(block.norm, gated_norm) or block.norm.norm_before_gate
+    if (torch.compiler.is_compiling() or not c.rmsnorm or block.norm.norm_before_gate
+            or not is_plain(block.norm, gated_norm)
             or plain.get(gated_norm) != (gated_norm.forward, None)):
         return None
     ready = prepared(block, x, others, shapes_of2(c), linears, is_plain, plain)
@@ -128,7 +137,7 @@ def prepared(block, x, others, shapes, linears, is_plain, plain):
     kind, of_all = type(block), nn.modules.module
     global_hooks = (of_all._global_forward_hooks, of_all._global_forward_pre_hooks,
                     of_all._global_backward_hooks, of_all._global_backward_pre_hooks)
-    if (not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_traced()
+    if (not torch.is_grad_enabled() or (not torch.compiler.is_compiling() and is_traced())
             or type(x) is not torch.Tensor or any(t is not None for t in others)
             or any(global_hooks)
             or plain.get(kind) != (kind.forward, kind.mix) or "mix" in vars(block)):
@@ -564,3 +573,75 @@ class OnCPU:
         inputs = scan_cpu.Inputs(u, delta, A, *others, True)
         gu, gdelta, gA, gD, gbias = inputs.backward(kept, gy, carry, gz, gB, gC)
         return gu, gdelta, A * gA.t(), gD, gbias
+
+
+# ------------------------------------------------------------------------------------------------
+# A MambaBlock on a GPU as an operator, which torch.compile takes as it is
+
+# x in the type to compute in, and the parameters
+INPUTS = ("Tensor x, Tensor w_in, Tensor? b_in, Tensor w_conv, Tensor? b_conv, Tensor w_x, "
+          "Tensor w_dt, Tensor b_dt, Tensor A_log, Tensor D, Tensor w_out, Tensor? b_out")
+CAST = 1, 5, 6, 10      # of them w_in, w_x, w_dt, w_out: what has another type than x is cast
+KEPT = ("Tensor xz, Tensor u, Tensor dtBC, Tensor delta, Tensor kept, Tensor y, "
+        "Tensor w_in_cast, Tensor w_x_cast, Tensor w_dt_cast, Tensor w_out_cast")
+
+
+def block_forward(*inputs):
+    """The result, and KEPT; of weights that need no cast nothing."""
+    x = inputs[0]
+    out, (_, *kept, w_in, _, _, w_x, w_dt, _, _, _, w_out) = mixed(OnGPU, x.dtype, *inputs)
+    cast = zip((w_in, w_x, w_dt, w_out), CAST)
+    return out, *kept, *(x.new_empty(0) if w is inputs[i] else w for w, i in cast)
+
+
+def block_backward(gout, *kept_and_inputs):
+    """The gradient of each input, empty of those that are None."""
+    kept, inputs = kept_and_inputs[:-12], kept_and_inputs[-12:]
+    x, w_in, _, w_conv, b_conv, _, _, b_dt, A_log, D, _, _ = inputs
+    kept, cast = kept[:6], kept[6:]
+    needs, dtypes = [t is not None for t in inputs], (x.dtype, w_in.dtype)
+    w_in, w_x, w_dt, w_out = (w if w.numel() > 0 else inputs[i] for w, i in zip(cast, CAST))
+    grads = gradients(OnGPU, needs, *dtypes, gout.contiguous(), x, *kept, w_in, w_conv, b_conv, w_x,
+                      w_dt, b_dt, A_log, D, w_out)
+    grads = [x.new_empty(0) if t is None else g.to(t.dtype).contiguous()
+             for t, g in zip(inputs, grads)]
+    grads[9] = grads[9].clone()     # results must not share memory, as those of D and b_dt do
+    return tuple(grads)
+
+
+def block_autograd(ctx, gout, *_):
+    inputs = ctx.saved_tensors[:12]
+    grads = torch.ops.mamba_py.block_backward(gout, *ctx.saved_tensors[12:], *inputs)
+    return tuple(None if t is None else g for t, g in zip(inputs, grads))
+
+
+def keep(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+operator = torch.library.custom_op(
+    "mamba_py::block", block_forward, mutates_args=(),
+    schema=f"({INPUTS}) -> ({', '.join(['Tensor'] * 11)})")
+operator_backward = torch.library.custom_op(
+    "mamba_py::block_backward", block_backward, mutates_args=(),
+    schema=f"(Tensor gout, {KEPT}, {INPUTS}) -> ({', '.join(['Tensor'] * 12)})")
+operator.register_autograd(block_autograd, setup_context=keep)
+
+
+@operator.register_fake
+def _(*inputs):
+    (batch, L, _), (D, N) = inputs[0].shape, inputs[8].shape
+    x, weights = inputs[0], [inputs[i] for i in CAST]
+    w_in, w_x, _, w_out = weights
+    out, xz, u, dtBC, delta, y = (
+        x.new_empty(batch, L, n) for n in (len(w_out), len(w_in), D, len(w_x), D, D))
+    kept = x.new_empty(sum(scan_triton._sizes_kept(batch, L, D, N)), dtype=torch.float32)
+    return out, xz, u, dtBC, delta, kept, y, *(
+        x.new_empty(0 if w.dtype == x.dtype else w.shape) for w in weights)
+
+
+@operator_backward.register_fake
+def _(gout, *kept_and_inputs):
+    return tuple(gout.new_empty(0) if t is None else t.new_empty(t.shape)
+                 for t in kept_and_inputs[-12:])

@@ -58,8 +58,8 @@ def is_plain(model, plain):
     of_all = nn.modules.module
     if of_all._global_forward_hooks or of_all._global_forward_pre_hooks:
         return False
-    for name, module in model.named_modules():
-        kind, known = type(module), PLACES.get(name.rpartition(".")[2], ())
+    for name, module in parts_of(model):
+        kind, known = type(module), PLACES.get(name, ())
         does = getattr(kind, "forward", None), getattr(kind, "mix", None)
         belongs = kind in known or plain.get(kind) == does
         if not belongs or vars(module).keys() & {"forward", "mix"}:
@@ -72,12 +72,21 @@ def is_plain(model, plain):
             return False
         if isinstance(module, nn.RMSNorm) and module.weight is None:
             return False
-        if name.endswith("dt_proj") and (kind is not nn.Linear or module.bias is None):
+        if name == "dt_proj" and (kind is not nn.Linear or module.bias is None):
             return False
         parameters = [p for p in module._parameters.values() if p is not None]
         if any(type(p) is not nn.Parameter for p in parameters):
             return False
     return True
+
+
+def parts_of(model):
+    """All its modules, each with the last part of its name; in a fifth of the time that
+    named_modules takes."""
+    found = [("", model)]
+    for _, module in found:     # which grows as it goes
+        found += [(name, m) for name, m in module._modules.items() if m is not None]
+    return found
 
 
 def copies(state):
@@ -345,6 +354,7 @@ def norm_made_ready(norm, compile):
 # than what they launch
 MOST_TOKENS = 2 ** 15
 SHORTEST_PART = 8       # tokens of each text that one graph reads, at least
+ROWS_IN_8_BITS = 256    # above that cuBLAS is faster, with a pass that makes 16 bits of the weights
 NEVER = -1e4            # as delta before its softplus: a step that leaves the state as it is
 GRAPHS = weakref.WeakKeyDictionary()    # {model: the Graph of its last stream}
 
@@ -447,25 +457,36 @@ def read_whole(model, tokens, _length, state):
 def read_padded(model, tokens, length, state):
     """
     A Mamba-1 reads tokens (B, L) into state, of which the first `length` are real, a number on the
-    GPU, at least d_conv - 1. As MambaBlock does it, but with no copies of weights or inputs, and
-    without the head.
+    GPU: at least d_conv - 1, and all but the last eighth. As MambaBlock does it, but with no copies
+    of weights or inputs, and without the head.
     """
     rank, N = model.config.dt_rank, model.config.d_state
-    padding = (torch.arange(tokens.shape[1], device=tokens.device) >= length)[:, None]      # (L, 1)
+    eighth = torch.arange(-max(SHORTEST_PART, tokens.shape[1] // 8), 0, device=tokens.device)
+    is_padding = (tokens.shape[1] + eighth >= length)[:, None]              # (L / 8, 1)
     last = length + torch.arange(-state[0].conv.shape[1], 0, device=tokens.device)
     x = model.backbone["embedding"](tokens)                                 # (B, L, d_model)
     x = x.to(at_least_float32(x)) if model.config.residual_in_fp32 else x
     for layer, (window, h) in zip(model.backbone["layers"], state):
         block, norm = layer.mixer, layer.norm
-        u_in, z = block.in_proj(norm(x.to(norm.weight.dtype))).chunk(2, dim=-1)
+        xz = product(block.in_proj, norm(x.to(norm.weight.dtype)))
+        u_in, z = xz.chunk(2, dim=-1)
         u = scan_triton.conv_silu_triton(u_in, block.conv1d.weight, block.conv1d.bias, window)
         window.copy_(u_in.index_select(1, last))
-        dt, B, C = block.x_proj(u).split((rank, N, N), dim=-1)
-        delta = F.linear(dt, block.dt_proj.weight).masked_fill_(padding, NEVER)
+        dt, B, C = product(block.x_proj, u).split((rank, N, N), dim=-1)
+        delta = F.linear(dt, block.dt_proj.weight)
+        delta[:, -len(eighth):].masked_fill_(is_padding, NEVER)
         y, h_after = scan_triton.selective_scan_triton(
             u, delta, block.A_log, B, C, block.D, z, block.dt_proj.bias, True, h, log_A=True)
         step_triton.turn(h_after, h)
-        x = x + block.out_proj(y)
+        x = x + product(block.out_proj, y)
+
+
+def product(linear, x):
+    """linear(x), x (B, L, in). For few rows by a kernel that reads weights in 8 bits as they are:
+    as an Int8Linear does it, they are first written in the type of x, and read again."""
+    if linear.weight.dtype == torch.int8 and x.shape[0] * x.shape[1] <= ROWS_IN_8_BITS:
+        return step_triton.linear(x.contiguous(), linear)
+    return linear(x)
 
 
 class GraphDecoder:
@@ -477,7 +498,7 @@ class GraphDecoder:
 
     def __init__(self, model, prompts, state):
         rows = len(prompts)
-        weights = [t for module in model.modules()
+        weights = [t for _, module in parts_of(model)
                    for t in (*module._parameters.values(), *module._buffers.values())
                    if t is not None]
         made_for = [rows, *((t.data_ptr(), t.dtype) for t in weights)]

@@ -10,7 +10,12 @@ import functools
 import torch
 
 COMPILES = hasattr(torch.compiler, "nested_compile_region")     # torch 2.8: what is asked of it
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)   # torch 2.7
+
+
+def is_exporting():
+    """Whether torch.export looks on. Not torch.compiler.is_exporting(), which in torch 2.11 is also
+    true for torch.compile."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)     # from torch 2.7 on
 
 
 def is_traced():

@@ -661,7 +661,7 @@ def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, Lp, rows, b
         for n0 in range(0, N, 16):
             n = n0 + tl.arange(0, 16)[:, None]
             total = tl.zeros((8, 16, T), tl.float32)
-            for block in range(0, blocks, 8):
+            for block in tl.range(0, blocks, 8, loop_unroll_factor=2):
                 some = block + tl.arange(0, 8)[:, None, None]
                 of_block = parts + ((some * batch + b) * 2 + which) * N * Lp
                 total += tl.load(of_block + (n * Lp + t)[None], mask=(some < blocks) & (n[None] < N), other=0)

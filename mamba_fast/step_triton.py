@@ -469,6 +469,17 @@ def _heads(config, _project, u, gate, y, pdl):
     return advance
 
 
+def linear(x, layer):
+    """layer(x), x (B, L, in), contiguous, of a linear layer as decode has them, also with int8."""
+    (K, N), rows = layer.weight.t().shape, x.shape[0] * x.shape[1]
+    y, tiles = x.new_empty(*x.shape[:2], N), _tiles(x, rows, K, N)
+    grid = triton.cdiv(N, tiles["BN"]), triton.cdiv(rows, tiles["BM"])
+    with torch.cuda.device_of(x):
+        _project[grid](x, None, *_weights(layer), None, None, y, None, None, rows, 0.0, K, N, 1,
+                       **tiles, PDL=False)
+    return y
+
+
 def _weights(linear):
     return linear.weight, getattr(linear, "scale", None), linear.bias
 
