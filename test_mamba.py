@@ -3454,7 +3454,7 @@ class Plain(torch.autograd.Function):
         return None, None, None, *ctx.back(ctx.needs_input_grad[3:], gout.dtype, gout.dtype, gout, *ctx.kept)
 
 block.by_plan = lambda forward, back, dtype, x, parameters, *_: Plain.apply(forward, back, dtype, x, *parameters)
-block.OnGPU.runs2, block.OnCPU.runs2 = (lambda block, x, dtype: dtype == torch.float32), (lambda *_: False)
+block.OnGPU.runs2, block.OnCPU.runs2 = (lambda block, x, dtype, _: dtype == torch.float32), (lambda *_: False)
 block.heads_triton, block.ssd_triton = importlib.import_module("mamba_fast.heads_triton"), ssd_triton
 one, BC = torch.zeros(2), torch.ones(1, 3, 1, 4)
 delta, a, own = block.heads_triton.prepare(torch.tensor([-90.0, float("nan"), 30.0])[None, :, None].expand(1, 3, 2).contiguous(), one, one,
@@ -3465,6 +3465,12 @@ tests.AT_ONCE["mamba2"] = "PlainBackward"
 tests.check_block(tests.OF_BLOCK2[1], 37)
 tests.check_block(tests.OF_BLOCK2[2], 17)
 tests.check_block({**tests.OF_BLOCK2[3], "expand": 3, "ngroups": 3, "d_state": 20}, 5, frozen=tests.FROZEN[1])
+block.turn_triton = importlib.import_module("mamba_fast.turn_triton")
+tests.AT_ONCE["mamba3"] = "PlainBackward"
+tests.check_block(tests.OF_BLOCK3[0], 37)
+tests.check_block(tests.OF_BLOCK3[1], 2)
+tests.check_block(tests.OF_BLOCK3[2], 17)
+tests.check_block(tests.OF_BLOCK3[3], 18, frozen=tests.FROZEN[1])
 """
 
 
@@ -3792,6 +3798,9 @@ OF_BLOCK = ({}, {"bias": True, "conv_bias": False, "d_conv": 3, "d_state": 5}, {
 OF_BLOCK2 = tuple({"layer": "mamba2", "headdim": 16, "d_state": 32, **changes} for changes in (
     {}, {"bias": True, "conv_bias": False, "d_conv": 3, "ngroups": 2, "d_state": 16}, {"d_conv": 2, "headdim": 64, "dt_limit": (0.02, 0.05)},
     {"expand": 5}))     # 10 heads: more than C++ takes together
+OF_BLOCK3 = tuple({"layer": "mamba3", "headdim": 16, "d_state": 32, **changes} for changes in (
+    {}, {"bias": True, "ngroups": 2, "d_state": 16, "rope_fraction": 1.0}, {"headdim": 64, "dt_limit": (0.02, 0.05), "A_floor": 1.05},
+    {"expand": 3, "d_state": 20, "ngroups": 3}))
 
 
 def results_of_block(block, x, gy):
@@ -3828,6 +3837,7 @@ def check_block(changes, length=70, dtype=torch.float32, cast=None, frozen=(), d
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mamba.fast, "mix", lambda *_: None)
             patch.setattr(mamba.fast, "mix2", lambda *_: None)
+            patch.setattr(mamba.fast, "mix3", lambda *_: None)
             parts, other = results_of_block(block, x, gy)
     by_plan = device == "cuda" and not changes.get("bias")      # whose gradient PyTorch sums up
     assert made == ("ByPlanBackward" if by_plan else AT_ONCE[changes.get("layer", "mamba")]) != other and same([t for t in ours if t is not None], [t for t in again if t is not None])
@@ -3864,14 +3874,15 @@ def test_block_at_once_with_frozen_parameters(frozen, changes):
 @pytest.mark.parametrize("dtype, cast", [
     (torch.float32, None), (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, None), (torch.float16, None)])
 def test_block_at_once_on_a_gpu(dtype, cast):
-    for changes in (*OF_BLOCK, *OF_BLOCK2):
+    for changes in (*OF_BLOCK, *OF_BLOCK2, *OF_BLOCK3):
         if not changes.get("bias") or changes in OF_BLOCK:
             check_block(changes, dtype=dtype, cast=cast, device="cuda")
     check_block({}, 1, dtype, cast, device="cuda")
-    check_block({**OF_BLOCK2[1], "bias": False}, 33, dtype, cast, device="cuda")
+    for changes in (OF_BLOCK2[1], OF_BLOCK3[1]):
+        check_block({**changes, "bias": False}, 33, dtype, cast, device="cuda")
     for frozen in FROZEN:
-        check_block({}, 300, dtype, cast, frozen, "cuda")
-        check_block(OF_BLOCK2[0], 300, dtype, cast, frozen, "cuda")
+        for changes in ({}, OF_BLOCK2[0], OF_BLOCK3[0]):
+            check_block(changes, 300, dtype, cast, frozen, "cuda")
 
 
 @on_gpu
@@ -3902,7 +3913,7 @@ def test_compiled_block_is_the_block_at_once(monkeypatch, cast, changes):
 
 @on_gpu
 @pytest.mark.parametrize("cast", [None, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{"d_state": 5}, OF_BLOCK2[0]])
+@pytest.mark.parametrize("changes", [{"d_state": 5}, OF_BLOCK2[0], OF_BLOCK3[0]])
 def test_block_by_plan_is_the_block_at_once(monkeypatch, cast, changes):
     """The same bits: whatever is asked for, again and again, twice before backward, in a checkpoint, in a graph that is
     captured, on another stream, with parameters that begin anywhere; and where plans cannot be used it goes without."""
@@ -3920,14 +3931,15 @@ def test_block_by_plan_is_the_block_at_once(monkeypatch, cast, changes):
         expected, expected_twice = results(block), results(twice)
         assert made() != "ByPlanBackward"
     assert made() == "ByPlanBackward"
-    if config.layer == "mamba2":        # in parts it has other bits
+    if config.layer != "mamba":         # in parts it has other bits
         parts, expected, expected_twice = expected, results(block), results(twice)
         assert all(relative(one, other) < (1e-4 if cast is None else 2e-2) for one, other in zip(expected, parts))
     for _ in range(3):
         assert same(results(block), expected) and same(results(twice), expected_twice)
     plans = results(block)[0].grad_fn.plan.plans_back
     assert plans and all(plans.values())        # none is missing: it would only take longer
-    assert same(results(block, x, block.A_log), [*expected[:2], expected[2 + [*dict(block.named_parameters())].index("A_log")]])
+    name = "dt_bias" if config.layer == "mamba3" else "A_log"
+    assert same(results(block, x, getattr(block, name)), [*expected[:2], expected[2 + [*dict(block.named_parameters())].index(name)]])
     checkpointed = lambda x: block(torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False))
     assert same(results(checkpointed), expected_twice)
     stream = torch.cuda.Stream()

@@ -7,7 +7,7 @@ mamba.py does it in its own way:
     Linear, RMSNorm    classes, never None: those of torch.nn, but on some CPUs faster ones
     has_triton(...)    True or False: whether the Triton kernels can run here
     scan(...)          None where neither Triton's kernels nor the C++ of scan_cpu.cpp can run
-    mix, mix2(...)     None where no gradients are asked for, where the block has an adapter, a hook
+    mix, mix2, mix3    None where no gradients are asked for, where the block has an adapter, a hook
                        or the like, and where its kernels cannot run
     in_chunks(...)     None where the C++ of ssd_cpu.cpp cannot run
     ssd, keys_and_queries           never None, and asked only where has_triton says True
@@ -31,7 +31,7 @@ import functools
 import torch
 
 from . import layers, norm_cpu, scan_cpu, scan_side_by_side, ssd_cpu
-from .block import mix, mix2
+from .block import mix, mix2, mix3
 from .decode import decoder, recorded, replayed
 from .int8 import quantize_int8
 from .kernels import can_run, rows_triton, scan_triton, ssd_triton, turn_triton
@@ -39,7 +39,7 @@ from .layers import Linear, cross_entropy, gated, softplus
 from .norm_cpu import RMSNorm
 
 __all__ = ["Linear", "RMSNorm", "angles_since", "conv_silu", "cross_entropy", "decoder", "gated",
-           "gated_norm", "has_triton", "in_chunks", "keys_and_queries", "mix", "mix2",
+           "gated_norm", "has_triton", "in_chunks", "keys_and_queries", "mix", "mix2", "mix3",
            "quantize_int8", "recorded", "recurrence", "replayed", "scan", "softplus", "ssd"]
 
 

@@ -1,6 +1,6 @@
 """
-The mixers of Mamba-1 and Mamba-2 in training, each as one autograd.Function: what mix of MambaBlock
-or Mamba2Block does, one part after the other, without what autograd costs between them. On a GPU
+The mixers in training, each as one autograd.Function: what mix of MambaBlock, Mamba2Block or, on a
+GPU, Mamba3Block does, one part after the other, without what autograd costs between them. On a GPU
 the host takes longer to ask for the parts of a small block than the GPU to compute them. And the
 gradients of what was one projection, as u and z, are written side by side: no pass joins them. On
 a GPU launch.py makes all the calls of forward, or of backward, at once; torch.compile takes the
@@ -9,6 +9,7 @@ block of Mamba-1 as one operator.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import cpp, layers, norm_cpu, scan_cpu, ssd_cpu
-from .kernels import can_run, heads_triton, launch, rows_triton, scan_triton, ssd_triton
+from .kernels import (
+    can_run,
+    heads_triton,
+    launch,
+    rows_triton,
+    scan_triton,
+    ssd_triton,
+    turn_triton,
+)
 from .operators import COMPILES, differentiable_once, is_exporting, is_traced
 
 CASTS = {torch.float32, torch.bfloat16, torch.float16}      # what autocast makes 16 bits of
@@ -30,7 +39,10 @@ OF_MAMBA = ("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias", "x
             "dt_proj.weight", "dt_proj.bias", "A_log", "D", "out_proj.weight", "out_proj.bias")
 OF_MAMBA2 = ("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log",
              "D", "norm.weight", "out_proj.weight", "out_proj.bias")
-PLACES = {name: name.rpartition(".")[::2] for name in OF_MAMBA + OF_MAMBA2}     # module and key
+OF_MAMBA3 = ("in_proj.weight", "in_proj.bias", "dt_bias", "B_bias", "C_bias", "B_norm.weight",
+             "C_norm.weight", "D", "out_proj.weight", "out_proj.bias")
+PLACES = {name: name.rpartition(".")[::2]       # module and key
+          for name in OF_MAMBA + OF_MAMBA2 + OF_MAMBA3}
 
 
 def mix(block, x, others, is_plain, plain):
@@ -109,7 +121,8 @@ def mix2(block, x, others, is_plain, plain, gated_norm):
     ready = prepared(block, x, others, shapes_of2(c), linears, is_plain, plain)
     if ready and OnCPU.runs2(block, x, *ready):
         return Mix2.apply(x, *ready[1], block), None
-    if not ready or not OnGPU.runs2(block, x, ready[0]):
+    exact = block.A_log, block.D, block.dt_bias
+    if not ready or not OnGPU.runs2(block, x, ready[0], exact):
         return None
     sizes = Sizes(c.headdim, c.ngroups, tuple(c.dt_limit), block.norm.groups, block.norm.eps)
     y = by_plan(functools.partial(mixed2, sizes), functools.partial(gradients2, sizes), ready[0], x,
@@ -128,6 +141,25 @@ def shapes_of2(c):
     return shapes
 
 
+def mix3(block, x, others, is_plain, plain):
+    """block.mix(x, *others) of a Mamba3Block with one step for each token, on a GPU, as mix2."""
+    c, linears, norms = block.config, ("in_proj", "out_proj"), (block.B_norm, block.C_norm)
+    if torch.compiler.is_compiling() or c.mimo_rank > 1 or c.n_angles == 0:
+        return None
+    H, N, R = c.nheads, c.d_state, c.mimo_rank
+    shapes = dict(zip(OF_MAMBA3, (
+        (sum(block.sizes), c.d_model), (sum(block.sizes),), (H,), (H, R, N), (H, R, N), (N,), (N,),
+        (H,), (c.d_model, c.d_inner), (c.d_model,))))
+    ready = prepared(block, x, others, shapes, linears, is_plain, plain)
+    if not ready or not OnGPU.runs2(block, x, ready[0], (block.dt_bias, block.D)):
+        return None
+    sizes = Sizes3(tuple(block.sizes), c.headdim, c.ngroups, tuple(c.dt_limit), c.A_floor,
+                   tuple(norm.eps for norm in norms))
+    y = by_plan(functools.partial(mixed3, sizes), functools.partial(gradients3, sizes), ready[0], x,
+                ready[1], sizes)
+    return None if y is None else (y, None)
+
+
 def prepared(block, x, others, shapes, linears, is_plain, plain):
     """
     (the dtype to compute in, the parameters in the order of shapes), or None where the block has to
@@ -144,10 +176,11 @@ def prepared(block, x, others, shapes, linears, is_plain, plain):
         return None
     # from where modules keep them, which takes less time than by their names, and finds no stand-in
     modules, device, dtype = block._modules, x.device, x.dtype
+    convolutions = [name for name in ("conv1d",) if "conv1d.weight" in shapes]
     if (not all(name in modules and is_plain(modules[name]) for name in linears)
-            or type(modules.get("conv1d")) is not nn.Conv1d):
+            or not all(type(modules.get(name)) is nn.Conv1d for name in convolutions)):
         return None
-    for name in (*linears, "conv1d"):   # a bias may have become something else than a parameter
+    for name in (*linears, *convolutions):  # a bias may have become something else
         m = modules[name]
         if "bias" in m.__dict__ or "bias" in m._buffers or "bias" in m._modules:
             return None
@@ -339,6 +372,71 @@ def gradients2(sizes, needs, x_dtype, weight_dtype, gout, x, projected, uBC, own
             gw_conv, gb_conv, *of_heads, gw_norm, gw_out, gout.sum(0) if needs[10] else None)
 
 
+class Sizes3(NamedTuple):
+    """What mixed3 has to know of a Mamba3Block."""
+    of_parts: tuple
+    headdim: int
+    ngroups: int
+    dt_limit: tuple
+    A_floor: float
+    eps: tuple      # of the norms of B and C
+
+
+def parts_of3(sizes, projected):
+    """z (B, L, D), u (B, L, H, P), B and C (B, L, G, N), and dt, A, lam (B, L, H), angles (B, L, S)
+    of what in_proj gives."""
+    z, u, B, C, *of_heads = projected.split_with_sizes(sizes.of_parts, -1)
+    B, C = (t.unflatten(-1, (sizes.ngroups, -1)) for t in (B, C))
+    return z, u.unflatten(-1, (-1, sizes.headdim)), B, C, of_heads
+
+
+def mixed3(sizes, dtype, x, w_in, b_in, dt_bias, B_bias, C_bias, w_B, w_C, D, w_out, b_out):
+    """The result of a Mamba3Block on a GPU, and what gradients3 needs. As in mamba3.py, what a step
+    adds of itself, gamma (k . q), and its D are one factor: own."""
+    x, w_in, b_in, w_out, b_out = OnGPU.cast(dtype, (x, w_in, b_in, w_out, b_out))
+    dt_bias, B_bias, C_bias, w_B, w_C, D = small = scan_triton._whole(dt_bias, B_bias, C_bias, w_B,
+                                                                     w_C, D)
+    projected = OnGPU.product(x, w_in, b_in)
+    z, u, B, C, of_heads = parts_of3(sizes, projected)
+    a, gamma, weight, turns = heads_triton.prepare3(*of_heads, dt_bias, sizes.dt_limit,
+                                                    sizes.A_floor)
+    since = turn_triton.run_sums(turns)                                     # (B, L, H, S)
+    k, q, own = turn_triton.run(B, C, (w_B, w_C), (B_bias, C_bias), since, dtype, gamma, D,
+                                sizes.eps, 2 * math.pi)
+    y, _, packed, states = ssd_triton._run(u, weight, a, k, q, own, None, True)
+    y = y.flatten(2)                                                        # (B, L, D)
+    gated = rows_triton.run_norm(y, z, None, 1, 0.0)
+    return OnGPU.product(gated, w_out, b_out), (x, projected, since, gamma, k, q, own, packed,
+                                                states, y, gated, w_in, *small[:-1], w_out)
+
+
+def gradients3(sizes, needs, x_dtype, weight_dtype, gout, x, projected, since, gamma, k, q, own,
+               packed, states, y, gated, w_in, dt_bias, B_bias, C_bias, w_B, w_C, w_out):
+    """As gradients, of a Mamba3Block on a GPU."""
+    gprojected = torch.empty_like(projected)
+    z, u, B, C, of_heads = parts_of3(sizes, projected)
+    gz, gu, gB, gC, gof_heads = parts_of3(sizes, gprojected)
+    gout = gout.flatten(0, 1)                                               # (B L, d_model)
+    ggated, gw_out = OnGPU.product_back(gout, gated.flatten(0, 1), w_out, True, needs[9], y.dtype,
+                                        weight_dtype)
+    gy, _ = rows_triton.run_norm_back(ggated.view(y.shape), y, z, None, 1, 0.0, gz)
+    # each head is a group of its own: these sums have one part
+    gweight, ga, gown, ((gk,), (gq,)), _ = ssd_triton.back_in_parts(
+        gy.view(u.shape), None, u, packed, k, q, own, states, gu)
+    (gB_bias, gC_bias), gsince, (gw_B, gw_C), ggamma = turn_triton.run_back(
+        gk, gq, gown, B, C, (w_B, w_C), (B_bias, C_bias), since, gB, gC, gamma, sizes.eps,
+        2 * math.pi)
+    gturns = turn_triton.run_sums_back(gsince)
+    gdt_bias, gD = heads_triton.prepare3_back(*of_heads, dt_bias, ga, ggamma, gweight, gturns, gown,
+                                              *gof_heads, sizes.dt_limit, sizes.A_floor)
+    gprojected = gprojected.flatten(0, 1)
+    gx, gw_in = OnGPU.product_back(gprojected, x.flatten(0, 1), w_in, needs[0], needs[1], x_dtype,
+                                   weight_dtype)
+    return (gx.view(x.shape) if needs[0] else None, gw_in, gprojected.sum(0) if needs[2] else None,
+            gdt_bias, gB_bias, gC_bias, gw_B, gw_C, gD, gw_out,
+            gout.sum(0) if needs[10] else None)
+
+
 class Mix2(torch.autograd.Function):
     """On a CPU."""
 
@@ -434,9 +532,9 @@ class OnGPU:
                 and d_state <= 256)
 
     @staticmethod
-    def runs2(block, x, dtype):
-        """Whether mixed2 can run."""
-        c, exact = block.config, (block.A_log, block.D, block.dt_bias)
+    def runs2(block, x, dtype, exact):
+        """Whether mixed2 and mixed3 can run. exact: parameters that have to be float32."""
+        c = block.config
         return (block.scan in ("auto", "triton") and can_run(x) and x.shape[1] > 1
                 and all(t.dtype == torch.float32 for t in exact)
                 and ssd_triton.fits(x.device, dtype, c.headdim, c.d_state) and launch.can_repeat())

@@ -6,7 +6,8 @@ forward and one backward. Of what in_proj gives, dt (B, L, H), and of B and C (B
     a     = delta A,   A = -exp(A_log)
     own   = (B . C) delta + D,              what a step adds to y of its own u
 
-all (B, L, H), in float32. And the sum over rows that gradients of parameters end with.
+all (B, L, H), in float32. What Mamba-3 makes of them is below. And the sum over rows that gradients
+of parameters end with.
 """
 from __future__ import annotations
 
@@ -147,4 +148,122 @@ def prepare_back(dt, dt_bias, A_log, B, C, gdelta, ga, gown, of_B, of_C, gdt, gB
     with torch.cuda.device_of(dt):
         _start_gradients((programs, sizes[1], batch), version, (*tensors, sums), L, *strides,
                          len(of_B), *sizes)
+    return sum_over_rows(sums, torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------
+# Mamba-3, with the names of mamba3.py: of dt, A, lam (B, L, H) and angles (B, L, S), which in_proj
+# gives, a, gamma, weight (B, L, H) and turns (B, L, H, S).
+
+
+@triton.jit
+def _step(dt, A, lam, bias, row, h, there, x_l, H: constexpr, LOW: constexpr, HIGH: constexpr,
+          FLOOR: constexpr):
+    """Of some steps and heads delta, A and lam; and the derivatives of each by its raw number."""
+    at = row * x_l + h
+    raw = tl.load(dt + at, mask=there, other=0).to(tl.float32)
+    raw += tl.load(bias + h, mask=h < H, other=0)
+    delta = _softplus(raw)
+    slope = tl.where((delta < LOW) | (delta > HIGH), 0, tl.sigmoid(raw))
+    delta = tl.where(delta < LOW, LOW, tl.where(delta > HIGH, HIGH, delta))
+    raw = tl.load(A + at, mask=there, other=0).to(tl.float32)
+    rate = tl.where(raw >= 0, 1 + raw, 1 / (1 + tl.abs(raw)))
+    slope_A = tl.where(rate < FLOOR, 0, tl.where(raw >= 0, -1, -rate * rate))
+    rate = tl.where(rate < FLOOR, FLOOR, rate)
+    open = tl.sigmoid(tl.load(lam + at, mask=there, other=0).to(tl.float32))
+    return delta, -rate, open, slope, slope_A, open * (1 - open)
+
+
+@triton.jit
+def _tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit(do_not_specialize=("L",))
+def _prepare3(dt, A, lam, angles, bias, a, gamma, weight, turns, L, x_l, H: constexpr,
+              S: constexpr, LOW: constexpr, HIGH: constexpr, FLOOR: constexpr, T: constexpr,
+              HB: constexpr, SB: constexpr):
+    t, b = tl.program_id(0) * T + tl.arange(0, T)[:, None], tl.program_id(1).to(tl.int64)
+    h, s, row = tl.arange(0, HB)[None, :], tl.arange(0, SB)[None, :], b * L + t
+    there, later = (t < L) & (h < H), (t + 1 < L) & (h < H)
+    delta, A_t, open, _, _, _ = _step(dt, A, lam, bias, row, h, there, x_l, H, LOW, HIGH, FLOOR)
+    delta_next, _, open_next, _, _, _ = _step(dt, A, lam, bias, row + 1, h, later, x_l, H, LOW,
+                                              HIGH, FLOOR)
+    at, late = row * H + h, tl.where(later, (1 - open_next) * delta_next, 0)
+    tl.store(a + at, delta * A_t, mask=there)
+    tl.store(gamma + at, open * delta, mask=there)
+    tl.store(weight + at, open * delta + late, mask=there)
+    angle = tl.load(angles + row * x_l + s, mask=(t < L) & (s < S), other=0).to(tl.float32)
+    turn = _tanh(angle)[:, None, :] * delta[:, :, None] / 2                 # (T, HB, SB)
+    tl.store(turns + at[:, :, None] * S + s[None], turn, mask=there[:, :, None] & (s < S)[None])
+
+
+@triton.jit(do_not_specialize=("L",))
+def _prepare3_gradients(dt, A, lam, angles, bias, ga, ggamma, gweight, gturns, gown, gdt, gA, glam,
+                        gangles, sums, L, x_l, gx_l, H: constexpr, S: constexpr, LOW: constexpr,
+                        HIGH: constexpr, FLOOR: constexpr, T: constexpr, HB: constexpr,
+                        SB: constexpr):
+    """Writes gdt, gA, glam and gangles, which lie as dt, A, lam and angles do, and sums (programs,
+    2, H), each program's share of the gradients of the bias, and of D, which are sums of gown."""
+    t, b = tl.program_id(0) * T + tl.arange(0, T)[:, None], tl.program_id(1).to(tl.int64)
+    h, s, row = tl.arange(0, HB)[None, :], tl.arange(0, SB)[None, :], b * L + t
+    there, at = (t < L) & (h < H), row * H + h
+    delta, A_t, open, slope, slope_A, slope_lam = _step(dt, A, lam, bias, row, h, there, x_l, H,
+                                                        LOW, HIGH, FLOOR)
+    ga_t = tl.load(ga + at, mask=there, other=0)
+    of_gamma = tl.load(ggamma + at, mask=there, other=0)
+    of_gamma += tl.load(gweight + at, mask=there, other=0)
+    of_late = tl.load(gweight + at - H, mask=there & (t > 0), other=0)      # of the step before
+    angle = tl.load(angles + row * x_l + s, mask=(t < L) & (s < S), other=0).to(tl.float32)
+    half, slope_s = _tanh(angle) / 2, tl.sigmoid(2 * angle)
+    slope_s = 2 * slope_s * (1 - slope_s)
+    gturn = tl.load(gturns + at[:, :, None] * S + s[None],
+                    mask=there[:, :, None] & (s < S)[None], other=0)        # (T, HB, SB)
+    gangle = tl.sum(gturn * delta[:, :, None], 1) * slope_s
+    tl.store(gangles + row * gx_l + s, gangle, mask=(t < L) & (s < S))
+    gdelta = open * of_gamma + (1 - open) * of_late + ga_t * A_t
+    gdelta += tl.sum(gturn * half[:, None, :], 2)
+    graw = gdelta * slope
+    tl.store(gdt + row * gx_l + h, graw, mask=there)
+    tl.store(gA + row * gx_l + h, ga_t * delta * slope_A, mask=there)
+    tl.store(glam + row * gx_l + h, (of_gamma - of_late) * delta * slope_lam, mask=there)
+    to = sums + (b * tl.num_programs(0) + tl.program_id(0)) * 2 * H + tl.arange(0, HB)
+    tl.store(to, tl.sum(tl.where(there, graw, 0), 0), mask=tl.arange(0, HB) < H)
+    tl.store(to + H, tl.sum(tl.load(gown + at, mask=there, other=0), 0),
+             mask=tl.arange(0, HB) < H)
+
+
+_start_prepare3, _start_gradients3 = Kernel(_prepare3), Kernel(_prepare3_gradients)
+
+
+def prepare3(dt, A, lam, angles, bias, limits, floor):
+    """a, gamma, weight and turns. The inputs of in_proj lie in one memory, with the same steps."""
+    (batch, L, H), S = dt.shape, angles.shape[2]
+    made = [bias.new_empty(batch, L, H) for _ in range(3)] + [bias.new_empty(batch, L, H, S)]
+    sizes = _sizes3(H, S, limits, floor)
+    tensors, x_l = (dt, A, lam, angles, bias, *made), dt.stride(1)
+    version = dt.device.index, *sizes, *_kinds(*tensors), *_facts(x_l)
+    with torch.cuda.device_of(dt):
+        _start_prepare3((-(-L // sizes[5]), batch, 1), version, tensors, L, x_l, *sizes)
+    return made
+
+
+def _sizes3(H, S, limits, floor):
+    """H, S, LOW, HIGH, FLOOR, T, HB, SB, as the kernels have them."""
+    HB, SB = triton.next_power_of_2(H), triton.next_power_of_2(S)
+    return H, S, *map(float, limits), floor, max(1, 4096 // (HB * SB)), HB, SB
+
+
+def prepare3_back(dt, A, lam, angles, bias, ga, ggamma, gweight, gturns, gown, gdt, gA, glam,
+                  gangles, limits, floor):
+    """The gradients of bias and of D, (2, H); gdt, gA, glam and gangles are where to write those of
+    what in_proj gives, with the same steps."""
+    (batch, L, H), sizes = dt.shape, _sizes3(dt.shape[2], angles.shape[2], limits, floor)
+    programs, strides = -(-L // sizes[5]), (dt.stride(1), gdt.stride(1))
+    sums = bias.new_empty(batch * programs, 2, H)
+    tensors = (dt, A, lam, angles, bias, ga, ggamma, gweight, gturns, gown, gdt, gA, glam, gangles,
+               sums)
+    version = dt.device.index, *sizes, *_kinds(*tensors), *_facts(*strides)
+    with torch.cuda.device_of(dt):
+        _start_gradients3((programs, batch, 1), version, tensors, L, *strides, *sizes)
     return sum_over_rows(sums, torch.float32)

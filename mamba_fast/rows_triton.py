@@ -29,12 +29,14 @@ def _gate(y, z, row, z_row, d, D):
 @triton.jit(do_not_specialize=("rows",))
 def _norm(y, z, weight, out, rows, z_l, G: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr,
           BD: tl.constexpr):
-    """out = gated / sqrt(mean of gated^2 + EPS) weight, of rows of G groups of D numbers."""
+    """out = gated / sqrt(mean of gated^2 + EPS) weight, of rows of G groups of D numbers. Without a
+    weight there is no norm: out = gated."""
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     gated, _, _, _ = _gate(y, z, row, row // G * z_l + row % G * D, d, D)
-    size = tl.rsqrt(tl.sum(gated * gated, 0) / D + EPS)
-    weight_d = tl.load(weight + row % G * D + d, mask=d < D, other=0).to(tl.float32)
-    tl.store(out + row * D + d, gated * size * weight_d, mask=d < D)
+    if weight is not None:
+        gated *= tl.rsqrt(tl.sum(gated * gated, 0) / D + EPS)
+        gated *= tl.load(weight + row % G * D + d, mask=d < D, other=0).to(tl.float32)
+    tl.store(out + row * D + d, gated, mask=d < D)
 
 
 @triton.jit(do_not_specialize=("rows",))
@@ -43,21 +45,24 @@ def _norm_gradients(y, z, weight, gout, gy, gz, gweight, rows, z_l, G: tl.conste
     """gy, gz, and gweight (programs, G D), to be added up: program i takes of its group the rows i,
     i + programs, ..."""
     group, d = tl.program_id(1), tl.arange(0, BD)
-    weight_d = tl.load(weight + group * D + d, mask=d < D, other=0).to(tl.float32)
-    total = tl.zeros((BD,), tl.float32)
+    if weight is not None:
+        weight_d = tl.load(weight + group * D + d, mask=d < D, other=0).to(tl.float32)
+        total = tl.zeros((BD,), tl.float32)
     for first in range(tl.program_id(0), rows // G, tl.num_programs(0)):
         place = tl.full((), 1, tl.int64) * first
         row = place * G + group
         gated, y_d, z_d, sigmoid = _gate(y, z, row, place * z_l + group * D, d, D)
-        size = tl.rsqrt(tl.sum(gated * gated, 0) / D + EPS)
-        gout_d = tl.load(gout + row * D + d, mask=d < D, other=0).to(tl.float32)
-        total += gout_d * gated * size
-        gout_d *= weight_d
-        ggated = size * (gout_d - gated * (size * size * tl.sum(gout_d * gated, 0) / D))
+        ggated = tl.load(gout + row * D + d, mask=d < D, other=0).to(tl.float32)
+        if weight is not None:
+            size = tl.rsqrt(tl.sum(gated * gated, 0) / D + EPS)
+            total += ggated * gated * size
+            ggated *= weight_d
+            ggated = size * (ggated - gated * (size * size * tl.sum(ggated * gated, 0) / D))
         tl.store(gy + row * D + d, ggated * z_d * sigmoid, mask=d < D)
         tl.store(gz + place * gz_l + group * D + d,
                  ggated * y_d * sigmoid * (1 + z_d * (1 - sigmoid)), mask=d < D)
-    tl.store(gweight + (tl.program_id(0) * G + group) * D + d, total, mask=d < D)
+    if weight is not None:
+        tl.store(gweight + (tl.program_id(0) * G + group) * D + d, total, mask=d < D)
 
 
 @triton.jit
@@ -142,6 +147,7 @@ def _version(sizes, *tensors):
 
 
 def run_norm(y, z, weight, groups, eps):
+    """The norm of y silu(z), or with None as its weight y silu(z)."""
     out, sizes = torch.empty_like(y), _sizes(y, z, groups, eps)
     with torch.cuda.device_of(y):
         _start_norm((sizes[0], 1, 1), _version(sizes, y, z, weight), (y, z, weight, out), *sizes)
@@ -151,13 +157,14 @@ def run_norm(y, z, weight, groups, eps):
 def run_norm_back(gout, y, z, weight, groups, eps, gz):
     """The gradients of y and weight. gz: where to write that of z; its steps may be apart."""
     sizes, tensors, gy = _sizes(y, z, groups, eps), (y, z, weight, gout), torch.empty_like(y)
-    programs, gz_l = min(PROGRAMS, y.shape[0] * y.shape[1]), gz.stride(1)
-    gweight = weight.new_empty(programs, y.shape[-1], dtype=torch.float32)
+    programs, gz_l, gweight = min(PROGRAMS, y.shape[0] * y.shape[1]), gz.stride(1), None
+    if weight is not None:
+        gweight = weight.new_empty(programs, y.shape[-1], dtype=torch.float32)
     version = *_version(sizes, *tensors, gz), *_facts(gz_l)
     with torch.cuda.device_of(y):
         _start_norm_gradients((programs, groups, 1), version, (*tensors, gy, gz, gweight), *sizes,
                               gz_l)
-    return gy, sum_over_rows(gweight, weight.dtype)
+    return gy, None if weight is None else sum_over_rows(gweight, weight.dtype)
 
 
 def gated_norm(y, z, weight, groups, eps):

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import library
 
+from .heads_triton import sum_over_rows
 from .launch import Kernel
 from .operators import differentiable_once
-from .scan_triton import _as_function, _kinds, _wants_gradients
+from .scan_triton import _as_function, _facts, _kinds, _wants_gradients
 
 # steps of a program, which has all heads of a group; backward it is one warp, so that its sums need
 # no other, and has registers for half as many
@@ -24,10 +25,10 @@ STEPS, STEPS_BACK = 16, 8
 
 @triton.jit(do_not_specialize=("L",))
 def _sums(turns, first, since, L, M: tl.constexpr, T: tl.constexpr, BM: tl.constexpr):
-    """since (B, L, M): the fraction of first (B, M) and the sum of turns until each step. The sums
-    are kept as two, as in mamba3.py."""
+    """since (B, L, M): the fraction of first (B, M), if there is one, and the sum of turns until
+    each step. The sums are kept as two, as in mamba3.py."""
     m, b = tl.program_id(0) * BM + tl.arange(0, BM)[None, :], tl.program_id(1).to(tl.int64)
-    first_m = tl.load(first + b * M + m, mask=m < M, other=0)
+    first_m = 0.0 if first is None else tl.load(first + b * M + m, mask=m < M, other=0)
     coarse, rest = tl.zeros((1, BM), tl.float32), tl.zeros((1, BM), tl.float32)
     for t0 in range(0, L, T):
         t = t0 + tl.arange(0, T)[:, None]
@@ -54,15 +55,49 @@ def _sums_back(gsince, gturns, gfirst, L, M: tl.constexpr, T: tl.constexpr, BM: 
         g_t = tl.load(gsince + at, mask=there, other=0)
         tl.store(gturns + at, after + tl.cumsum(g_t, 0, reverse=True), mask=there)
         after += tl.sum(g_t, 0)[None, :]
-    tl.store(gfirst + b * M + m, after, mask=m < M)
+    if gfirst is not None:
+        tl.store(gfirst + b * M + m, after, mask=m < M)
 
 
 @triton.jit
-def _angles(theta, at, S, BP: tl.constexpr):
-    """cos and sin, (T, BP), of the angles of a head; 1 and 0 from the S-th on."""
+def _angles(theta, at, S, BP: tl.constexpr, UNIT: tl.constexpr):
+    """cos and sin, (T, BP), of the angles of a head, which are given in this unit; 1 and 0 from the
+    S-th on."""
     s = tl.arange(0, BP)[None, :]
-    angle = tl.load(theta + at[:, None] * S + s, mask=(at >= 0)[:, None] & (s < S), other=0)
+    angle = tl.load(theta + at[:, None] * S + s, mask=(at >= 0)[:, None] & (s < S), other=0) * UNIT
     return tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
+def _size(x, weight, N: tl.constexpr, EPS: tl.constexpr):
+    """What the norm of each row of x (T, N) multiplies it by, (T, 1); 1 without a norm."""
+    if weight is None:
+        size = 1.0
+    else:
+        size = tl.rsqrt(tl.sum(x * x, 1) / N + EPS)[:, None]
+    return size
+
+
+@triton.jit
+def _rows(x, row, group, n, there, x_l, N: tl.constexpr):
+    """Those of one group of x, whose steps are x_l numbers apart."""
+    at = row.to(tl.int64)[:, None] * x_l + (group * N + n)[None, :]
+    return tl.load(x + at, mask=there, other=0).to(tl.float32)
+
+
+@triton.jit
+def _weight(weight, n, N: tl.constexpr):
+    """That of a norm (1, N), or 1 if there is none."""
+    if weight is None:
+        row = 1.0
+    else:
+        row = tl.load(weight + n, mask=n < N, other=0).to(tl.float32)[None, :]
+    return row
+
+
+@triton.jit
+def _bias(bias, head, n, N: tl.constexpr):
+    return tl.load(bias + head * N + n, mask=n < N, other=0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -77,22 +112,28 @@ def _rotated(one, other, cos, sin):
 
 
 @triton.jit(do_not_specialize=("L",))
-def _turn(B, C, B_bias, C_bias, theta, k, q, dots, L, G: tl.constexpr, H: tl.constexpr,
-          N: tl.constexpr, S: tl.constexpr, T: tl.constexpr, BP: tl.constexpr):
-    """k, q (B, L, H, N) and dots (B, L, H), their scalar products."""
+def _turn(B, C, B_weight, C_weight, B_bias, C_bias, theta, gamma, D, k, q, dots, L, x_l,
+          EPS_B: tl.constexpr, EPS_C: tl.constexpr, UNIT: tl.constexpr, G: tl.constexpr,
+          H: tl.constexpr, N: tl.constexpr, S: tl.constexpr, T: tl.constexpr, BP: tl.constexpr):
+    """
+    k, q (B, L, H, N) and dots (B, L, H), their scalar products, or with a gamma of this shape and D
+    (H,) dots gamma + D. With weights (N,), B and C get their norms first.
+    """
     t, n = tl.program_id(0) * T + tl.arange(0, T), tl.arange(0, 2 * BP)
     row, group = tl.program_id(2).to(tl.int64) * L + t, tl.program_id(1)
     there = (t < L)[:, None] & (n < N)[None, :]
-    of_group = (row * G + group)[:, None] * N + n[None, :]
-    B_t = tl.load(B + of_group, mask=there, other=0)
-    C_t = tl.load(C + of_group, mask=there, other=0)
+    B_t, C_t = _rows(B, row, group, n, there, x_l, N), _rows(C, row, group, n, there, x_l, N)
+    B_t *= _size(B_t, B_weight, N, EPS_B) * _weight(B_weight, n, N)
+    C_t *= _size(C_t, C_weight, N, EPS_C) * _weight(C_weight, n, N)
     for i in range(H // G):
         head = group * (H // G) + i
-        k_t = B_t + tl.load(B_bias + head * N + n, mask=n < N, other=0)[None, :]
-        q_t = C_t + tl.load(C_bias + head * N + n, mask=n < N, other=0)[None, :]
+        k_t, q_t = B_t + _bias(B_bias, head, n, N), C_t + _bias(C_bias, head, n, N)
         at = tl.where(t < L, row * H + head, -1)
-        tl.store(dots + at, tl.sum(k_t * q_t, 1), mask=t < L)
-        cos, sin = _angles(theta, at, S, BP)
+        dots_t = tl.sum(k_t * q_t, 1)
+        if gamma is not None:
+            dots_t = dots_t * tl.load(gamma + at, mask=t < L, other=0) + tl.load(D + head)
+        tl.store(dots + at, dots_t, mask=t < L)
+        cos, sin = _angles(theta, at, S, BP, UNIT)
         one, other = _pairs(k_t, T, BP)
         tl.store(k + at[:, None] * N + n[None, :], _rotated(one, other, cos, sin), mask=there)
         one, other = _pairs(q_t, T, BP)
@@ -100,28 +141,36 @@ def _turn(B, C, B_bias, C_bias, theta, k, q, dots, L, G: tl.constexpr, H: tl.con
 
 
 @triton.jit(do_not_specialize=("L",))
-def _turn_gradients(B, C, B_bias, C_bias, theta, gk, gq, gdots, gB, gC, gtheta, sums, L,
-                    G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
-                    T: tl.constexpr, BP: tl.constexpr):
+def _turn_gradients(B, C, B_weight, C_weight, B_bias, C_bias, theta, gamma, gk, gq, gdots, gB, gC,
+                    gtheta, ggamma, sums, sums_of_norms, L, x_l, gx_l, EPS_B: tl.constexpr,
+                    EPS_C: tl.constexpr, UNIT: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
+                    N: tl.constexpr, S: tl.constexpr, T: tl.constexpr, BP: tl.constexpr):
     """gB, gC (B, L, G, N), gtheta (B, L, H, S), and sums (2, B, programs, H, N), of which those of
-    B_bias and C_bias are sums."""
+    B_bias and C_bias are sums. Those of the weights are sums of sums_of_norms (2, B, programs, G,
+    N). With a gamma gdots is the gradient of dots gamma + D, and ggamma (B, L, H) is written."""
     t, n, s = tl.program_id(0) * T + tl.arange(0, T), tl.arange(0, 2 * BP), tl.arange(0, BP)
     b, group = tl.program_id(2).to(tl.int64), tl.program_id(1)
     row, there = b * L + t, (t < L)[:, None] & (n < N)[None, :]
-    of_group = (row * G + group)[:, None] * N + n[None, :]
+    B_size = _size(_rows(B, row, group, n, there, x_l, N), B_weight, N, EPS_B)
+    C_size = _size(_rows(C, row, group, n, there, x_l, N), C_weight, N, EPS_C)
     of_B, of_C = tl.zeros((T, 2 * BP), tl.float32), tl.zeros((T, 2 * BP), tl.float32)
-    sums += (b * tl.num_programs(0) + tl.program_id(0)) * H * N
+    program, programs = b * tl.num_programs(0) + tl.program_id(0), tl.num_programs(0)
+    programs *= tl.num_programs(2).to(tl.int64)
     for i in range(H // G):
         head = group * (H // G) + i
         # B and C are read again for each head: there are too few registers to keep them
-        k_t = tl.load(B + of_group, mask=there, other=0)
-        k_t += tl.load(B_bias + head * N + n, mask=n < N, other=0)[None, :]
-        q_t = tl.load(C + of_group, mask=there, other=0)
-        q_t += tl.load(C_bias + head * N + n, mask=n < N, other=0)[None, :]
+        k_t = _rows(B, row, group, n, there, x_l, N) * B_size * _weight(B_weight, n, N)
+        k_t += _bias(B_bias, head, n, N)
+        q_t = _rows(C, row, group, n, there, x_l, N) * C_size * _weight(C_weight, n, N)
+        q_t += _bias(C_bias, head, n, N)
         at = tl.where(t < L, row * H + head, -1)
-        cos, sin = _angles(theta, at, S, BP)
+        cos, sin = _angles(theta, at, S, BP, UNIT)
         to = at[:, None] * N + n[None, :]
-        gdots_t = tl.load(gdots + at, mask=t < L, other=0)[:, None]
+        gdots_t = tl.load(gdots + at, mask=t < L, other=0)
+        if gamma is not None:
+            tl.store(ggamma + at, gdots_t * tl.sum(k_t * q_t, 1), mask=t < L)
+            gdots_t *= tl.load(gamma + at, mask=t < L, other=0)
+        gdots_t = gdots_t[:, None]
         # turned back, they are the gradients of what was not turned yet
         gk_one, gk_other = _pairs(tl.load(gk + to, mask=there, other=0).to(tl.float32), T, BP)
         gk_t = _rotated(gk_one, gk_other, cos, -sin)
@@ -132,18 +181,38 @@ def _turn_gradients(B, C, B_bias, C_bias, theta, gk, gq, gdots, gB, gC, gtheta, 
         gk_one, gk_other = _pairs(gk_t, T, BP)
         gq_one, gq_other = _pairs(gq_t, T, BP)
         gangle = k_one * gk_other - k_other * gk_one + q_one * gq_other - q_other * gq_one
-        tl.store(gtheta + at[:, None] * S + s[None, :], gangle,
+        tl.store(gtheta + at[:, None] * S + s[None, :], gangle * UNIT,
                  mask=(t < L)[:, None] & (s < S)[None, :])
         gk_t += gdots_t * q_t
         gq_t += gdots_t * k_t
         of_B += gk_t
         of_C += gq_t
-        to_sum = sums + head * N + n
+        to_sum = sums + (program * H + head) * N + n
         tl.store(to_sum, tl.sum(tl.where(there, gk_t, 0), 0), mask=n < N)
-        to_sum += tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * H * N
-        tl.store(to_sum, tl.sum(tl.where(there, gq_t, 0), 0), mask=n < N)
-    tl.store(gB + of_group, of_B, mask=there)
-    tl.store(gC + of_group, of_C, mask=there)
+        tl.store(to_sum + programs * H * N, tl.sum(tl.where(there, gq_t, 0), 0), mask=n < N)
+    to = row.to(tl.int64)[:, None] * gx_l + (group * N + n)[None, :]
+    to_sum = sums_of_norms
+    if B_weight is not None:
+        to_sum += (program * G + group) * N + n
+    of_B = _through_norm(of_B, _rows(B, row, group, n, there, x_l, N) * B_size, B_size, B_weight,
+                         to_sum, n, there, N)
+    if B_weight is not None:
+        to_sum += programs * G * N
+    of_C = _through_norm(of_C, _rows(C, row, group, n, there, x_l, N) * C_size, C_size, C_weight,
+                         to_sum, n, there, N)
+    tl.store(gB + to, of_B, mask=there)
+    tl.store(gC + to, of_C, mask=there)
+
+
+@triton.jit
+def _through_norm(g, normed, size, weight, to_sum, n, there, N: tl.constexpr):
+    """The gradient of rows from that of their norm, weight * normed; into to_sum goes these rows'
+    share of that of weight."""
+    if weight is not None:
+        tl.store(to_sum, tl.sum(tl.where(there, g * normed, 0), 0), mask=n < N)
+        g *= _weight(weight, n, N)
+        g = size * (g - normed * (tl.sum(tl.where(there, g * normed, 0), 1) / N)[:, None])
+    return g
 
 
 _start_sums, _start_sums_back = Kernel(_sums), Kernel(_sums_back)
@@ -158,20 +227,30 @@ def _sum_up(kernel, x, *tensors):
         kernel((-(-M // 32), batch, 1), version, (x, *tensors), L, M, 128, 32)
 
 
+def run_sums(turns, first=None):
+    since = torch.empty_like(turns)
+    _sum_up(_start_sums, turns, first, since)
+    return since
+
+
+def run_sums_back(gsince, gfirst=None):
+    """The gradient of turns; gfirst: where to write that of first, if it is wanted."""
+    gturns = torch.empty_like(gsince)
+    _sum_up(_start_sums_back, gsince, gturns, gfirst)
+    return gturns
+
+
 class _Since(torch.autograd.Function):
     @staticmethod
     def forward(ctx, turns, first):
-        since = torch.empty_like(turns)
-        _sum_up(_start_sums, turns, first, since)
-        return since
+        return run_sums(turns, first)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, gsince):
         gsince = gsince.contiguous()
-        gturns, gfirst = torch.empty_like(gsince), torch.empty_like(gsince[:, 0])
-        _sum_up(_start_sums_back, gsince, gturns, gfirst)
-        return gturns, gfirst
+        gfirst = torch.empty_like(gsince[:, 0])
+        return run_sums_back(gsince, gfirst), gfirst
 
 
 def angles_since(turns, first):
@@ -181,37 +260,70 @@ def angles_since(turns, first):
 
 
 def _sizes(B, theta, steps):
-    """L, G, H, N, S, T, BP, as the kernels have them."""
-    (_, L, G, N), (H, S) = B.shape, theta.shape[2:]
-    return L, G, H, N, S, steps, triton.next_power_of_2(N // 2)
+    """G, H, N, S, T, BP, as the kernels have them."""
+    (G, N), (H, S) = B.shape[2:], theta.shape[2:]
+    return G, H, N, S, steps, triton.next_power_of_2(N // 2)
 
 
-def _start(kernel, sizes, *tensors):
-    L, G, *_, steps, _ = sizes
-    version = tensors[0].device.index, *sizes[1:], *_kinds(*tensors)
+def _step_of(B):
+    """From one step of B (B, L, G, N) to the next, as from one text to the next if L is 1."""
+    return B.stride(1 if B.shape[1] > 1 else 0)
+
+
+def _start(kernel, sizes, tensors, L, strides, options):
+    G, *_, steps, _ = sizes
+    version = (tensors[0].device.index, *sizes, *options, *_facts(*strides), *_kinds(*tensors))
     with torch.cuda.device_of(tensors[0]):
-        kernel((-(-L // steps), G, len(tensors[0])), version, tensors, *sizes)
+        kernel((-(-L // steps), G, len(tensors[0])), version, tensors, L, *strides, *options,
+               *sizes)
+
+
+def run(B, C, weights, biases, theta, dtype, gamma=None, D=None, eps=(0.0, 0.0), unit=1.0):
+    """
+    k, q and dots of _turn. B, C: (B, L, G, N), alike, whose steps may be apart.  weights: of their
+    norms, (N,) or None.  biases: (H, N).  unit: of the angles theta.
+    """
+    sizes, (batch, L, H, _) = _sizes(B, theta, STEPS), theta.shape
+    k, q = (B.new_empty(batch, L, H, B.shape[3], dtype=dtype) for _ in range(2))
+    dots = theta.new_empty(batch, L, H)
+    tensors = B, C, *weights, *biases, theta, gamma, D, k, q, dots
+    _start(_start_turn, sizes, tensors, L, (_step_of(B),), (*eps, unit))
+    return k, q, dots
+
+
+def run_back(gk, gq, gdots, B, C, weights, biases, theta, gB, gC, gamma=None, eps=(0.0, 0.0),
+             unit=1.0):
+    """
+    The gradients of both biases, of theta, and, if they are there, of both weights and of gamma.
+    gB, gC: where to write those of B and C; their steps may be apart.
+    """
+    sizes, (batch, L, H, _) = _sizes(B, theta, STEPS_BACK), theta.shape
+    N, programs = B.shape[3], batch * -(-L // STEPS_BACK)
+    gtheta, sums = torch.empty_like(theta), theta.new_empty(2, programs, H, N)
+    normed, ggamma = weights[0] is not None, None if gamma is None else torch.empty_like(gamma)
+    sums_of_norms = theta.new_empty(2, programs * sizes[0], N) if normed else None
+    tensors = (B, C, *weights, *biases, theta, gamma, gk, gq, gdots, gB, gC, gtheta, ggamma, sums,
+               sums_of_norms)
+    _start(_start_turn_gradients, sizes, tensors, L, (_step_of(B), _step_of(gB)), (*eps, unit))
+    of_biases, of_weights = (
+        [None if t is None else sum_over_rows(part, t.dtype).view(t.shape)
+         for part, t in zip(parts, like)]
+        for parts, like in ((sums, biases), (sums_of_norms if normed else (None, None), weights)))
+    return of_biases, gtheta, of_weights, ggamma
 
 
 def _run(B, C, B_bias, C_bias, theta, dtype):
     """k, q and dots."""
-    sizes, (batch, L, H, _) = _sizes(B, theta, STEPS), theta.shape
-    k, q = (B.new_empty(batch, L, H, B.shape[3], dtype=dtype) for _ in range(2))
-    dots = B.new_empty(batch, L, H)
-    _start(_start_turn, sizes, B, C, B_bias, C_bias, theta, k, q, dots)
-    return k, q, dots
+    return run(B, C, (None, None), (B_bias, C_bias), theta, dtype)
 
 
 def _run_back(gk, gq, gdots, B, C, B_bias, C_bias, theta):
     """The gradients of B, C, B_bias, C_bias and theta."""
-    sizes = _sizes(B, theta, STEPS_BACK)
-    gB, gC, gtheta = map(torch.empty_like, (B, C, theta))
-    programs = -(-sizes[0] // STEPS_BACK)
-    sums = B.new_empty(2, len(B) * programs, *B_bias.shape)
+    gB, gC = map(torch.empty_like, (B, C))
     gk, gq, gdots = (t.contiguous() for t in (gk, gq, gdots))
-    _start(_start_turn_gradients, sizes, B, C, B_bias, C_bias, theta, gk, gq, gdots, gB, gC, gtheta,
-           sums)
-    return gB, gC, sums[0].sum(0), sums[1].sum(0), gtheta
+    of_biases, gtheta, _, _ = run_back(gk, gq, gdots, B, C, (None, None), (B_bias, C_bias), theta,
+                                       gB, gC)
+    return gB, gC, *of_biases, gtheta
 
 
 def _setup(ctx, inputs, output):
