@@ -3818,9 +3818,9 @@ def block_of(changes):
 
 
 def check_block(changes, length=70, dtype=torch.float32, cast=None, frozen=(), device="cpu"):
-    """A block at once is not further from float64 than twice what its parts are, one by one (and 1e-5: what a sum loses
-    that is nearly 0, as the gradient of a single D), and gives gradients to the same
-    tensors, in their types. x is a view. cast: of autocast."""
+    """A block at once is not further from float64 than twice what its parts are, one by one, and gives gradients to the
+    same tensors, in their types. And a little: what a sum loses that is nearly 0, as the gradient of a single D, for which
+    Mamba-3's parts take gradients in float32. x is a view. cast: of autocast."""
     torch.manual_seed(0)
     block = block_of(changes).to(device)
     for name, p in block.named_parameters():
@@ -3846,7 +3846,8 @@ def check_block(changes, length=70, dtype=torch.float32, cast=None, frozen=(), d
             assert one is part is None
             continue
         assert one.dtype == part.dtype and one.shape == part.shape
-        assert relative(one, expected) < 2 * relative(part, expected) + 1e-5, (name, relative(one, expected), relative(part, expected))
+        little = 5e-3 if one.numel() == 1 and (cast or dtype) != torch.float32 else 1e-5
+        assert relative(one, expected) < 2 * relative(part, expected) + little, (name, relative(one, expected), relative(part, expected))
 
 
 AT_ONCE = {"mamba": "MixBackward", "mamba2": "Mix2Backward"}

@@ -71,6 +71,19 @@ class Kernel:
             self.versions[version] = kernel.run, kernel.function, kernel.packed_metadata, kernel
 
 
+class Threads(ThreadPoolExecutor):
+    """Where Triton compiles kernels side by side; and with each of them, before it is needed, its
+    launcher, which is C until Triton 3.6."""
+
+    def submit(self, work, *inputs):
+        def made():
+            result = work(*inputs)
+            if hasattr(result, "src"):      # a kernel
+                triton.runtime.driver.active.launcher_cls(result.src, result.metadata)
+            return result
+        return super().submit(made)
+
+
 class Rehearsal:
     """Takes kernels to compile them, which Triton does in the threads of compile_ahead."""
 
@@ -90,7 +103,7 @@ def compile_ahead(key, call):
     REHEARSED.add(key)
     before = taker.set(Rehearsal)
     try:
-        with torch.no_grad(), ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
+        with torch.no_grad(), Threads() as threads, triton.AsyncCompileMode(threads):
             threads.submit(entry_points)    # which compiles repeat.cpp
             call()
     finally:
