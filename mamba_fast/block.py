@@ -30,7 +30,7 @@ from .operators import COMPILES, differentiable_once, is_exporting, is_traced
 
 CASTS = {torch.float32, torch.bfloat16, torch.float16}      # what autocast makes 16 bits of
 OPTIONAL = {"in_proj.bias", "conv1d.bias", "out_proj.bias"}
-PLANS = {}      # of mixed and mixed2 on a GPU, by launch.Plan
+PLANS = {}      # of blocks on a GPU, by launch.Plan
 # the parameters of products, which autocast takes in 16 bits
 OF_PRODUCTS = {"in_proj.weight", "in_proj.bias", "x_proj.weight", "dt_proj.weight",
                "out_proj.weight", "out_proj.bias"}
@@ -67,22 +67,20 @@ def mix(block, x, others, is_plain, plain):
     parts = next((p for p in (OnGPU, OnCPU) if p.runs(block, x, dtype, parameters)), None)
     if parts is None:
         return None
-    if x.is_cuda:
-        y = by_plan(functools.partial(mixed, parts), functools.partial(gradients, parts), dtype, x,
-                    parameters)
-        if y is not None:
-            return y, None
-    return Mix.apply(parts, dtype, x, *parameters), None
+    return at_once(functools.partial(mixed, parts), functools.partial(gradients, parts), dtype, x,
+                   parameters), None
 
 
-def by_plan(forward, back, dtype, x, parameters, *settings):
+def at_once(forward, back, dtype, x, parameters, *settings):
     """
-    The result of a block as one operation, or None where there is no plan of it on this GPU.
+    The result of a block as one operation, on a GPU by a plan if there can be one.
     forward(dtype, x, *parameters) returns it, and a list of what back needs. back(needs, type of
     x, type of weights, gout, *that list) returns the gradients of x and parameters, or None for
     those of which needs says False.
     settings: all else on which forward and back depend.
     """
+    if not x.is_cuda:
+        return AtOnce.apply(forward, back, dtype, x, *parameters)
     inputs = x.contiguous(), *parameters
 
     def compute():
@@ -93,11 +91,13 @@ def by_plan(forward, back, dtype, x, parameters, *settings):
         with torch.autocast("cuda", enabled=False):
             (out,), kept = compute()    # out has the shape and type of its gradient
             back([True] * len(inputs), x.dtype, parameters[0].dtype, out, *kept)
-    key = dtype, len(parameters), *settings     # the number tells which block it is
+    key = dtype, len(parameters), *settings     # which tells what block it is
     forms = (None if t is None else (t.shape, t.dtype) for t in parameters)
     launch.compile_ahead((key, x.device, x.dtype, *forms), rehearse)
     plan = launch.Plan.of(PLANS, key, compute, inputs) if launch.can_repeat() else None
-    return None if plan is None else ByPlan.apply(plan, back, *inputs)
+    if plan is None:
+        return AtOnce.apply(forward, back, dtype, *inputs)
+    return ByPlan.apply(plan, back, *inputs)
 
 
 def shapes_of(c):
@@ -109,10 +109,7 @@ def shapes_of(c):
 
 
 def mix2(block, x, others, is_plain, plain, gated_norm):
-    """
-    block.mix(x, *others) of a Mamba2Block, as mix; None also on a GPU for which there is no plan.
-    gated_norm: the class of its norm.
-    """
+    """block.mix(x, *others) of a Mamba2Block, as mix.  gated_norm: the class of its norm."""
     c, linears = block.config, ("in_proj", "out_proj")
     if (torch.compiler.is_compiling() or not c.rmsnorm or block.norm.norm_before_gate
             or not is_plain(block.norm, gated_norm)
@@ -125,9 +122,8 @@ def mix2(block, x, others, is_plain, plain, gated_norm):
     if not ready or not OnGPU.runs2(block, x, ready[0], exact):
         return None
     sizes = Sizes(c.headdim, c.ngroups, tuple(c.dt_limit), block.norm.groups, block.norm.eps)
-    y = by_plan(functools.partial(mixed2, sizes), functools.partial(gradients2, sizes), ready[0], x,
-                ready[1], sizes)
-    return None if y is None else (y, None)
+    return at_once(functools.partial(mixed2, sizes), functools.partial(gradients2, sizes), ready[0],
+                   x, ready[1], sizes), None
 
 
 def shapes_of2(c):
@@ -155,9 +151,8 @@ def mix3(block, x, others, is_plain, plain):
         return None
     sizes = Sizes3(tuple(block.sizes), c.headdim, c.ngroups, tuple(c.dt_limit), c.A_floor,
                    tuple(norm.eps for norm in norms))
-    y = by_plan(functools.partial(mixed3, sizes), functools.partial(gradients3, sizes), ready[0], x,
-                ready[1], sizes)
-    return None if y is None else (y, None)
+    return at_once(functools.partial(mixed3, sizes), functools.partial(gradients3, sizes), ready[0],
+                   x, ready[1], sizes), None
 
 
 def prepared(block, x, others, shapes, linears, is_plain, plain):
@@ -269,11 +264,13 @@ def gradients(parts, needs, x_dtype, weight_dtype, gout, x, xz, u, dtBC, delta, 
             gout.sum(0) if needs_b_out else None)
 
 
-class Mix(torch.autograd.Function):
+class AtOnce(torch.autograd.Function):
+    """A block as one operation; forward and back as in at_once."""
+
     @staticmethod
-    def forward(ctx, parts, dtype, x, *parameters):
-        ctx.parts, ctx.dtypes = parts, (x.dtype, parameters[0].dtype)
-        out, saved = mixed(parts, dtype, x, *parameters)
+    def forward(ctx, forward, back, dtype, x, *parameters):
+        ctx.back, ctx.dtypes = back, (x.dtype, parameters[0].dtype)
+        out, saved = forward(dtype, x, *parameters)
         ctx.save_for_backward(*saved)
         return out
 
@@ -281,8 +278,8 @@ class Mix(torch.autograd.Function):
     @differentiable_once
     @without_autocast
     def backward(ctx, gout):
-        needs = ctx.needs_input_grad[2:]
-        return None, None, *gradients(ctx.parts, needs, *ctx.dtypes, gout, *ctx.saved_tensors)
+        grads = ctx.back(ctx.needs_input_grad[3:], *ctx.dtypes, gout, *ctx.saved_tensors)
+        return None, None, None, *grads
 
 
 class ByPlan(torch.autograd.Function):
@@ -537,7 +534,7 @@ class OnGPU:
         c = block.config
         return (block.scan in ("auto", "triton") and can_run(x) and x.shape[1] > 1
                 and all(t.dtype == torch.float32 for t in exact)
-                and ssd_triton.fits(x.device, dtype, c.headdim, c.d_state) and launch.can_repeat())
+                and ssd_triton.fits(x.device, dtype, c.headdim, c.d_state))
 
     @staticmethod
     def cast(dtype, tensors):
