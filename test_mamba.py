@@ -7742,7 +7742,7 @@ def test_training_compiled(work, call):
 @pytest.mark.parametrize("changes, device, compiled", [
     ({"max_iters": 5000}, "cpu", False), ({"max_iters": 4999}, "cuda", False), ({"max_iters": 5000}, "cuda", True),
     ({"max_iters": 5000, "eval_only": True}, "cuda", False), ({"max_iters": 5000, "compile": False}, "cuda", False),
-    ({"max_iters": 5000, "fsdp": True}, "cuda", False), ({"max_iters": 5000, "layer": "mamba3"}, "cuda", True),
+    ({"max_iters": 5000, "fsdp": True}, "cuda", False), ({"max_iters": 5000, "layer": "mamba3"}, "cuda", mamba.fast is None),
     ({"compile": True}, "cpu", True), ({"max_iters": 5000}, "mps", False)])
 def test_a_run_is_compiled_where_it_pays(changes, device, compiled):
     cfg = train.Config(**changes)

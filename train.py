@@ -118,7 +118,7 @@ class Config:
     dtype: str = flag("auto", "float32, bfloat16 or float16 (mixed precision); by default bfloat16 "
                       "on CUDA, else float32")
     compile: bool | None = flag(None, "torch.compile, up to a minute; by default from 5000 "
-                                "steps on CUDA")
+                                "steps on CUDA, for Mamba-1")
     scan: str = flag("auto", "auto, triton (fused kernels, on CUDA), chunked or sequential")
     threads: int | None = flag(None, "of a CPU; by default all, but fewer as long as other "
                                "programs use the cores: the threads would mostly wait for each "
