@@ -3316,7 +3316,9 @@ SHAPES = ({}, {"d_state": 5, "dt_rank": 7, "conv_bias": False, "bias": True, "d_
           {"layer": "mamba2", "headdim": 20, "d_state": 12},
           {"layer": "mamba2", "headdim": 8, "d_state": 16, "ngroups": 2, "rmsnorm": False, "dt_limit": (0.01, 0.1), "bias": True,
            "d_conv": 2, "conv_bias": False},
-          {"d_model": 768, "d_state": 4, "vocab_size": 60, "n_layer": 1})     # fewer logits than x_proj has outputs
+          {"d_model": 768, "d_state": 4, "vocab_size": 60, "n_layer": 1},     # fewer logits than x_proj has outputs
+          {"layer": "mamba3", "headdim": 20, "d_state": 12, "A_floor": 0.9},
+          {"layer": "mamba3", "headdim": 8, "d_state": 16, "ngroups": 2, "rope_fraction": 1.0, "dt_limit": (0.01, 0.1), "bias": True})
 
 
 @torch.no_grad()
@@ -3391,7 +3393,7 @@ tests = importlib.import_module(sys.argv[1])
 # the step of a token; the interpreter cannot do tl.dot of bfloat16
 for rows, dtype, shape in ((1, torch.float32, 0), (1, torch.bfloat16, 1), (1, torch.int8, 2), (3, torch.float16, 1),
                            (3, torch.int8, 0), (17, torch.float32, 2), (1, torch.float32, 3), (3, torch.float32, 4),
-                           (1, torch.bfloat16, 3), (17, torch.float16, 3)):
+                           (1, torch.bfloat16, 3), (17, torch.float16, 3), (1, torch.bfloat16, 6), (3, torch.float32, 7)):
     tests.check_fused_step({"n_layer": 1, **tests.SHAPES[shape]}, dtype, rows, "cpu", length=2)
 
 from mamba_fast.step_triton import _tiles
@@ -3718,7 +3720,8 @@ def test_model_with_triton_equals_chunked(compiled):
 def test_fused_step_equals_one_call():
     for rows, dtype, shape in ((1, torch.float32, 0), (1, torch.bfloat16, 1), (1, torch.int8, 2), (2, torch.int8, 0),
                                (17, torch.float16, 0), (40, torch.float32, 2), (100, torch.bfloat16, 1), (1, torch.float32, 3),
-                               (1, torch.bfloat16, 4), (3, torch.int8, 3), (40, torch.bfloat16, 3), (3, torch.bfloat16, 5)):
+                               (1, torch.bfloat16, 4), (3, torch.int8, 3), (40, torch.bfloat16, 3), (3, torch.bfloat16, 5),
+                               (1, torch.float32, 6), (3, torch.bfloat16, 6), (40, torch.float16, 7), (1, torch.int8, 7)):
         check_fused_step(SHAPES[shape], dtype, rows, "cuda")
     for dtype, shape in ((torch.float32, 0), (torch.bfloat16, 1), (torch.int8, 2)):
         for length, size in ((70, 80), (56, 64), (3, 8)):

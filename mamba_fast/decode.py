@@ -1,8 +1,8 @@
 """
 The step of a token, for generation. What is the same for all tokens is made ready once, and the
 state is updated in place, in buffers of its own. On a CPU each weight is read once, in its own
-type and by all cores. On CUDA the whole step is a CUDA graph, of fused kernels in a Mamba-1 or 2,
-where the reading of a short prompt is one too; by `replayed` a step of training can be one.
+type and by all cores. On CUDA the whole step is a CUDA graph, mostly of fused kernels, and then the
+reading of a short prompt is one too; by `replayed` a step of training can be one.
 """
 from __future__ import annotations
 
@@ -408,10 +408,11 @@ class Graph:
     @torch.no_grad()
     def read(self, model, tokens):
         """model reads tokens (B, L) into the state: a Mamba-1 all of them at once, with up to an
-        eighth more as padding, so that few lengths are recorded; a Mamba-2 in parts whose lengths
-        are powers of two. The last few one by one."""
+        eighth more as padding, so that few lengths are recorded; others in parts whose lengths are
+        powers of two. The last few one by one."""
         padded = model.config.layer == "mamba"
-        while tokens.shape[1] >= max(SHORTEST_PART, self.state[0].conv.shape[1]):
+        taps = self.state[0].conv.shape[1] if hasattr(self.state[0], "conv") else 0
+        while tokens.shape[1] >= max(SHORTEST_PART, taps):
             size = 1 << tokens.shape[1].bit_length() - 1
             if padded:
                 step = max(SHORTEST_PART, size // 8)

@@ -18,7 +18,7 @@ from triton.language import constexpr
 
 from .launch import Kernel
 from .scan_triton import _facts, _kinds
-from .step_triton import _softplus
+from .step_triton import _softplus, _tanh
 
 STEPS = 16      # of a program, which has all heads of a group
 
@@ -172,11 +172,6 @@ def _step(dt, A, lam, bias, row, h, there, x_l, H: constexpr, LOW: constexpr, HI
     rate = tl.where(rate < FLOOR, FLOOR, rate)
     open = tl.sigmoid(tl.load(lam + at, mask=there, other=0).to(tl.float32))
     return delta, -rate, open, slope, slope_A, open * (1 - open)
-
-
-@triton.jit
-def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
 
 
 @triton.jit(do_not_specialize=("L",))

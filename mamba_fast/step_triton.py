@@ -1,11 +1,10 @@
 """
 The step of a token, for generation, as Triton kernels: one token more for each text, the states
-updated in place. Of models whose layers are all Mamba-1's, or all Mamba-2's; decode.py makes a CUDA
-graph of it.
+updated in place. Of models whose layers are all of one kind; decode.py makes a CUDA graph of it.
 
 With few texts a step takes as long as reading the weights once, and the start of every kernel.
-There are four a layer, three in Mamba-2, which has no x_proj:
-    enter      in_proj and the convolution
+There are four a layer, three in Mamba-2 and 3, which have no x_proj:
+    enter      in_proj and the convolution; in Mamba-3, which has none, project
     project    x_proj; for several texts in parts, which are sums over some channels each
     advance    the step of the scan, and the gate; in Mamba-1 dt_proj before it
     project    out_proj, added to the residual stream; and once, at the end, the head
@@ -41,6 +40,11 @@ def _softplus(x):
     v = f * f
     series = 0.3333332 + v * (0.20003835 + v * (0.14116978 + v * 0.13433774))
     return tl.maximum(x, 0) + 2 * f * (1 + v * series)
+
+
+@triton.jit
+def _tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -372,6 +376,75 @@ def _advance_heads(u, gate, dt_bias, A_log, Dw, norm, h, y, squares, rows, H: co
     tl.store(y + r * D + d, y_d.to(y.dtype.element_ty), mask=in_p)
 
 
+@triton.jit
+def _normed_pairs(x, weight, bias, i, N: constexpr, EPS: constexpr):
+    """The numbers 2 i and the numbers 2 i + 1 of the norm of x (N,), and its bias."""
+    there = i < N // 2
+    one = tl.load(x + 2 * i, mask=there, other=0)
+    other = tl.load(x + 2 * i + 1, mask=there, other=0)
+    size = tl.rsqrt(tl.sum(one * one + other * other, 0) / N + EPS)
+    one *= size * tl.load(weight + 2 * i, mask=there, other=0).to(tl.float32)
+    other *= size * tl.load(weight + 2 * i + 1, mask=there, other=0).to(tl.float32)
+    one += tl.load(bias + 2 * i, mask=there, other=0).to(tl.float32)
+    other += tl.load(bias + 2 * i + 1, mask=there, other=0).to(tl.float32)
+    return one, other
+
+
+@triton.jit
+def _advance_turned(made, dt_bias, B_weight, C_weight, B_bias, C_bias, Dw, theta, h, k, x, y,
+                    H: constexpr, P: constexpr, N: constexpr, G: constexpr, S: constexpr,
+                    LEAST: constexpr, MOST: constexpr, FLOOR: constexpr, EPS: constexpr,
+                    BP: constexpr, BH: constexpr, PDL: constexpr):
+    """
+    One step of the scan of Mamba-3 for a head of a text, with the names of mamba3.py: theta (rows,
+    H, S), h (rows, H, P, N), k (rows, H, N) and x (rows, H, P) in place, y (rows, H P).
+    made: (rows, 2 H P + 2 G N + 3 H + S), what in_proj gives: z, x, B, C, dt, A, lam, angles.
+    """
+    head, r = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    p, n, i, of_head = tl.arange(0, BP), tl.arange(0, 2 * BH), tl.arange(0, BH), r * H + head
+    h += (of_head * P + p[:, None]) * N + n[None, :]
+    in_h = (p < P)[:, None] & (n < N)[None, :]
+    k += of_head * N + n
+    x += of_head * P + p
+    theta += of_head * S + i
+    h_d = tl.load(h, mask=in_h, other=0)                                        # (BP, BN)
+    k_before, x_before = tl.load(k, mask=n < N, other=0), tl.load(x, mask=p < P, other=0)
+    turned = tl.load(theta, mask=i < S, other=0) / 6.283185307179586
+    bias, D_h = tl.load(dt_bias + head), tl.load(Dw + head)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    made += r * (2 * H * P + 2 * G * N + 3 * H + S)
+    z = tl.load(made + head * P + p, mask=p < P, other=0)
+    x_d = tl.load(made + (H + head) * P + p, mask=p < P, other=0)
+    made += 2 * H * P
+    B = made + head // (H // G) * N
+    B_one, B_other = _normed_pairs(B, B_weight, B_bias + head * N, i, N, EPS)
+    C_one, C_other = _normed_pairs(B + G * N, C_weight, C_bias + head * N, i, N, EPS)
+    made += 2 * G * N + head
+    delta = _softplus(tl.load(made) + bias)
+    delta = tl.minimum(tl.maximum(delta, LEAST), MOST)
+    raw, open = tl.load(made + H), tl.sigmoid(tl.load(made + 2 * H))
+    rate = tl.maximum(tl.where(raw >= 0, 1 + raw, 1 / (1 + tl.abs(raw))), FLOOR)
+    angles = tl.load(made - head + 3 * H + i, mask=i < S, other=0)
+    turned += _tanh(angles) * delta / 2
+    turned = (turned - tl.floor(turned)) * 6.283185307179586
+    cos, sin = tl.cos(turned), tl.sin(turned)
+    k_d = tl.interleave(B_one * cos - B_other * sin, B_one * sin + B_other * cos)
+    q_d = tl.interleave(C_one * cos - C_other * sin, C_one * sin + C_other * cos)
+    h_d += ((1 - open) * delta * x_before)[:, None] * k_before[None, :]
+    h_d = tl.exp2(-delta * rate * LOG2E) * h_d
+    h_d += (open * delta * x_d)[:, None] * k_d[None, :]
+    tl.debug_barrier()              # all threads have read the state
+    tl.store(h, h_d, mask=in_h)
+    tl.store(k, k_d, mask=n < N)
+    tl.store(x, x_d, mask=p < P)
+    tl.store(theta, turned, mask=i < S)
+    y_d = (tl.sum(h_d * q_d[None, :], 1) + D_h * x_d) * _silu(z)
+    tl.store(y + of_head * P + p, y_d.to(y.dtype.element_ty), mask=p < P)
+
+
 # ------------------------------------------------------------------------------------------------
 # The model
 
@@ -382,6 +455,8 @@ def decodes(config):
         return False
     if config.layer == "mamba2":
         return not config.rmsnorm or (config.ngroups == 1 and not config.norm_before_gate)
+    if config.layer == "mamba3":
+        return config.mimo_rank == 1 and config.n_angles > 0
     return config.layer == "mamba" and config.dt_rank + 2 * config.d_state <= 512
 
 
@@ -395,21 +470,18 @@ def decode(backbone, head, config, state, token):
     table, rows, eps = backbone["embedding"], len(token), backbone["norm_f"].eps
     scale = getattr(table, "scale", None)       # with int8
     weight = table.weight if scale is None else scale       # of the type of what is computed
-    d_model, vocab_size = config.d_model, config.vocab_size
-    D, X = config.d_inner, state[0].conv.shape[2]
-    H = config.nheads if config.layer == "mamba2" else 0
+    d_model, vocab_size, D = config.d_model, config.vocab_size, config.d_inner
     of_type = weight.new_empty
     tiles_of = functools.partial(_tiles, weight, rows, int8=scale is not None)
-    enter, leave = tiles_of(d_model, X + D + H), tiles_of(D, d_model)
-    to_logits = tiles_of(d_model, vocab_size)
+    leave, to_logits = tiles_of(D, d_model), tiles_of(d_model, vocab_size)
     blocks = triton.cdiv(d_model, leave["BN"])
     pdl = PDL and token.is_cuda and torch.cuda.get_device_capability(token.device)[0] >= 9
     pdl = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
     with torch.cuda.device_of(token):
-        u, y, normed = of_type(rows, X), of_type(rows, D), of_type(rows, d_model)
-        gate = of_type(rows, D + H, dtype=torch.float32)
-        logits, squares = gate.new_empty(rows, vocab_size), gate.new_empty(rows, blocks)
-        x = (gate if config.residual_in_fp32 else u).new_empty(rows, d_model)
+        y, normed = of_type(rows, D), of_type(rows, d_model)
+        logits = of_type(rows, vocab_size, dtype=torch.float32)
+        squares = logits.new_empty(rows, blocks)
+        x = (logits if config.residual_in_fp32 else y).new_empty(rows, d_model)
         layers = backbone["layers"]
         norms = [*(layer.norm.weight for layer in layers), backbone["norm_f"].weight]
 
@@ -418,26 +490,59 @@ def decode(backbone, head, config, state, token):
             _project[triton.cdiv(N, tiles["BN"]), triton.cdiv(rows, tiles["BM"]), tiles["PARTS"]](
                 x, squares_of_x, *_weights(linear), before, norm, y, normed, squares, rows, eps,
                 K, N, of_x, **tiles, **pdl)
-        advance = (_heads if H else _channels)(config, project, u, gate, y, pdl)
-        programs = sum(triton.cdiv(n, enter["BN"]) for n in (X, D, H))
+        mix = (_turned if config.layer == "mamba3" else _convolved)(
+            config, project, tiles_of, normed, squares, eps, y, pdl)
         _begin[blocks, rows](token, table.weight, scale, x, norms[0], normed, squares, rows,
                              d_model, leave["BN"], PDL=pdl["PDL"], num_warps=1)
-        for layer, norm, (window, h) in zip(layers, norms[1:], state):
-            block, conv = layer.mixer, layer.mixer.conv1d
-            _enter[programs, triton.cdiv(rows, enter["BM"])](
-                normed, squares, *_weights(block.in_proj), conv.weight, conv.bias, window, u, gate,
-                rows, eps, d_model, X, D, H, H == 0, window.shape[1], blocks, **enter, **pdl)
-            squares_of_y = advance(block, h)
+        for layer, norm, of_layer in zip(layers, norms[1:], state):
+            squares_of_y = mix(layer.mixer, of_layer)
             before, x = x, torch.empty_like(x)
-            project(leave, y, squares_of_y, block.out_proj, before, norm, x, D, d_model)
+            project(leave, y, squares_of_y, layer.mixer.out_proj, before, norm, x, D, d_model)
         project(to_logits, normed, squares, head, None, None, logits, d_model, vocab_size)
         _choose[(rows,)](logits, token, vocab_size, 8192, num_warps=16, **pdl)
     return logits
 
 
+def _convolved(config, project, tiles_of, normed, squares, eps, y, pdl):
+    """For blocks of Mamba-1 and 2: mix(block, its state), which fills y, and returns the squares of
+    the norm that out_proj is to do, or None."""
+    (rows, d_model), D = normed.shape, config.d_inner
+    X, H = D, 0         # what goes through the convolution; Mamba-2's delta
+    if config.layer == "mamba2":
+        X, H = D + 2 * config.ngroups * config.d_state, config.nheads
+    tiles = tiles_of(d_model, X + D + H)
+    programs = sum(triton.cdiv(n, tiles["BN"]) for n in (X, D, H))
+    u, gate = y.new_empty(rows, X), squares.new_empty(rows, D + H)
+    advance = (_heads if H else _channels)(config, project, u, gate, y, pdl)
+
+    def mix(block, state):
+        (window, h), conv = state, block.conv1d
+        _enter[programs, triton.cdiv(rows, tiles["BM"])](
+            normed, squares, *_weights(block.in_proj), conv.weight, conv.bias, window, u, gate,
+            rows, eps, d_model, X, D, H, H == 0, window.shape[1], squares.shape[1], **tiles, **pdl)
+        return advance(block, h)
+    return mix
+
+
+def _turned(config, project, tiles_of, normed, squares, eps, y, pdl):
+    """As _convolved, for blocks of Mamba-3."""
+    (rows, d_model), (H, P, N) = normed.shape, (config.nheads, config.headdim, config.d_state)
+    G, S, power = config.ngroups, config.n_angles, triton.next_power_of_2
+    made = squares.new_empty(rows, 2 * H * P + 2 * G * N + 3 * H + S)
+    tiles = tiles_of(d_model, made.shape[1])
+
+    def mix(block, state):
+        project(tiles, normed, squares, block.in_proj, None, None, made, d_model, made.shape[1])
+        _advance_turned[H, rows](
+            made, block.dt_bias, block.B_norm.weight, block.C_norm.weight, block.B_bias,
+            block.C_bias, block.D, *state, y, H, P, N, G, S, *map(float, config.dt_limit),
+            config.A_floor, eps, power(P), power(N // 2), num_warps=8, **pdl)
+    return mix
+
+
 def _channels(config, project, u, gate, y, pdl):
-    """For blocks of Mamba-1: advance(block, h), which fills y, and returns None, for it has no
-    norm."""
+    """For blocks of Mamba-1: advance(block, h), which fills y from u and gate, and returns None,
+    for there is no norm."""
     (D, N, R), power = (config.d_inner, config.d_state, config.dt_rank), triton.next_power_of_2
     rows, BN, BR = len(u), power(N), max(16, power(R))
     select, tiles = _tiles(u, rows, D, R + 2 * N, cut=True), _tiles_of_advance(rows, D, BN, BR)
