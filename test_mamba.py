@@ -3321,6 +3321,12 @@ SHAPES = ({}, {"d_state": 5, "dt_rank": 7, "conv_bias": False, "bias": True, "d_
           {"layer": "mamba3", "headdim": 8, "d_state": 16, "ngroups": 2, "rope_fraction": 1.0, "dt_limit": (0.01, 0.1), "bias": True})
 
 
+def of_states(state):
+    """The tensors of a state, of angles their sines and cosines: 0 and a whole turn are the same."""
+    return [one for layer in state for name, t in zip(layer._fields, layer)
+            for one in ((t.sin(), t.cos()) if name == "theta" else (t,))]
+
+
 @torch.no_grad()
 def check_fused_step(changes, dtype, rows, device, length=20):
     """Tokens read by the kernels give the logits and states of one call in float32 of the same weights."""
@@ -3335,7 +3341,7 @@ def check_fused_step(changes, dtype, rows, device, length=20):
     assert torch.equal(got.argmax(-1), torch.stack(chosen, 1))
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.int8: 3e-2}[dtype]
     assert got.shape == whole.shape and got.dtype == torch.float32 and relative(got.cpu(), whole) < tolerance
-    for one, expected in zip(tree_leaves(state), tree_leaves(last)):
+    for one, expected in zip(of_states(state), of_states(last), strict=True):
         assert one.numel() == 0 or relative(one.cpu(), expected) < tolerance
 
 
@@ -4752,12 +4758,15 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
 
 
 # models of which C++ takes all layers
-IN_ONE_CALL = [{}, {"layer": "mamba2", "headdim": 16, "d_state": 16, "ngroups": 2}]
+IN_ONE_CALL = [{}, *({"layer": layer, "headdim": 16, "d_state": 16, "ngroups": 2} for layer in ("mamba2", "mamba3"))]
 ONE_CALL_SHAPES = [*(SHAPES[i] for i in (0, 1, 5)), *({"layer": "mamba2", "headdim": 16, **options} for options in (
     {"d_state": 24, "residual_in_fp32": True},
     {"d_state": 12, "d_model": 64, "ngroups": 2, "rmsnorm": False, "dt_limit": (0.01, 0.03), "bias": True, "d_conv": 2, "conv_bias": False},
     {"d_state": 16, "d_model": 48, "ngroups": 3, "d_conv": 1, "tie_embeddings": False},
-    {"d_state": 8, "headdim": 32, "d_model": 64, "ngroups": 2, "norm_before_gate": True}, {"d_model": 256, "headdim": 64, "n_layer": 1}))]
+    {"d_state": 8, "headdim": 32, "d_model": 64, "ngroups": 2, "norm_before_gate": True}, {"d_model": 256, "headdim": 64, "n_layer": 1})),
+    *({"layer": "mamba3", "d_state": 16, "d_model": 48, **options} for options in (
+        {"headdim": 12, "A_floor": 0.9}, {"headdim": 8, "ngroups": 2, "rope_fraction": 1.0, "dt_limit": (0.01, 0.1), "bias": True},
+        {"headdim": 64, "d_model": 256, "d_state": 64, "n_layer": 1}))]
 
 
 @in_cpp
@@ -4781,7 +4790,7 @@ def check_step_in_cpp(changes, rows, dtype, tolerance):
     got = torch.stack([step(token) for token in idx.unbind(1)], dim=1)
     assert got.shape == whole.shape and relative(got.float(), whole) < tolerance
     assert all(one.dtype == before.dtype for one, before in zip(tree_leaves(step.state), tree_leaves(model.init_state(rows))))
-    for one, expected in zip(tree_leaves(step.state), tree_leaves(last)):
+    for one, expected in zip(of_states(step.state), of_states(last), strict=True):
         assert one.numel() == 0 or relative(one.float(), expected) < tolerance
 
 
@@ -4792,6 +4801,10 @@ def with_an_mlp(model):
 
 def with_a_narrow_parameter(model):
     model.backbone["layers"][2].mixer.conv1d.bias = nn.Parameter(torch.ones(1))
+
+
+def with_a_narrow_bias(model):
+    model.backbone["layers"][2].mixer.B_bias = nn.Parameter(torch.full((1, 1, 1), 0.5))
 
 
 def with_a_scale(model):
@@ -4819,6 +4832,7 @@ def with_a_norm_before_the_gate(model):
 @in_cpp
 @pytest.mark.parametrize("kind, change", [
     *itertools.product((0, 1), (with_an_mlp, with_a_narrow_parameter, with_a_scale, with_another_kind_of_layer)),
+    *itertools.product((2,), (with_an_mlp, with_a_narrow_bias, with_a_scale, with_another_kind_of_layer)),
     (1, with_another_limit), (1, with_a_norm_of_one_group), (1, with_a_norm_before_the_gate)])
 @torch.no_grad()
 def test_the_step_of_a_changed_model(kind, change):
@@ -4833,7 +4847,7 @@ def test_the_step_of_a_changed_model(kind, change):
 
 @in_cpp
 @pytest.mark.parametrize("changes", [
-    {"d_intermediate": 24}, {"mixer_rms_eps": 1e-5}, {"d_model": 36}, {"layer": "mamba3", "headdim": 16, "d_state": 16},
+    {"d_intermediate": 24}, {"mixer_rms_eps": 1e-5}, {"d_model": 36}, {**IN_ONE_CALL[2], "d_state": 12}, {**IN_ONE_CALL[2], "mimo_rank": 2},
     *({**IN_ONE_CALL[1], **options} for options in ({"d_intermediate": 24}, {"headdim": 8}, {"d_state": 4, "ngroups": 1}))])
 def test_what_the_step_in_cpp_leaves_to_others(changes):
     from mamba_fast import step_cpu
@@ -4859,7 +4873,8 @@ def test_what_runs_is_what_is_there_where_all_layers_are_one_call(changes, how):
 @torch.no_grad()
 def test_the_step_in_cpp_with_states_and_tokens_that_do_not_fit(changes):
     model, like_it = lively(**changes), lambda **more: lively(**{**changes, **more})
-    for other in (like_it(d_state=8), like_it(d_conv=2), like_it(n_layer=2), lively(**IN_ONE_CALL[not changes])):
+    wider = {"rope_fraction": 1.0} if changes.get("layer") == "mamba3" else {"d_conv": 2}
+    for other in (like_it(d_state=8), like_it(**wider), like_it(n_layer=2), lively(**IN_ONE_CALL[not changes])):
         with pytest.raises((ValueError, RuntimeError)):
             model.decoder([tokens(1)], other.init_state(1))(tokens(1))
     for rows, given in ((2, 1), (1, 2), (3, 1)):
@@ -4931,20 +4946,21 @@ def test_the_step_of_other_layers(changes, rows, dtype):
     state, given = model.init_state(rows), [tokens(1)] * rows
     step = model.decoder(given, state)
     assert isinstance(step, (decode.EagerDecoder, decode.GraphDecoder))
-    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    # what a model in 16 bits rounds C++ does not; angles are sums of it
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-2 if changes["layer"] == "mamba3" else 4e-2
     for token in tokens(6, rows):
         logits, _, state = model(token[:, None], state=state)
         assert relative(step(token), logits[:, 0]) < tolerance
-    assert same(step.state, state, tolerance)
+    assert same(of_states(step.state), of_states(state), tolerance)
 
 
 @on_gpu
-@pytest.mark.parametrize("kind", ["fused", "int8", "Mamba-2", "float64", "with an MLP"])
+@pytest.mark.parametrize("kind", ["fused", "int8", "Mamba-2", "Mamba-3", "float64", "with an MLP"])
 @torch.no_grad()
 def test_generation_by_a_cuda_graph(kind):
     """The texts that forward gives, and the states; also where prompts go on from one."""
     from mamba_fast import decode
-    changes = {"n_layer": 2, **{"with an MLP": {"d_intermediate": 24}, "Mamba-2": SHAPES[3]}.get(kind, {})}
+    changes = {"n_layer": 2, **{"with an MLP": {"d_intermediate": 24}, "Mamba-2": SHAPES[3], "Mamba-3": SHAPES[6]}.get(kind, {})}
     model = awkward(changes, torch.int8 if kind == "int8" else torch.float32, "cuda")
     model = model.double() if kind == "float64" else model
     prompts = [tokens(n, seed=n).cuda() for n in (5, 1, 1500)]
@@ -4956,13 +4972,13 @@ def test_generation_by_a_cuda_graph(kind):
         plain, state = decode.make_step(model, own := model.init_state(len(some))), own
         for token in tokens(6, len(some)).cuda():
             assert relative(step(token), plain(token)) < tolerance
-        assert same(step.state, state, tolerance)
+        assert same(of_states(step.state), of_states(state), tolerance)
         texts = model.generate(some, 20, temperature=0)
         for prompt, text in zip(some, texts):
             logits = model(text[None, :-1])[0][0, len(prompt) - 1:]
             likeliest, chosen = logits.amax(-1), logits.gather(-1, text[len(prompt):, None])[:, 0]
             assert torch.equal(text[:len(prompt)], prompt) and (likeliest - chosen).max() < (0.05 if kind == "int8" else 1e-4)
-    assert (model in decode.GRAPHS) == (kind in ("fused", "int8", "Mamba-2"))
+    assert (model in decode.GRAPHS) == (kind in ("fused", "int8", "Mamba-2", "Mamba-3"))
     stream = model.stream(prompts, 9, temperature=0)
     read = [next(stream) for _ in range(4)]
     state, whole = stream.state, model.stream(prompts, 4, temperature=0)

@@ -142,17 +142,22 @@ def mix3(block, x, others, is_plain, plain):
     c, linears, norms = block.config, ("in_proj", "out_proj"), (block.B_norm, block.C_norm)
     if torch.compiler.is_compiling() or c.mimo_rank > 1 or c.n_angles == 0:
         return None
-    H, N, R = c.nheads, c.d_state, c.mimo_rank
-    shapes = dict(zip(OF_MAMBA3, (
-        (sum(block.sizes), c.d_model), (sum(block.sizes),), (H,), (H, R, N), (H, R, N), (N,), (N,),
-        (H,), (c.d_model, c.d_inner), (c.d_model,))))
-    ready = prepared(block, x, others, shapes, linears, is_plain, plain)
+    ready = prepared(block, x, others, shapes_of3(c), linears, is_plain, plain)
     if not ready or not OnGPU.runs2(block, x, ready[0], (block.dt_bias, block.D)):
         return None
     sizes = Sizes3(tuple(block.sizes), c.headdim, c.ngroups, tuple(c.dt_limit), c.A_floor,
                    tuple(norm.eps for norm in norms))
     return at_once(functools.partial(mixed3, sizes), functools.partial(gradients3, sizes), ready[0],
                    x, ready[1], sizes), None
+
+
+def shapes_of3(c):
+    """{name: shape} of the parameters of a Mamba3Block with this config and one step a token."""
+    D, H, N = c.d_inner, c.nheads, c.d_state
+    made = 2 * D + 2 * c.ngroups * N + 3 * H + c.n_angles
+    return dict(zip(OF_MAMBA3, (
+        (made, c.d_model), (made,), (H,), (H, 1, N), (H, 1, N), (N,), (N,), (H,), (c.d_model, D),
+        (c.d_model,))))
 
 
 def prepared(block, x, others, shapes, linears, is_plain, plain):

@@ -1,5 +1,5 @@
 // The step of a token on a CPU: products of a few rows with a matrix, y = (x w^T) scale + bias, and
-// with them whole layers of Mamba-1 or Mamba-2. Such a product takes as long as reading w does, so
+// with them whole layers of Mamba-1, 2 or 3. Such a product takes as long as reading w does, so
 // w is read once for up to four rows, by all threads, and in its own type: floats, bfloat16 (the
 // upper half of a float), or 8 bits. All else is in float32.
 #include "vectors.h"
@@ -58,8 +58,18 @@ struct Norm {
     long groups;
 };
 
+// What Mamba-3 has besides, with H heads of P channels, and the names of mamba3.py.
+struct Turning {
+    long angles;                    // of a head, at most N / 2; 0 in the others
+    double A_floor;
+    Norm B_norm, C_norm;
+    const float *B_bias, *C_bias;   // (H, N)
+    float *theta, *k, *x;           // (rows, H, angles), (rows, H, N), (rows, H, P)
+};
+
 // A layer with its state, and memory for what it computes. D is d_inner, N d_state. D is a multiple
-// of W, and so are channels, those that the convolution goes over, and headdim, 0 in Mamba-1.
+// of W, and so are channels, those that the convolution goes over, and headdim, 0 in Mamba-1; in
+// Mamba-3, which has no convolution, N.
 //                  Mamba-1                     Mamba-2, of H heads
 //     hidden       (rows, d_model), what enters and leaves; normed is like it
 //     projected    (rows, in.N): u, z          z, u, B, C, delta
@@ -73,6 +83,9 @@ struct Norm {
 //     dt_bias                                  (H,)                 in Mamba-1 that of dt
 //     conv         (rows, width - 1, channels), of conv_type
 //     h            (rows, D, N)                (rows, H, headdim, N)
+// Mamba-3 has projected (rows, in.N): z, x, B, C, dt, A, lam, angles; as dtBC k and q (rows, H, 2,
+// N); as u the cosines and sines of a head's angles (rows, H, N); and all else that is not of the
+// convolution as Mamba-2.
 struct Layer {
     long rows, d_model, D, N, width, channels, rank, headdim, groups;
     Norm norm, gated_norm;
@@ -80,6 +93,7 @@ struct Layer {
     double dt_least, dt_most;
     const float *taps, *conv_bias, *A2, *D_u, *dt_bias;
     Matrix in, x, dt, out;
+    Turning turning;
     Type conv_type;
     void *conv;
     float *h, *hidden, *normed, *projected, *u, *dtBC, *delta, *y;
@@ -134,6 +148,16 @@ static void product(const Matrix &m, long rows, const float *x, long x_row, floa
                       : product_of<int8_t>)(m, rows, x, x_row, y, add);
 }
 
+static inline float sum_of_squares(const float *x, long size)
+{
+    vec all = {};
+    long whole = size - size % W;
+    for (long i = 0; i < whole; i += W) all += load(x + i) * load(x + i);
+    float squares = sum(all);
+    for (long i = whole; i < size; i++) squares += x[i] * x[i];
+    return squares;
+}
+
 // x (rows, size) -> out, which may be x
 static void normalize(const Norm &norm, long rows, long size, const float *x, float *out)
 {
@@ -141,12 +165,8 @@ static void normalize(const Norm &norm, long rows, long size, const float *x, fl
     #pragma omp for schedule(static)
     for (long at = 0; at < rows * norm.groups; at++) {
         const float *from = x + at * size, *weight = norm.weight + at % norm.groups * size;
-        vec all = {};
-        long whole = size - size % W;
-        for (long i = 0; i < whole; i += W) all += load(from + i) * load(from + i);
-        float squares = sum(all), *to = out + at * size;
-        for (long i = whole; i < size; i++) squares += from[i] * from[i];
-        float scale = 1 / std::sqrt(squares / size + norm.eps);
+        float *to = out + at * size;
+        float scale = 1 / std::sqrt(sum_of_squares(from, size) / size + norm.eps);
         for (long i = 0; i < size; i++) to[i] = from[i] * scale * weight[i];
     }
 }
@@ -239,6 +259,66 @@ static void scan_heads(const Layer &l)
     }
 }
 
+// The norm of N numbers, their bias, and the first pairs turned by angles with these cosines and
+// sines.
+static void turn(const Turning &t, const Norm &norm, const float *from, const float *bias, long N,
+                 const float *cosines, const float *sines, float *to)
+{
+    float scale = 1 / std::sqrt(sum_of_squares(from, N) / N + norm.eps);
+    for (long i = 0; i < N; i++) to[i] = from[i] * scale * norm.weight[i] + bias[i];
+    for (long i = 0; i < t.angles; i++) {
+        float one = to[2 * i], other = to[2 * i + 1];
+        to[2 * i] = one * cosines[i] - other * sines[i];
+        to[2 * i + 1] = one * sines[i] + other * cosines[i];
+    }
+}
+
+// Mamba-3: each head has a key and a query of its own.
+static void scan_turning_heads(const Layer &l)
+{
+    const Turning &t = l.turning;
+    const float circle = 6.28318531f;
+    long P = l.headdim, H = l.D / P, N = l.N, S = t.angles, G = l.groups;
+    #pragma omp for schedule(static)
+    for (long at = 0; at < l.rows * H; at++) {
+        long r = at / H, head = at % H;
+        const float *z = l.projected + r * l.in.N, *x = z + l.D + head * P;
+        const float *B = z + 2 * l.D + head * G / H * N, *C = B + G * N;
+        const float *of_heads = z + 2 * l.D + 2 * G * N, *angles = of_heads + 3 * H;
+        float delta = softplus(vec{} + (of_heads[head] + l.dt_bias[head]))[0];
+        delta = delta < l.dt_least ? l.dt_least : delta;
+        delta = delta > l.dt_most ? l.dt_most : delta;
+        float rate = of_heads[H + head], open = sigmoid(vec{} + of_heads[2 * H + head])[0];
+        rate = rate >= 0 ? 1 + rate : 1 / (1 - rate);
+        rate = rate < t.A_floor ? t.A_floor : rate;
+        vec decay = exp2_of(vec{} - delta * rate * 1.44269504f);
+        float *k = l.dtBC + at * 2 * N, *q = k + N, *theta = t.theta + at * S;
+        float *cosines = l.u + at * N, *sines = cosines + S;
+        for (long i = 0; i < S; i++) {
+            float tanh = 2 * sigmoid(vec{} + 2 * angles[i])[0] - 1;
+            float turns = theta[i] / circle + tanh * delta / 2;
+            theta[i] = (turns - std::floor(turns)) * circle;
+            cosines[i] = std::cos(theta[i]);
+            sines[i] = std::sin(theta[i]);
+        }
+        turn(t, t.B_norm, B, t.B_bias + head * N, N, cosines, sines, k);
+        turn(t, t.C_norm, C, t.C_bias + head * N, N, cosines, sines, q);
+        float *k_before = t.k + at * N, *x_before = t.x + at * P, *h = l.h + at * P * N;
+        for (long p = 0; p < P; p++, h += N) {
+            float late = (1 - open) * delta * decay[0] * x_before[p], now = open * delta * x[p];
+            vec total = {};
+            for (long n = 0; n < N; n += W) {
+                vec h_n = decay * load(h + n) + load(k_before + n) * late + load(k + n) * now;
+                store(h + n, h_n);
+                total += h_n * load(q + n);
+            }
+            l.y[at * P + p] = sum(total) + x[p] * l.D_u[head];
+        }
+        memcpy(k_before, k, N * sizeof(float));
+        memcpy(x_before, x, P * sizeof(float));
+    }
+}
+
 // y silu(z)
 static void gate(const Layer &l)
 {
@@ -269,8 +349,11 @@ void layers(int threads, long count, const Layer *all)
         NoTinyNumbers here;
         normalize(l->norm, l->rows, l->d_model, l->hidden, l->normed);
         product(l->in, l->rows, l->normed, l->d_model, l->projected, false);
-        (l->conv_type == FLOATS ? convolve<float> : convolve<bfloat>)(*l);
-        if (l->headdim) {
+        if (!l->turning.angles)
+            (l->conv_type == FLOATS ? convolve<float> : convolve<bfloat>)(*l);
+        if (l->turning.angles) {
+            scan_turning_heads(*l);
+        } else if (l->headdim) {
             scan_heads(*l);
         } else {
             product(l->x, l->rows, l->u, l->D, l->dtBC, false);

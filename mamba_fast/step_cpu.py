@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from . import cpp
-from .block import OPTIONAL, shapes_of, shapes_of2
+from .block import OPTIONAL, shapes_of, shapes_of2, shapes_of3
 from .int8 import Int8Linear
 
 NAME = "step_cpu"
@@ -38,6 +38,12 @@ class Norm(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_double), ("groups", ctypes.c_long))
 
 
+class Turning(ctypes.Structure):
+    _fields_ = (("angles", ctypes.c_long), ("A_floor", ctypes.c_double),
+                ("B_norm", Norm), ("C_norm", Norm),
+                *((name, ctypes.c_void_p) for name in ("B_bias", "C_bias", "theta", "k", "x")))
+
+
 class Layer(ctypes.Structure):
     """A layer, its state and buffers, as C++ takes it: all arrays by their addresses."""
 
@@ -47,7 +53,8 @@ class Layer(ctypes.Structure):
         ("norm", Norm), ("gated_norm", Norm), ("norm_before_gate", ctypes.c_long),
         ("dt_least", ctypes.c_double), ("dt_most", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("taps", "conv_bias", "A2", "D_u", "dt_bias")),
-        *((name, Matrix) for name in ("in_", "x", "dt", "out")), ("conv_type", ctypes.c_long),
+        *((name, Matrix) for name in ("in_", "x", "dt", "out")), ("turning", Turning),
+        ("conv_type", ctypes.c_long),
         *((name, ctypes.c_void_p) for name in (
             "conv", "h", "hidden", "normed", "projected", "u", "dtBC", "delta", "y")))
 
@@ -86,27 +93,35 @@ def fits(linear):
 
 def layers(model, state):
     """
-    All layers of a Mamba-1 or Mamba-2 as a function x -> x, (rows, d_model), in float32, that
-    updates state in place; or None where C++ cannot run, or a layer has parts that are not in it.
+    All layers of a model as a function x -> x, (rows, d_model), in float32, that updates state in
+    place; or None where C++ cannot run, or a layer has parts that are not in it.
     """
     every, config, rows = model.backbone["layers"], model.config, len(state[0].h)
-    if (config.layer not in ("mamba", "mamba2") or config.mixer_rms_eps > 0 or rows > MOST
+    kind, D, N = config.layer, config.d_inner, config.d_state
+    mamba3 = kind == "mamba3"
+    if (config.mixer_rms_eps > 0 or rows > MOST or (mamba3 and config.mimo_rank > 1)
             or any(layer.mixer.config != config or layer.mlp is not None for layer in every)):
         return None
-    D, N, past, mamba2 = config.d_inner, config.d_state, config.d_conv - 1, config.layer == "mamba2"
-    if mamba2:
-        headdim, groups, rank, limits = config.headdim, config.ngroups, 0, config.dt_limit
-        shapes, channels = shapes_of2(config), D + 2 * groups * N
-        of_state = (rows, past, channels), (rows, config.nheads, headdim, N)
+    heads, headdim, groups, rank, limits = 0, 0, 1, 0, (0, math.inf)
+    if kind == "mamba":
+        shapes, channels, rank = shapes_of(config), D, config.dt_rank
+        of_state = (rows, config.d_conv - 1, D), (rows, D, N)
     else:
-        headdim, groups, rank, limits = 0, 1, config.dt_rank, (0, math.inf)
-        shapes, channels = shapes_of(config), D
-        of_state = (rows, past, D), (rows, D, N)
-    if (any(size % cpp.WIDTH > 0 for size in (D, headdim, channels))
+        heads, headdim, groups = config.nheads, config.headdim, config.ngroups
+        limits, of_h = config.dt_limit, (rows, heads, headdim, N)
+    if kind == "mamba2":
+        shapes, channels = shapes_of2(config), D + 2 * groups * N
+        of_state = (rows, config.d_conv - 1, channels), of_h
+    elif mamba3:
+        shapes, channels = shapes_of3(config), heads * N
+        of_state = ((rows, heads, config.n_angles), of_h, (rows, 1, heads, N),
+                    (rows, heads, headdim))
+    vectors = (D, N) if mamba3 else (D, headdim, channels)
+    if (any(size % cpp.WIDTH > 0 for size in vectors) or (mamba3 and config.n_angles == 0)
             or not all(takes(*both, shapes, of_state) for both in zip(every, state, strict=True))):
         return None
     kept, sizes = [], (config.d_model, config.d_model, *shapes["in_proj.bias"], channels,
-                       rank + 2 * N, D, D)
+                       2 * heads * N if mamba3 else rank + 2 * N, D, D)
     buffers = [torch.empty(rows, size, dtype=torch.float32, device="cpu") for size in sizes]
 
     def number(t):
@@ -118,18 +133,26 @@ def layers(model, state):
         return Norm(number(module.weight), module.eps, groups)
 
     def as_c(layer, own):
-        b, A2 = layer.mixer, -torch.exp(layer.mixer.A_log.float()) / math.log(2)
-        gated, before = Norm(), False
+        b, gated, before, turning, convolution = layer.mixer, Norm(), False, Turning(), [None] * 3
         if "norm.weight" in shapes:
             gated, before = norm(b.norm, b.norm.groups), bool(b.norm.norm_before_gate)
+        if mamba3:
+            of_turning = *map(number, (b.B_bias, b.C_bias)), *map(address, (
+                own.theta, own.k, own.x))
+            turning = Turning(config.n_angles, config.A_floor, norm(b.B_norm), norm(b.C_norm),
+                              *of_turning)
+        else:
+            A2 = -torch.exp(b.A_log.float()) / math.log(2)
+            convolution = (b.conv1d.weight[:, 0].t(), b.conv1d.bias,
+                           F.pad(A2.flatten(), (0, cpp.WIDTH)))
+        conv = None if mamba3 else own.conv
         matrices = (Matrix.of(getattr(b, name), kept) if f"{name}.weight" in shapes else Matrix()
                     for name in ("in_proj", "x_proj", "dt_proj", "out_proj"))
         return Layer(
-            rows, config.d_model, D, N, config.d_conv, channels, rank, headdim, groups,
-            norm(layer.norm), gated, before, *limits,
-            *map(number, (b.conv1d.weight[:, 0].t(), b.conv1d.bias,
-                          F.pad(A2.flatten(), (0, cpp.WIDTH)), b.D, b.dt_bias if mamba2 else None)),
-            *matrices, TYPES[own.conv.dtype], *map(address, (*own, *buffers)))
+            rows, config.d_model, D, N, 0 if mamba3 else config.d_conv, channels, rank, headdim,
+            groups, norm(layer.norm), gated, before, *limits,
+            *map(number, (*convolution, b.D, b.dt_bias if heads else None)), *matrices, turning,
+            0 if mamba3 else TYPES[conv.dtype], *map(address, (conv, own.h, *buffers)))
     made, call = (Layer * len(every))(*map(as_c, every, state)), cpp.compiled(NAME).layers
 
     def function(x):
@@ -145,7 +168,7 @@ def takes(layer, state, shapes, of_state):
     Whether C++ takes over a layer with its state: all has to have the shapes that it reads.
     shapes: {name: shape} of the parameters of the mixer.  of_state: those of the state.
     """
-    b, (conv, h) = layer.mixer, state
+    b, conv = layer.mixer, getattr(state, "conv", None)
     there = {name: attrgetter(name)(b) for name in shapes}
     there = {name: t for name, t in there.items() if t is not None or name not in OPTIONAL}
     linears = (getattr(b, name.partition(".")[0]) for name in shapes if "proj.weight" in name)
@@ -154,5 +177,5 @@ def takes(layer, state, shapes, of_state):
             and all(map(fits, linears)) and layer.norm.weight.shape == shapes["in_proj.weight"][1:]
             and ("norm.weight" not in shapes or b.config.d_inner % b.norm.groups == 0)
             and all(t.shape == shape and t.device.type == "cpu" and t.is_contiguous()
-                    for t, shape in zip(state, of_state))
-            and conv.dtype in (torch.float32, torch.bfloat16) and h.dtype == torch.float32)
+                    and (t.dtype == torch.float32 or (t is conv and t.dtype == torch.bfloat16))
+                for t, shape in zip(state, of_state)))
