@@ -3323,8 +3323,7 @@ SHAPES = ({}, {"d_state": 5, "dt_rank": 7, "conv_bias": False, "bias": True, "d_
 
 def of_states(state):
     """The tensors of a state, of angles their sines and cosines: 0 and a whole turn are the same."""
-    return [one for layer in state for name, t in zip(layer._fields, layer)
-            for one in ((t.sin(), t.cos()) if name == "theta" else (t,))]
+    return [torch.stack([t.sin(), t.cos()]) if name == "theta" else t for layer in state for name, t in zip(layer._fields, layer)]
 
 
 @torch.no_grad()
@@ -3558,7 +3557,7 @@ def test_ssd_by_kernels_takes_views_and_any_split(dtype):
     views = dict(zip("uBC", (t.unflatten(-1, inputs[name].shape[2:]) for name, t in zip("uBC", wide.split([96, 32, 32], -1)))))
     turned = {k: inputs[k].transpose(-1, -2).contiguous().transpose(-1, -2) for k in "uBC"}
     shifted = {k: torch.cat([v.new_zeros(1), v.flatten()])[1:].view_as(v) for k, v in inputs.items()}
-    expected, limit = all_of_ssd(inputs, "triton"), 1e-5 if dtype == torch.float32 else 1e-2
+    expected, limit = all_of_ssd(inputs, "triton"), 1e-5 if dtype == torch.float32 else 3e-2
     for others in (views, turned, shifted, {}):
         for one, other in zip(all_of_ssd({**inputs, **others}, "triton"), expected):
             assert relative(one, other) < limit
@@ -4946,12 +4945,18 @@ def test_the_step_of_other_layers(changes, rows, dtype):
     state, given = model.init_state(rows), [tokens(1)] * rows
     step = model.decoder(given, state)
     assert isinstance(step, (decode.EagerDecoder, decode.GraphDecoder))
-    # what a model in 16 bits rounds C++ does not; angles are sums of it
-    tolerance = 1e-5 if dtype == torch.float32 else 8e-2 if changes["layer"] == "mamba3" else 4e-2
+    exact = copy.deepcopy(model).double()
+    of_exact, little = exact.init_state(rows), 1e-5 if dtype == torch.float32 else 3e-2
+
+    def fits(got, plain, expected):     # C++ and kernels round less than a model in 16 bits
+        return all(a.shape == b.shape and a.dtype == b.dtype and relative(a, c) < 2 * relative(b, c) + little
+                   for a, b, c in zip(got, plain, expected, strict=True) if c.numel() > 0)
     for token in tokens(6, rows):
         logits, _, state = model(token[:, None], state=state)
-        assert relative(step(token), logits[:, 0]) < tolerance
-    assert same(of_states(step.state), of_states(state), tolerance)
+        expected, _, of_exact = exact(token[:, None], state=of_exact)
+        got = step(token)
+        assert fits([got.to(logits.dtype)], [logits[:, 0]], [expected[:, 0]])
+    assert fits(*map(of_states, (step.state, state, of_exact)))
 
 
 @on_gpu
