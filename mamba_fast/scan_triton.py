@@ -1,30 +1,37 @@
 """
-The selective scan as fused GPU kernels: the same function as selective_scan in mamba.py, which uses it on CUDA where this
-file lies beside it; then the convolution in front of the scan. Optional: without this file or without Triton everything works,
-slower. The scan is written in Gluon, the part of Triton in which one says which thread holds what.
+The selective scan as fused GPU kernels: the same function as selective_scan in mamba.py, which uses
+it on CUDA where this file lies beside it; then the convolution in front of the scan. Optional:
+without this file or without Triton everything works, slower. The scan is written in Gluon, the part
+of Triton in which one says which thread holds what.
 
-How the work is divided. A warp takes 8 channels of one sequence. It walks along the sequence in tiles of 4 segments of K
-steps: a thread has one channel and the K steps of one segment, all its inputs and sums in registers, and goes over the N
-numbers of the state one after the other:
+How the work is divided. A warp takes 8 channels of one sequence. It walks along the sequence in
+tiles of 4 segments of K
+steps: a thread has one channel and the K steps of one segment, all its inputs and sums in
+registers, and goes over the N numbers of the state one after the other:
 
-    a_k = exp(delta_k A), x_k B_k               for its K steps: the only exponentials
-    h from a zero state                         what the segment adds to the state
-    what enters each segment                    from what the segments add, passed from lane to lane (_through)
-    h again from there, y_k += C_k h            multiply-adds, for the exponentials are still there
+    a_k = exp(delta_k A), x_k B_k           for its K steps: the only exponentials
+    h from a zero state                     what the segment adds to the state
+    what enters each segment                from what they add, passed from lane to lane (_through)
+    h again from there, y_k += C_k h        multiply-adds, for the exponentials are still there
 
-Nothing crosses threads but that one number of a segment. The state that enters a tile is kept in memory, for the next tile
-and, with the one in its middle, for the backward pass. That computes h again from it, and in the same way, from the end of
-the sequence on, the adjoint g_k = C_k gy_k + a_{k+1} g_{k+1}; all gradients follow from h and g of the same thread. Those of
-B and C are sums over channels: over the 8 of a warp the tensor cores add them up (_over_channels), over the warps of a program
-they meet in shared memory, over programs _finish adds them up. No atomics: the same input gives the same bits.
+Nothing crosses threads but that one number of a segment. The state that enters a tile is kept in
+memory, for the next tile and, with the one in its middle, for the backward pass. That computes h
+again from it, and in the same way, from the end of the sequence on, the adjoint g_k = C_k gy_k +
+a_{k+1} g_{k+1}; all gradients follow from h and g of the same thread. Those of B and C are sums
+over channels: over the 8 of a warp the tensor cores add them up (_over_channels), over the warps of
+a program they meet in shared memory, over programs _finish adds them up. No atomics: the same input
+gives the same bits.
 
-What a program reads comes into shared memory a tile ahead of time (_fetch...). Four warps share a program, for whole lines of
-memory. If batch and channels are too few to fill the chip, the sequence is cut into chunks, and first it is found what each of
-them adds (_ends) and what enters it (_carry). The exponentials are then computed twice, but only as far back from the end of a
-chunk as its channels remember. One kernel before all of them (_pack) brings the small inputs into the order in which they are read.
+What a program reads comes into shared memory a tile ahead of time (_fetch...). Four warps share a
+program, for whole lines of memory. If batch and channels are too few to fill the chip, the sequence
+is cut into chunks, and first it is found what each of them adds (_ends) and what enters it
+(_carry). The exponentials are then computed twice, but only as far back from the end of a chunk as
+its channels remember. One kernel before all of them (_pack) brings the small inputs into the order
+in which they are read.
 
-What bounds it, on an H100 by its counters: instructions, 10 for each of the (B, L, D, N) numbers in _outputs and 28 in
-_gradients, which issue one in 67 and 64 % of the cycles; in _ends the exponentials, at 69 % of their rate.
+What bounds it, on an H100 by its counters: instructions, 10 for each of the (B, L, D, N) numbers in
+_outputs and 28 in _gradients, which issue one in 67 and 64 % of the cycles; in _ends the
+exponentials, at 69 % of their rate.
 """
 from __future__ import annotations
 
@@ -45,51 +52,66 @@ from .operators import Context, differentiable_once
 
 S, LANES = constexpr(4), constexpr(8)       # a warp: segments of a tile, and channels
 WARPS, BD = constexpr(4), constexpr(32)     # a program: warps, and channels
-NB = constexpr(16)      # numbers of the states for which it has B, C and the states themselves in shared memory
-TILE = constexpr(64)    # steps of a tile, 16 in each thread; backward 8, two halves of a tile, for want of registers
+NB = constexpr(16)      # numbers of the states for which it has B, C and h in shared memory
+# steps of a tile, 16 in each thread; backward 8, two halves of a tile, for want of registers
+TILE = constexpr(64)
 SHORTEST = 4            # tiles of a chunk, at least
-PARTS = constexpr(4)    # of a chunk, in the backward pass for _ends: more and smaller programs leave no multiprocessor idle
-FILL, FILL_BACK = 2112, 1584    # warps that an H100 holds at once: a sequence is cut into chunks until there are so many
+# of a chunk, in the backward pass for _ends: more and smaller programs leave no multiprocessor idle
+PARTS = constexpr(4)
+# warps that an H100 holds at once: a sequence is cut into chunks until there are so many
+FILL, FILL_BACK = 2112, 1584
 
 # numbers that vary from call to call, for which no kernel is compiled anew
-SIZES = ("L", "N", "whole", "tiles", "chunks", "slots", "apart", "u_b", "x_b", "delta_b", "z_b", "g_b", "Lp", "rows", "blocks",
-         "batch", "B_n", "C_n", "gB_l")
+SIZES = ("L", "N", "whole", "tiles", "chunks", "slots", "apart", "u_b", "x_b", "delta_b", "z_b",
+         "g_b", "Lp", "rows", "blocks", "batch", "B_n", "C_n", "gB_l")
 ANYWHERE = ("Dw", "bias")   # they may begin at any address
 LOG2E = constexpr(1.4426950408889634)
-# which thread has what: one channel of one segment; 8 or 4 numbers side by side, as memory likes it; sums of all warps
+# which thread has what: one channel of one segment; 8 or 4 numbers side by side, as memory likes
+# it; sums of all warps
 LAYOUT = constexpr(gl.BlockedLayout([1, 1], [4, 8], [1, 4], [1, 0]))        # (S, BD)
 WIDE = constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))          # tiles (T, BD)
-WIDE32 = constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))        # B and C (2 NB, T), states (NB, BD)
-TO_SUM = constexpr(gl.BlockedLayout([4, 4, 1, 1, 2], [1, 1, 4, 8, 1], [4, 1, 1, 1, 1], [4, 3, 2, 1, 0]))
-LINE, PLAIN, RANK_4, RANK_5 = (constexpr(gl.SwizzledSharedLayout(1, 1, 1, list(range(rank))[::-1])) for rank in (1, 2, 4, 5))
+# B and C (2 NB, T), states (NB, BD)
+WIDE32 = constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
+TO_SUM = constexpr(gl.BlockedLayout([4, 4, 1, 1, 2], [1, 1, 4, 8, 1], [4, 1, 1, 1, 1],
+                                    [4, 3, 2, 1, 0]))
+LINE, PLAIN, RANK_4, RANK_5 = (
+    constexpr(gl.SwizzledSharedLayout(1, 1, 1, list(range(rank))[::-1])) for rank in (1, 2, 4, 5))
 
 # Gluon is young: these three have changed their names
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+shared = gl.shared_memory_descriptor
+reinterpret = getattr(shared, "reinterpret", None) or shared._reinterpret
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 def _mma(exact):
     """
-    PTX that adds up two sets of 8 numbers over the 8 channels of a warp, on the tensor cores. To mma.m16n8k8 four numbers of a
-    lane, lanes in 8 x 4, are two of a row each in two 8 x 4 halves of the rows: it adds up 4 lanes. The other operand picks the
-    columns 2 m and 2 m + 1 of the result for the m-th four of the 16 numbers; the lanes that have these are the m-th of each 4.
-    What is left is to add the rows 2 s and 2 s + 1: lanes that are 4 apart exchange half of what they have.
+    PTX that adds up two sets of 8 numbers over the 8 channels of a warp, on the tensor cores. To
+    mma.m16n8k8 four numbers of a lane, lanes in 8 x 4, are two of a row each in two 8 x 4 halves of
+    the rows: it adds up 4 lanes. The other operand picks the columns 2 m and 2 m + 1 of the result
+    for the m-th four of the 16 numbers; the lanes that have these are the m-th of each 4. What is
+    left is to add the rows 2 s and 2 s + 1: lanes that are 4 apart exchange half of what they have.
     """
-    mma = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{c0, c1, c2, c3}}, {{{0}}}, {{{1}}}, {{c0, c1, c2, c3}};"
-    lines = ["{ .reg .b32 x<4>; .reg .f32 r<4>, c<4>, give, have; .reg .pred odd; and.b32 x0, $2, 1; setp.ne.u32 odd, x0, 0;",
+    mma = ("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{c0, c1, c2, c3}}, {{{0}}}, "
+           "{{{1}}}, {{c0, c1, c2, c3}};")
+    lines = [("{ .reg .b32 x<4>; .reg .f32 r<4>, c<4>, give, have; .reg .pred odd; "
+              "and.b32 x0, $2, 1; setp.ne.u32 odd, x0, 0;"),
              *(f"mov.f32 c{i}, 0f00000000;" for i in range(4))]
     for m in range(4):
         four, pick = [f"${11 + 4 * m + i}" for i in range(4)], f"${3 + 2 * m}, ${4 + 2 * m}"
         if exact:       # tf32 has 10 bits of the 23: what they leave goes through a second time
             for i, x in enumerate(four):
-                lines.append(f"and.b32 x{i}, {x}, 0xffffe000; mov.b32 r{i}, x{i}; sub.f32 r{i}, {x}, r{i};")
-            lines += [mma.format("x0, x1, x2, x3", pick), *(f"mov.b32 x{i}, r{i};" for i in range(4))]
+                lines.append(f"and.b32 x{i}, {x}, 0xffffe000; mov.b32 r{i}, x{i}; "
+                             f"sub.f32 r{i}, {x}, r{i};")
+            lines += [mma.format("x0, x1, x2, x3", pick),
+                      *(f"mov.b32 x{i}, r{i};" for i in range(4))]
             four = ["x0", "x1", "x2", "x3"]
         lines.append(mma.format(", ".join(four), pick))
     for i in range(2):
-        lines.append(f"selp.f32 give, c{2 * i}, c{2 * i + 1}, odd; selp.f32 have, c{2 * i + 1}, c{2 * i}, odd; "
-                     f"shfl.sync.bfly.b32 give, give, 4, 0x1f, 0xffffffff; add.f32 ${i}, have, give;")
+        lines.append(f"selp.f32 give, c{2 * i}, c{2 * i + 1}, odd; "
+                     f"selp.f32 have, c{2 * i + 1}, c{2 * i}, odd; "
+                     "shfl.sync.bfly.b32 give, give, 4, 0x1f, 0xffffffff; "
+                     f"add.f32 ${i}, have, give;")
     return constexpr("\n".join([*lines, "}"]))
 
 
@@ -100,8 +122,9 @@ MMA_OPERANDS = constexpr("=r,=r," + ",".join(["r"] * 25))
 @gluon.jit
 def _over_channels(p, q, row, EXACT: constexpr):
     """
-    p, q: 8 tensors (S, BD) each -> their sums over the LANES channels of each warp, spread over it: the lane of (s, d) has, of
-    p where d % 4 < 2 and of q elsewhere, those of the tensors k = 4 (d % 2) + 2 (d // 4) and k + 1, of segment s.
+    p, q: 8 tensors (S, BD) each -> their sums over the LANES channels of each warp, spread over it:
+    the lane of (s, d) has, of p where d % 4 < 2 and of q elsewhere, those of the tensors
+    k = 4 (d % 2) + 2 (d // 4) and k + 1, of segment s.
     """
     rows = ()
     for j in gl.static_range(8):
@@ -109,7 +132,8 @@ def _over_channels(p, q, row, EXACT: constexpr):
     return gl.inline_asm_elementwise(
         MMA_EXACT if EXACT else MMA, MMA_OPERANDS,
         [row, rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], rows[7],
-         p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7]],
+         p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7],
+         q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7]],
         (gl.float32, gl.float32), True, 1)
 
 
@@ -125,16 +149,19 @@ def _sigmoid(x):
 
 @gluon.jit
 def _softplus(x):
-    """log(1 + exp(x)) = max(x, 0) + log1p(e), e = exp(-|x|), log1p(e) = 2 atanh(s), s = e / (2 + e): exact for small e too."""
+    """log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|), log1p(e) = 2 atanh(s) with
+    s = e / (2 + e): exact for small e too."""
     e = gl.exp2(-gl.abs(x) * LOG2E)
     s = e * _reciprocal(2 + e)
     v = s * s
-    return gl.maximum(x, 0) + 2 * s * (1 + v * (0.3333332 + v * (0.20003835 + v * (0.14116978 + v * 0.13433774))))
+    series = 0.3333332 + v * (0.20003835 + v * (0.14116978 + v * 0.13433774))
+    return gl.maximum(x, 0) + 2 * s * (1 + v * series)
 
 
 @gluon.jit
 def _fetch(x, buffer, t0, block, L, D, x_l: constexpr, T: constexpr):
-    """A tile of x (L, D), from step t0 on, is copied into shared memory while the program goes on."""
+    """A tile of x (L, D), from step t0 on, is copied into shared memory while the program goes
+    on."""
     t = t0 + gl.arange(0, T, gl.SliceLayout(1, WIDE))[:, None]
     d = block * BD + gl.arange(0, BD, gl.SliceLayout(0, WIDE))[None, :]
     async_load(buffer, x + t.to(gl.int64) * x_l + d, mask=(t >= 0) & (t < L) & (d < D))
@@ -158,7 +185,8 @@ def _fetch_BC(BC, buffers, which, t0, n0, N, Lp, T: constexpr):
 
 @gluon.jit
 def _fetch_states(inputs, buffers, n0, block, N, D, there):
-    """NB rows of each input (N, D), from n0 on, into a block of their own, as a group of copies that can be waited for.
+    """NB rows of each input (N, D), from n0 on, into a block of their own, as a group of copies
+    that can be waited for.
     there: how many rows the last input has; what it does not have is 0."""
     n = n0 + gl.arange(0, NB, gl.SliceLayout(1, WIDE32))[:, None]
     d = block * BD + gl.arange(0, BD, gl.SliceLayout(0, WIDE32))[None, :]
@@ -202,7 +230,8 @@ def _tile(buffer, K: constexpr):
 @gluon.jit
 def _row(buffers, i, K: constexpr):
     """B or C of a tile for one number of the states -> K tensors (S, 1)."""
-    steps: constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1, K], [S, LANES, 1], [1, WARPS, 1], [2, 1, 0]))
+    steps: constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1, K], [S, LANES, 1], [1, WARPS, 1],
+                                                          [2, 1, 0]))
     return _each_step(gl.reshape(buffers.index(i).load(steps), [S, 1, K]), 1, K)
 
 
@@ -227,22 +256,25 @@ def _store_tile(x, steps, t0, block, L, D, x_l: constexpr, K: constexpr):
 
 @gluon.jit
 def _through(decay, adds, entering, s, REVERSE: constexpr):
-    """What enters each of the segments of a tile, and what leaves the last one: a scan over the segments in log2(S) rounds."""
+    """What enters each of the segments of a tile, and what leaves the last one: a scan over the
+    segments in log2(S) rounds."""
     back: constexpr = 1 if REVERSE else -1
     first: constexpr = S - 1 if REVERSE else 0
     at = s + gl.full([S, BD], 0, gl.int32, LAYOUT)
-    one, two = gl.minimum(gl.maximum(at + back, 0), S - 1), gl.minimum(gl.maximum(at + 2 * back, 0), S - 1)
+    one = gl.minimum(gl.maximum(at + back, 0), S - 1)
+    two = gl.minimum(gl.maximum(at + 2 * back, 0), S - 1)
     adds = gl.where(at == first, decay * entering + adds, adds)
     adds = gl.where(at == first, adds, decay * gather(adds, one, 0) + adds)
     decay = decay * gather(decay, one, 0)
     adds = gl.where((at == first) | (at == first - back), adds, decay * gather(adds, two, 0) + adds)
-    return gl.where(at == first, entering, gather(adds, one, 0)), gather(adds, at * 0 + (S - 1 - first), 0)
+    leaving = gather(adds, at * 0 + (S - 1 - first), 0)
+    return gl.where(at == first, entering, gather(adds, one, 0)), leaving
 
 
 @gluon.jit
 def _place(L, D, tiles, block, chunk, bias, HAS_BIAS: constexpr, T: constexpr):
-    """The sequence of this program, where its chunk begins and how many tiles it has; segments s (S, 1), channels d (1, BD) of
-    its block, which of them there are, and their delta_bias."""
+    """The sequence of this program, where its chunk begins and how many tiles it has; segments s
+    (S, 1), channels d (1, BD) of its block, which of them there are, and their delta_bias."""
     b = gl.program_id(2).to(gl.int64)
     s = gl.arange(0, S, gl.SliceLayout(1, LAYOUT))[:, None]
     d = (block * BD + gl.arange(0, BD, gl.SliceLayout(0, LAYOUT)))[None, :]
@@ -253,8 +285,8 @@ def _place(L, D, tiles, block, chunk, bias, HAS_BIAS: constexpr, T: constexpr):
 
 @gluon.jit
 def _buffers(u, delta, z, HAS_Z: constexpr, K: constexpr):
-    """Shared memory for two tiles of u, delta and z, in which the segments are in different banks, two blocks of B and C, and
-    one of A, h and the adjoint."""
+    """Shared memory for two tiles of u, delta and z, in which the segments are in different banks,
+    two blocks of B and C, and one of A, h and the adjoint."""
     tile: constexpr = gl.SwizzledSharedLayout(8, K, S, [1, 0])
     us = gl.allocate_shared_memory(u.dtype.element_ty, [2, S * K, BD], tile)
     deltas = gl.allocate_shared_memory(delta.dtype.element_ty, [2, S * K, BD], tile)
@@ -268,8 +300,10 @@ def _buffers(u, delta, z, HAS_Z: constexpr, K: constexpr):
 
 @gluon.jit
 def _fetch_next(BC, BCs, which, t0, t_next, n0, N, Lp, T: constexpr):
-    """B and C for the next numbers of the states in this tile, or the first in the next; then wait for all but that."""
-    _fetch_BC(BC, BCs, which, gl.where(N > n0 + NB, t0, t_next), gl.where(N > n0 + NB, n0 + NB, 0), N, Lp, T)
+    """B and C for the next numbers of the states in this tile, or the first in the next; then wait
+    for all but that."""
+    _fetch_BC(BC, BCs, which, gl.where(N > n0 + NB, t0, t_next), gl.where(N > n0 + NB, n0 + NB, 0),
+              N, Lp, T)
     async_copy.commit_group()
     async_copy.wait_group(1)
     barrier()
@@ -277,10 +311,12 @@ def _fetch_next(BC, BCs, which, t0, t_next, n0, N, Lp, T: constexpr):
 
 @gluon.jit
 def _delta(raw, bias_d, left, s, SOFTPLUS: constexpr, K: constexpr):
-    """delta of each step of a tile, finished, and 0 after the end of the sequence; and its sum over each segment."""
+    """delta of each step of a tile, finished, and 0 after the end of the sequence; and its sum over
+    each segment."""
     delta_k, total = (), gl.zeros([S, BD], gl.float32, LAYOUT)
     for k in gl.static_range(K):
-        delta_t = gl.where(s * K + k < left, _softplus(raw[k] + bias_d) if SOFTPLUS else raw[k] + bias_d, 0)
+        delta_t = gl.where(s * K + k < left,
+                           _softplus(raw[k] + bias_d) if SOFTPLUS else raw[k] + bias_d, 0)
         delta_k, total = delta_k + (delta_t,), total + delta_t
     return delta_k, total
 
@@ -299,22 +335,28 @@ def _or(a, b):
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
-def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, tiles, chunks, slots, apart, x_b, x_l: constexpr,
-          delta_b, delta_l: constexpr, z_b, z_l: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
-          REVERSE: constexpr, AT_ONCE: constexpr, PARTS: constexpr):
+def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, tiles, chunks, slots,
+          apart, x_b, x_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr,
+          HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr, REVERSE: constexpr,
+          AT_ONCE: constexpr, PARTS: constexpr):
     """
-    From a zero state, what each of the PARTS of a chunk adds to the state; in reverse, to the adjoint. x is u, or gout. A program
-    has AT_ONCE numbers of the states in registers and walks from where its part is left to where it is entered. A few of them
-    are done when all before is forgotten: when the decay over the way, exp2(way A), is 0 in float32.
-    ends (B, slots, N, D): where it goes.  decays (B, chunks * PARTS, N, D): of what enters the part.
+    From a zero state, what each of the PARTS of a chunk adds to the state; in reverse, to the
+    adjoint. x is u, or gout. A program has AT_ONCE numbers of the states in registers and walks
+    from where its part is left to where it is entered. A few of them are done when all before is
+    forgotten: when the decay over the way, exp2(way A), is 0 in float32.
+    ends (B, slots, N, D): where it goes.  decays (B, chunks * PARTS, N, D): of what enters the
+    part.
     """
     K: constexpr = 16
     T: constexpr = S * K
     Lp = whole * TILE
-    part = gl.program_id(1) + (PARTS if REVERSE else 0)     # the last chunk adds to no other, in reverse the first
+    # the last chunk adds to no other, in reverse the first
+    part = gl.program_id(1) + (PARTS if REVERSE else 0)
     rows, of_part = (N + AT_ONCE - 1) // AT_ONCE, (tiles + PARTS - 1) // PARTS
-    block, n0, before = gl.program_id(0) // rows, gl.program_id(0) % rows * AT_ONCE, part % PARTS * of_part
-    b, start, tiles, s, d, in_d, bias_d = _place(L, D, tiles, block, part // PARTS, bias, HAS_BIAS, T)
+    block, n0 = gl.program_id(0) // rows, gl.program_id(0) % rows * AT_ONCE
+    before = part % PARTS * of_part
+    chunk = part // PARTS
+    b, start, tiles, s, d, in_d, bias_d = _place(L, D, tiles, block, chunk, bias, HAS_BIAS, T)
     start, tiles = start + before * T, gl.minimum(of_part, tiles - before)
     ends += (b * slots + (part - 1 if REVERSE else (part + 1) * apart)) * N * D
     decays += (b * chunks * PARTS + part) * N * D
@@ -323,7 +365,8 @@ def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, til
     buffers = (xs, deltas)
     if HAS_Z:
         inputs, strides, buffers = inputs + (z + b * z_b * 8,), strides + (z_l,), buffers + (zs,)
-    V, Vs = BC + (b * 2 + (1 if REVERSE else 0)) * N * Lp, reinterpret(BCs, gl.float32, [4, NB, T], PLAIN)      # of C, or B
+    V = BC + (b * 2 + (1 if REVERSE else 0)) * N * Lp       # B, or C
+    Vs = reinterpret(BCs, gl.float32, [4, NB, T], PLAIN)
     row = gl.arange(0, NB, gl.SliceLayout(1, WIDE32))[:, None]
     step = gl.arange(0, T, gl.SliceLayout(0, WIDE32))[None, :]
     FEW: constexpr = min(AT_ONCE, 4)
@@ -332,7 +375,8 @@ def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, til
         slowest_n = zero - 1e30
         for n in gl.static_range(few * FEW, few * FEW + FEW):
             there = in_d & (s * 0 + n0 + n < N)
-            A_n, h = A_n + (gl.load(A + (n0 + n) * D + d + s * 0, mask=there, other=-1e30),), h + (zero,)
+            A_n = A_n + (gl.load(A + (n0 + n) * D + d + s * 0, mask=there, other=-1e30),)
+            h = h + (zero,)
             slowest_n = gl.maximum(slowest_n, A_n[n])
         slowest = slowest + (slowest_n,)
     way, i = zero, -1       # the sum of delta from here to where the part is left
@@ -382,12 +426,15 @@ def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, til
 
 
 @gluon.jit(do_not_specialize=SIZES)
-def _carry(states, decays, D: constexpr, N, chunks, slots, apart, REVERSE: constexpr, PARTS: constexpr, FROM_ZERO: constexpr):
+def _carry(states, decays, D: constexpr, N, chunks, slots, apart, REVERSE: constexpr,
+           PARTS: constexpr, FROM_ZERO: constexpr):
     """
-    What the PARTS of chunks add becomes what enters each chunk: entering' = decay entering + what this part adds.
+    What the PARTS of chunks add becomes what enters each chunk: entering' = decay entering + what
+    this part adds.
     FROM_ZERO: the first of the states is 0, and nothing has been written there.
     """
-    i = gl.program_id(0) * 128 + gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))      # in (N, D)
+    # in (N, D)
+    i = gl.program_id(0) * 128 + gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
     b = gl.program_id(1).to(gl.int64)
     inside = i < N * D
     states += (b * slots + (slots - 1 if REVERSE else 0)) * N * D + i
@@ -403,12 +450,13 @@ def _carry(states, decays, D: constexpr, N, chunks, slots, apart, REVERSE: const
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
-def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, whole, tiles, chunks, slots, u_b,
-             u_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr, HAS_D: constexpr, HAS_Z: constexpr,
-             HAS_BIAS: constexpr, SOFTPLUS: constexpr, KEEP: constexpr):
+def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, whole, tiles,
+             chunks, slots, u_b, u_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr,
+             HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
+             KEEP: constexpr):
     """
-    y and last (B, N, D), from states (B, slots, N, D), in which those that enter the chunks are there already. With KEEP it
-    adds, for the backward pass, the state before every half of a tile.
+    y and last (B, N, D), from states (B, slots, N, D), in which those that enter the chunks are
+    there already. With KEEP it adds, for the backward pass, the state before every half of a tile.
     """
     K: constexpr = 16
     T: constexpr = S * K
@@ -429,7 +477,8 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
     _fetch_all(inputs, strides, buffers, 0, t0, block, L, D, T)
     _fetch_BC(BC, BCs, 0, t0, 0, N, Lp, T)
     async_copy.commit_group()
-    writes = tiles - gl.minimum(chunks - 1 - chunk, 1)      # the state after a chunk is there already, but after the last
+    # the state after a chunk is there already, but after the last
+    writes = tiles - gl.minimum(chunks - 1 - chunk, 1)
     which = 0
     for i in range(tiles):
         async_copy.wait_group(0)
@@ -451,7 +500,8 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
             _fetch_next(BC, BCs, 1 - which, t0, t0 + T, n0, N, Lp, T)
             for n in range(n0, gl.minimum(n0 + NB, N)):
                 A_n, entering = _state(hs[0], n - n0), _state(hs[1], n - n0)
-                B_k, C_k = _row(BCs, which * 2 * NB + n - n0, K), _row(BCs, which * 2 * NB + n - n0 + NB, K)
+                B_k = _row(BCs, which * 2 * NB + n - n0, K)
+                C_k = _row(BCs, which * 2 * NB + n - n0 + NB, K)
                 a_k, b_k = (), ()
                 h = gl.zeros([S, BD], gl.float32, LAYOUT)
                 for k in gl.static_range(K):
@@ -473,13 +523,16 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
-def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, gz, parts, sums, L, D: constexpr, N, whole,
-               tiles, chunks, slots, u_b, u_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr,
-               g_b, g_l: constexpr, gz_l: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
-               SOFTPLUS: constexpr, EXACT: constexpr, FROM_ZERO: constexpr):
+def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, gz, parts, sums, L,
+               D: constexpr, N, whole, tiles, chunks, slots, u_b, u_l: constexpr, delta_b,
+               delta_l: constexpr, z_b, z_l: constexpr, g_b, g_l: constexpr, gz_l: constexpr,
+               HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
+               EXACT: constexpr, FROM_ZERO: constexpr):
     """
-    All gradients. adjoint (B, chunks, PARTS, N, D): what enters the last of each from behind; in the end, what leaves the chunk.
-    parts (blocks of channels, B, 2, N, Lp): gB, gC.  sums (B, chunks, N + 2, S, D): gA, gD, gbias, in parts too.
+    All gradients. adjoint (B, chunks, PARTS, N, D): what enters the last of each from behind; in
+    the end, what leaves the chunk.
+    parts (blocks of channels, B, 2, N, Lp): gB, gC.  sums (B, chunks, N + 2, S, D): gA, gD, gbias,
+    in parts too.
     FROM_ZERO: 0 enters the sequence from behind, and nothing has been written there.
     """
     K: constexpr = 8
@@ -490,7 +543,8 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     b, start, tiles, s, d, in_d, bias_d = _place(L, D, tiles, block, chunk, bias, HAS_BIAS, T)
     D_d = gl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
     at = b * chunks + chunk
-    inputs, strides = (u + b * u_b * 8, delta + b * delta_b * 8, gout + b * g_b * 8), (u_l, delta_l, g_l)
+    inputs = (u + b * u_b * 8, delta + b * delta_b * 8, gout + b * g_b * 8)
+    strides = (u_l, delta_l, g_l)
     gu += b * L * D
     gdelta += b * L * D
     gz += b * L * gz_l
@@ -498,18 +552,24 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     states += (b * slots + chunk * per_chunk + tiles - 1) * N * D
     adjoint += (at * PARTS + PARTS - 1) * N * D
     sums += (at * (N + 2) * S + s) * D + d
-    row = s * 2 + gl.arange(0, BD, gl.SliceLayout(0, LAYOUT))[None, :] % LANES // 4     # of the 8 x 4 lanes of a warp
+    # of the 8 x 4 lanes of a warp
+    row = s * 2 + gl.arange(0, BD, gl.SliceLayout(0, LAYOUT))[None, :] % LANES // 4
     # where the sums of _over_channels go: (NB, S, LANES, 2)
     OF_SUMS: constexpr = gl.SliceLayout(1, TO_SUM)
-    sum_n = gl.arange(0, NB, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, OF_SUMS))))[:, None, None, None]
-    sum_s = gl.arange(0, S, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, OF_SUMS))))[None, :, None, None]
-    sum_d = gl.arange(0, LANES, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, OF_SUMS))))[None, None, :, None]
-    which_of_two = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, OF_SUMS))))[None, None, None, :]
+    FIRST_3: constexpr = gl.SliceLayout(3, OF_SUMS)
+    FIRST_2: constexpr = gl.SliceLayout(2, FIRST_3)
+    sum_n = gl.arange(0, NB, gl.SliceLayout(1, FIRST_2))[:, None, None, None]
+    sum_s = gl.arange(0, S, gl.SliceLayout(0, FIRST_2))[None, :, None, None]
+    sum_d = gl.arange(0, LANES, gl.SliceLayout(0, gl.SliceLayout(1, FIRST_3)))[None, None, :, None]
+    OF_TWO: constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, OF_SUMS)))
+    which_of_two = gl.arange(0, 2, OF_TWO)[None, None, None, :]
     parts += (block * gl.num_programs(2).to(gl.int64) + b) * 2 * N * Lp
-    parts += (sum_d % 4 // 2 * N + sum_n) * Lp + sum_s * K + sum_d % 2 * 4 + sum_d // 4 * 2 + which_of_two
+    parts += (sum_d % 4 // 2 * N + sum_n) * Lp + sum_s * K
+    parts += sum_d % 2 * 4 + sum_d // 4 * 2 + which_of_two
     of_warps = gl.allocate_shared_memory(gl.float32, [NB, WARPS, S, LANES, 2], RANK_4)
     us, deltas, zs, BCs, hs = _buffers(u, delta, z, HAS_Z, K)
-    gouts = gl.allocate_shared_memory(gout.dtype.element_ty, [2, T, BD], gl.SwizzledSharedLayout(8, K, S, [1, 0]))
+    gouts = gl.allocate_shared_memory(gout.dtype.element_ty, [2, T, BD],
+                                      gl.SwizzledSharedLayout(8, K, S, [1, 0]))
     buffers = (us, deltas, gouts)
     if HAS_Z:
         inputs, strides, buffers = inputs + (z + b * z_b * 8,), strides + (z_l,), buffers + (zs,)
@@ -522,7 +582,8 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     for i in range(tiles):
         async_copy.wait_group(0)
         barrier()
-        from_behind = gl.where((i == 0) & (chunk == chunks - 1), 0, N) if FROM_ZERO else N     # rows of adjoint that there are
+        # rows of adjoint that there are
+        from_behind = gl.where((i == 0) & (chunk == chunks - 1), 0, N) if FROM_ZERO else N
         _fetch_states((A, states, adjoint), hs, 0, block, N, D, from_behind)
         _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 - T, block, L, D, T)
         delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, s, SOFTPLUS, K)
@@ -532,7 +593,8 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
         x_k, gx_k, gd_k, y_k = (), (), (), ()
         for k in gl.static_range(K):
             gD_d += gy_k[k] * u_k[k]
-            x_k, gx_k, gd_k, y_k = x_k + (delta_k[k] * u_k[k],), gx_k + (zero,), gd_k + (zero,), y_k + (D_d * u_k[k],)
+            x_k, y_k = x_k + (delta_k[k] * u_k[k],), y_k + (D_d * u_k[k],)
+            gx_k, gd_k = gx_k + (zero,), gd_k + (zero,)
         for n0 in range(0, N, NB):
             if n0 > 0:
                 async_copy.wait_group(0)
@@ -541,7 +603,8 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
             _fetch_next(BC, BCs, 1 - which, t0, t0 - T, n0, N, Lp, T)
             for n in range(n0, gl.minimum(n0 + NB, N)):
                 A_n, h0, q0 = _state(hs[0], n - n0), _state(hs[1], n - n0), _state(hs[2], n - n0)
-                B_k, C_k = _row(BCs, which * 2 * NB + n - n0, K), _row(BCs, which * 2 * NB + n - n0 + NB, K)
+                B_k = _row(BCs, which * 2 * NB + n - n0, K)
+                C_k = _row(BCs, which * 2 * NB + n - n0 + NB, K)
                 a_k, b_k = (), ()
                 for k in gl.static_range(K):
                     a_k, b_k = a_k + (gl.exp2(delta_k[k] * A_n),), b_k + (x_k[k] * B_k[k],)
@@ -564,12 +627,15 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                     q = a_k[k] * g
                     w = q * h_k[k]                              # the gradient of delta_t A
                     gA_n += delta_k[k] * w
-                    gB_k, gxs, gds = (x_k[k] * g,) + gB_k, (gx_k[k] + B_k[k] * g,) + gxs, (gd_k[k] + A_n * w,) + gds
+                    gB_k, gxs = (x_k[k] * g,) + gB_k, (gx_k[k] + B_k[k] * g,) + gxs
+                    gds = (gd_k[k] + A_n * w,) + gds
                 gx_k, gd_k = gxs, gds
                 gl.store(sums + n * S * D, gA_n, mask=in_d)
                 gBC_n = gl.join(*_over_channels(gB_k, gC_k, row, EXACT))
-                of_warps.index(n - n0).store(gl.permute(gl.reshape(gBC_n, [S, WARPS, LANES, 2]), (1, 0, 2, 3)))
-            sums_n = gl.sum(reinterpret(of_warps, gl.float32, [NB, WARPS, S, LANES, 2], RANK_5).load(TO_SUM), 1)
+                of_warps.index(n - n0).store(gl.permute(gl.reshape(gBC_n, [S, WARPS, LANES, 2]),
+                                                        (1, 0, 2, 3)))
+            sums_n = reinterpret(of_warps, gl.float32, [NB, WARPS, S, LANES, 2], RANK_5)
+            sums_n = gl.sum(sums_n.load(TO_SUM), 1)
             gl.store(parts + n0 * Lp + t0, sums_n, mask=n0 + sum_n + 0 * which_of_two < N)
             which = 1 - which
         u_k, raw_k, gdeltas, gus = _tile(us.index(i % 2), K), _tile(deltas.index(i % 2), K), (), ()
@@ -594,12 +660,14 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("A", "state"))
-def _pack(A, B, C, state, A2, BC, states, L, D: tl.constexpr, N, Lp, slots, B_b, B_l, B_n, C_b, C_l, C_n,
-          SIDE_BY_SIDE: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr):
+def _pack(A, B, C, state, A2, BC, states, L, D: tl.constexpr, N, Lp, slots, B_b, B_l, B_n, C_b, C_l,
+          C_n, SIDE_BY_SIDE: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr):
     """
-    Inputs as the other kernels want them: B and C (B, L, N) as BC (B, 2 N, Lp), float32, with 0 after the end; A (D, N) as
-    A2 (N, D), exp(delta A) = 2^(delta A2); state (B, D, N) or zeros into the first slot of states (B, slots, N, D).
-    SIDE_BY_SIDE: the N numbers of a step lie so in memory, as B_n and C_n say too, but the compiler should know.
+    Inputs as the other kernels want them: B and C (B, L, N) as BC (B, 2 N, Lp), float32, with 0
+    after the end; A (D, N) as A2 (N, D), exp(delta A) = 2^(delta A2); state (B, D, N) or zeros into
+    the first slot of states (B, slots, N, D).
+    SIDE_BY_SIDE: the N numbers of a step lie so in memory, as B_n and C_n say too, but the compiler
+    should know.
     LOG: A is log(-A).
     """
     if SIDE_BY_SIDE:
@@ -610,14 +678,18 @@ def _pack(A, B, C, state, A2, BC, states, L, D: tl.constexpr, N, Lp, slots, B_b,
         if i < Lp // T:
             t = i * T + tl.arange(0, T)[None, :]
             there, to = (n < N) & (t < L), BC + (b * 2 * N + n) * Lp + t
-            B_n_t = tl.load(B + b * B_b + t.to(tl.int64) * B_l + n.to(tl.int64) * B_n, mask=there, other=0)
-            C_n_t = tl.load(C + b * C_b + t.to(tl.int64) * C_l + n.to(tl.int64) * C_n, mask=there, other=0)
+            B_n_t = tl.load(B + b * B_b + t.to(tl.int64) * B_l + n.to(tl.int64) * B_n, mask=there,
+                            other=0)
+            C_n_t = tl.load(C + b * C_b + t.to(tl.int64) * C_l + n.to(tl.int64) * C_n, mask=there,
+                            other=0)
             tl.store(to, B_n_t.to(tl.float32), mask=n < N)
             tl.store(to + N * Lp, C_n_t.to(tl.float32), mask=n < N)
         else:
             d = (i - Lp // T) * T + tl.arange(0, T)[None, :]
             there = (n < N) & (d < D)
-            h = tl.zeros((16, T), tl.float32) if state is None else tl.load(state + (b * D + d) * N + n, mask=there, other=0)
+            h = tl.zeros((16, T), tl.float32)
+            if state is not None:
+                h = tl.load(state + (b * D + d) * N + n, mask=there, other=0)
             tl.store(states + (b * slots * N + n) * D + d, h, mask=there)
             once = (n < N) & (d < D * (1 - tl.minimum(b, 1)))
             A_n = tl.load(A + d * N + n, mask=once, other=0)
@@ -629,8 +701,9 @@ def _pack(A, B, C, state, A2, BC, states, L, D: tl.constexpr, N, Lp, slots, B_b,
 @triton.jit
 def _sum_rows(x, first, second, A2, rows, N, M, D, i, R: tl.constexpr, BD: tl.constexpr):
     """
-    The sum over all rows of x (rows / R, M, R, D), its first N into first (D, N), the others into second (M - N, D).
-    A2: if there is one, first is the gradient of A, and that of log(-A) is asked for.
+    The sum over all rows of x (rows / R, M, R, D), its first N into first (D, N), the others into
+    second (M - N, D). A2: if there is one, first is the gradient of A, and that of log(-A) is asked
+    for.
     """
     m, d = i % M, i // M * BD + tl.arange(0, BD)
     total = tl.zeros((16, BD), tl.float32)
@@ -648,11 +721,11 @@ def _sum_rows(x, first, second, A2, rows, N, M, D, i, R: tl.constexpr, BD: tl.co
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, Lp, rows, blocks, batch, gB_l, R: tl.constexpr,
-            T: tl.constexpr, BD: tl.constexpr):
+def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, Lp, rows, blocks, batch, gB_l,
+            R: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
     """
-    What _gradients leaves in parts: gB and gC (B, L, N), whose steps are gB_l numbers apart, gA (D, N), or with A2 that of
-    log(-A), and gD, gbias as gDw (2, D).
+    What _gradients leaves in parts: gB and gC (B, L, N), whose steps are gB_l numbers apart, gA (D,
+    N), or with A2 that of log(-A), and gD, gbias as gDw (2, D).
     """
     i, of_BC = tl.program_id(0), 2 * batch * (Lp // T)
     if i < of_BC:
@@ -664,7 +737,8 @@ def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, Lp, rows, b
             for block in tl.range(0, blocks, 8, loop_unroll_factor=2):
                 some = block + tl.arange(0, 8)[:, None, None]
                 of_block = parts + ((some * batch + b) * 2 + which) * N * Lp
-                total += tl.load(of_block + (n * Lp + t)[None], mask=(some < blocks) & (n[None] < N), other=0)
+                total += tl.load(of_block + (n * Lp + t)[None],
+                                 mask=(some < blocks) & (n[None] < N), other=0)
             at = (b * L + t) * gB_l + n
             if which == 0:
                 tl.store(gB + at, tl.sum(total, 0), mask=(n < N) & (t < L))
@@ -675,14 +749,15 @@ def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, Lp, rows, b
 
 
 _start_pack, _start_finish, _start_carry = Kernel(_pack), Kernel(_finish), Kernel(_carry)
-_start_ends, _start_outputs = (Kernel(function, num_warps=WARPS.value, maxnreg=128) for function in (_ends, _outputs))
+_start_ends, _start_outputs = (
+    Kernel(function, num_warps=WARPS.value, maxnreg=128) for function in (_ends, _outputs))
 _start_gradients = Kernel(_gradients, num_warps=WARPS.value, maxnreg=168)
 
 
 def _aligned(x):
     """
-    x, or else a copy, and its strides: of batch, in units of 8, and of time. It is read 16 bytes at once: numbers of a step lie side
-    by side, and begin at a multiple of 16 bytes.
+    x, or else a copy, and its strides: of batch, in units of 8, and of time. It is read 16 bytes at
+    once: numbers of a step lie side by side, and begin at a multiple of 16 bytes.
     """
     of_batch, of_time, of_channel = x.stride()
     if of_channel != 1 or of_batch % 8 or of_time % 8 or x.data_ptr() % 16:
@@ -722,14 +797,17 @@ def _kinds(*tensors):
 
 
 def _facts(*numbers):
-    """What Triton's compiler is told of numbers and addresses: if they are 1, if 16 divides them, if 32 bits are too few."""
+    """What Triton's compiler is told of numbers and addresses: if they are 1, if 16 divides them,
+    if 32 bits are too few."""
     return [-1 if n == 1 else (n % 16 == 0) + 2 * (n >= 2 ** 31) for n in numbers]
 
 
-INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
+INPUTS = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+          "Tensor? delta_bias")
 FORWARD = f"({INPUTS}, Tensor? state, bool softplus, bool keep) -> ({', '.join(['Tensor'] * 3)})"
-BACKWARD = ("(Tensor gy, Tensor? glast, Tensor kept, Tensor u, Tensor delta, Tensor? D, Tensor? z, Tensor? delta_bias, "
-            f"int N, bool softplus, bool has_state, ScalarType BC_dtype) -> ({', '.join(['Tensor'] * 8)})")
+BACKWARD = ("(Tensor gy, Tensor? glast, Tensor kept, Tensor u, Tensor delta, Tensor? D, Tensor? z, "
+            "Tensor? delta_bias, int N, bool softplus, bool has_state, ScalarType BC_dtype) -> "
+            f"({', '.join(['Tensor'] * 8)})")
 
 
 def _sizes_kept(batch, L, d_inner, N):
@@ -740,7 +818,8 @@ def _sizes_kept(batch, L, d_inner, N):
 
 def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False):
     """
-    y, last (B, N, D) and, with keep, what the backward pass needs: states, BC and A2, one after the other.
+    y, last (B, N, D) and, with keep, what the backward pass needs: states, BC and A2, one after the
+    other.
     log_A: A is log(-A).
     """
     (batch, L, d_inner), N = u.shape, A.shape[1]
@@ -756,33 +835,40 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False
     kept, (states, BC, A2) = _pieces(A, *sizes_kept)
     of_B, of_C = B.stride(), C.stride()
     side_by_side = of_B[2] == of_C[2] == 1
-    sizes, strides = (L, d_inner, N, tiles, per_chunk, chunks, slots), (u_b, u_l, delta_b, delta_l, z_b, z_l)
+    sizes = L, d_inner, N, tiles, per_chunk, chunks, slots
+    strides = u_b, u_l, delta_b, delta_l, z_b, z_l
     options = D is not None, z is not None, delta_bias is not None, softplus
-    version = (u.device.index, d_inner, u_l, delta_l, z_l, *options, keep, state is None, side_by_side, log_A,
-               *_kinds(u, delta, B, C, gate), *_facts(*of_B[:2], *of_C[:2]))
+    version = (u.device.index, d_inner, u_l, delta_l, z_l, *options, keep, state is None,
+               side_by_side, log_A, *_kinds(u, delta, B, C, gate), *_facts(*of_B[:2], *of_C[:2]))
     with torch.cuda.device_of(u):
-        _start_pack((tiles + -(-d_inner // TILE.value), batch, 1), version, (A, B, C, state, A2, BC, states), L, d_inner, N,
-                    tiles * TILE.value, slots, *of_B, *of_C, side_by_side, log_A, TILE.value)
+        _start_pack((tiles + -(-d_inner // TILE.value), batch, 1), version,
+                    (A, B, C, state, A2, BC, states), L, d_inner, N, tiles * TILE.value, slots,
+                    *of_B, *of_C, side_by_side, log_A, TILE.value)
         if chunks > 1:
-            decays, at_once = A.new_empty(batch, chunks, N, d_inner), min(NB.value, triton.next_power_of_2(N))
+            decays = A.new_empty(batch, chunks, N, d_inner)
+            at_once = min(NB.value, triton.next_power_of_2(N))
             _start_ends((blocks * -(-N // at_once), chunks - 1, batch), (*version, at_once),
-                        (u, delta, A2, BC, u, delta_bias, states, decays), *sizes, apart, *strides, False, *options[2:], False,
-                        at_once, 1)
-            _start_carry((-(-d_inner * N // 128), batch, 1), version, (states, decays), d_inner, N, chunks, slots, apart, False, 1,
-                         False)
-        _start_outputs((blocks, chunks, batch), version, (u, delta, A2, BC, D, gate, delta_bias, y, states, last), *sizes, *strides,
+                        (u, delta, A2, BC, u, delta_bias, states, decays), *sizes, apart, *strides,
+                        False, *options[2:], False, at_once, 1)
+            _start_carry((-(-d_inner * N // 128), batch, 1), version, (states, decays), d_inner, N,
+                         chunks, slots, apart, False, 1, False)
+        _start_outputs((blocks, chunks, batch), version,
+                       (u, delta, A2, BC, D, gate, delta_bias, y, states, last), *sizes, *strides,
                        *options, keep)
     return y, last, kept if keep else A.new_empty(0)
 
 
-def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_state, BC_dtype, gz=None, gB=None, gC=None, log_A=False):
+def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_state, BC_dtype,
+              gz=None, gB=None, gC=None, log_A=False):
     """
-    gu, gdelta, gz, gB, gC; gA (D, N); gD and gbias as (2, D); gstate (B, N, D), if there is a state.
-    gz, gB, gC: where to write these, if not into new memory; their steps may be apart.  log_A: as in _run, also for gA.
+    gu, gdelta, gz, gB, gC; gA (D, N); gD and gbias as (2, D); gstate (B, N, D), if there is a
+    state.
+    gz, gB, gC: where to write these, if not into new memory; their steps may be apart.  log_A: as
+    in _run, also for gA.
     """
     batch, L, d_inner = u.shape
     tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner, FILL_BACK)
-    (gy, g_b, g_l), (u, u_b, u_l), (delta, delta_b, delta_l) = _aligned(gy), _aligned(u), _aligned(delta)
+    (gy, g_b, g_l), (u, u_b, u_l), (delta, delta_b, delta_l) = map(_aligned, (gy, u, delta))
     gate, z_b, z_l = (u, u_b, u_l) if z is None else _aligned(z)
     D, delta_bias = _whole(D, delta_bias)
     states, BC, A2 = kept.split_with_sizes(_sizes_kept(batch, L, d_inner, N))
@@ -793,38 +879,46 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
         gB, gC = (u.new_empty(batch, L, N, dtype=BC_dtype) for _ in range(2))
     slots, Lp, rows = chunks * PARTS.value, tiles * TILE.value, batch * chunks * S.value
     states_of_all = batch * slots * N * d_inner
-    _, (adjoint, decays, parts, sums) = _pieces(kept, states_of_all, states_of_all if chunks > 1 else 0,
-                                                blocks * batch * 2 * N * Lp, rows * (N + 2) * d_inner)
+    _, (adjoint, decays, parts, sums) = _pieces(
+        kept, states_of_all, states_of_all if chunks > 1 else 0, blocks * batch * 2 * N * Lp,
+        rows * (N + 2) * d_inner)
     if glast is not None:
         adjoint.view(batch, slots, N, d_inner)[:, -1] = glast
     gA, gDw = kept.new_empty(d_inner, N), kept.new_empty(2, d_inner)
-    options, from_zero = (D is not None, z is not None, delta_bias is not None, softplus), glast is None
-    exact, gz_l, gB_l = u.dtype != torch.bfloat16, d_inner if z is None else gz.stride(1), gB.stride(1)
+    options, from_zero = [t is not None for t in (D, z, delta_bias)] + [softplus], glast is None
+    exact, gB_l = u.dtype != torch.bfloat16, gB.stride(1)
+    gz_l = d_inner if z is None else gz.stride(1)
     version = (u.device.index, d_inner, u_l, delta_l, z_l, g_l, gz_l, *options, from_zero, log_A,
                *_kinds(gy, u, delta, gate, gB, gC))
     with torch.cuda.device_of(u):
         if chunks > 1:
             at_once = min(NB.value, triton.next_power_of_2(N))
-            _start_ends((blocks * -(-N // at_once), slots - PARTS.value, batch), (*version, at_once),
-                        (gy, delta, A2, BC, gate, delta_bias, adjoint, decays), L, d_inner, N, tiles, per_chunk, chunks, slots, 1,
-                        g_b, g_l, delta_b, delta_l, z_b, z_l, *options[1:], True, at_once, PARTS.value)
-            _start_carry((-(-d_inner * N // 128), batch, 1), version, (adjoint, decays), d_inner, N, chunks, slots, 1, True,
-                         PARTS.value, from_zero)
-        _start_gradients((blocks, chunks, batch), version,
-                         (u, delta, A2, BC, D, gate, delta_bias, gy, states, adjoint, gu, gdelta, gz, parts, sums), L, d_inner, N,
-                         tiles, 2 * per_chunk, chunks, 2 * tiles, u_b, u_l, delta_b, delta_l, z_b, z_l, g_b, g_l, gz_l, *options,
-                         exact, from_zero)
-        _start_finish((2 * batch * tiles * (TILE.value // 32) + (N + 2) * -(-d_inner // 64), 1, 1), version,
-                      (parts, sums, gB, gC, gA, gDw, A2 if log_A else None), L, d_inner, N, Lp, rows, blocks, batch, gB_l, S.value,
-                      32, 64)
-    gstate = adjoint.view(batch, slots, N, d_inner)[:, PARTS.value - 1].clone() if has_state else kept.new_empty(0)
+            _start_ends((blocks * -(-N // at_once), slots - PARTS.value, batch),
+                        (*version, at_once), (gy, delta, A2, BC, gate, delta_bias, adjoint, decays),
+                        L, d_inner, N, tiles, per_chunk, chunks, slots, 1, g_b, g_l, delta_b,
+                        delta_l, z_b, z_l, *options[1:], True, at_once, PARTS.value)
+            _start_carry((-(-d_inner * N // 128), batch, 1), version, (adjoint, decays), d_inner, N,
+                         chunks, slots, 1, True, PARTS.value, from_zero)
+        tensors = (u, delta, A2, BC, D, gate, delta_bias, gy, states, adjoint, gu, gdelta, gz,
+                   parts, sums)
+        _start_gradients((blocks, chunks, batch), version, tensors, L, d_inner, N, tiles,
+                         2 * per_chunk, chunks, 2 * tiles, u_b, u_l, delta_b, delta_l, z_b, z_l,
+                         g_b, g_l, gz_l, *options, exact, from_zero)
+        programs = 2 * batch * tiles * (TILE.value // 32) + (N + 2) * -(-d_inner // 64)
+        _start_finish((programs, 1, 1), version,
+                      (parts, sums, gB, gC, gA, gDw, A2 if log_A else None), L, d_inner, N, Lp,
+                      rows, blocks, batch, gB_l, S.value, 32, 64)
+    gstate = kept.new_empty(0)
+    if has_state:
+        gstate = adjoint.view(batch, slots, N, d_inner)[:, PARTS.value - 1].clone()
     return gu, gdelta, gz, gB, gC, gA, gDw, gstate
 
 
 def _setup(ctx, inputs, output):
     u, delta, A, B, C, D, z, delta_bias, state, ctx.softplus, _keep = inputs
     ctx.has_state, ctx.N = state is not None, A.shape[1]
-    ctx.BC_dtype = B.dtype if B.dtype == C.dtype else torch.float32     # autograd makes gradients of the types of the inputs
+    # autograd makes gradients of the types of the inputs
+    ctx.BC_dtype = B.dtype if B.dtype == C.dtype else torch.float32
     ctx.save_for_backward(output[2], u, delta, D, z, delta_bias)
     ctx.set_materialize_grads(False)
 
@@ -833,14 +927,17 @@ def _gradients_of(back, ctx, gy, glast, _gkept=None):
     saved = ctx.saved_tensors       # taken once: a checkpoint computes them for one taking
     _, u, _, D, z, delta_bias = saved
     gy = torch.zeros_like(u) if gy is None else gy
-    gu, gdelta, gz, gB, gC, gA, gDw, gstate = back(gy, glast, *saved, ctx.N, ctx.softplus, ctx.has_state, ctx.BC_dtype)
+    gu, gdelta, gz, gB, gC, gA, gDw, gstate = back(
+        gy, glast, *saved, ctx.N, ctx.softplus, ctx.has_state, ctx.BC_dtype)
     gD, gbias = gDw.unbind()
     return (gu, gdelta, gA, gB, gC, None if D is None else gD, None if z is None else gz,
-            None if delta_bias is None else gbias, gstate.transpose(1, 2) if ctx.has_state else None, None, None)
+            None if delta_bias is None else gbias,
+            gstate.transpose(1, 2) if ctx.has_state else None, None, None)
 
 
 def _as_function(run, setup, gradients, results=2):
-    """What an operator with so many results does, without what an operator costs: where no compiler has to see one."""
+    """What an operator with so many results does, without what an operator costs: where no compiler
+    has to see one."""
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
@@ -854,8 +951,10 @@ def _as_function(run, setup, gradients, results=2):
 
 _Scan = _as_function(with_plans(_run, 9), _setup, partial(_gradients_of, with_plans(_run_back, 8)))
 _forward = library.custom_op("selective_scan::forward", _run, mutates_args=(), schema=FORWARD)
-_backward = library.custom_op("selective_scan::backward", _run_back, mutates_args=(), schema=BACKWARD)
-_forward.register_autograd(partial(_gradients_of, torch.ops.selective_scan.backward), setup_context=_setup)
+_backward = library.custom_op("selective_scan::backward", _run_back, mutates_args=(),
+                              schema=BACKWARD)
+_forward.register_autograd(partial(_gradients_of, torch.ops.selective_scan.backward),
+                           setup_context=_setup)
 
 
 @_forward.register_fake
@@ -878,13 +977,16 @@ CAPABLE = {}    # {device: whether they can run there}, for asking takes longer 
 
 
 def runs_on(device):
-    """Whether the kernels can run on this CUDA device: Ampere brought the asynchronous copies and the mma that they use."""
+    """Whether the kernels can run on this CUDA device: Ampere brought the asynchronous copies and
+    the mma that they use."""
     if device not in CAPABLE:
-        CAPABLE[device] = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+        CAPABLE[device] = (torch.version.hip is None
+                           and torch.cuda.get_device_capability(device) >= (8, 0))
     return CAPABLE[device]
 
 
-runs_on._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does, but that imports the compiler
+# what torch.compiler.assume_constant_result does, but that imports the compiler
+runs_on._dynamo_marked_constant = True
 
 
 def _rehearse(*inputs):
@@ -895,8 +997,9 @@ def _rehearse(*inputs):
 
 def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, log_A=False):
     """
-    The same function as selective_scan in mamba.py, arguments as there. u, delta, B, C, z: float32, bfloat16 or
-    float16 on a GPU, d_state at most 256; computes in float32. Differentiable once; the gradients are the same bits each time.
+    The same function as selective_scan in mamba.py, arguments as there. u, delta, B, C, z: float32,
+    bfloat16 or float16 on a GPU, d_state at most 256; computes in float32. Differentiable once; the
+    gradients are the same bits each time.
     log_A: A is log(-A); only where no gradients are asked for.
     """
     A, D, delta_bias, state = (t if t is None else t.float() for t in (A, D, delta_bias, state))
@@ -910,7 +1013,8 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
         raise ValueError(f"all inputs must be on {u.device}, as u is")
     keep = _wants_gradients(*inputs)
     if keep and u.is_cuda and not torch.compiler.is_compiling():
-        compile_ahead((u.device, *_dtypes(u, delta, B, z), A.shape), partial(_rehearse, *inputs, delta_softplus))
+        compile_ahead((u.device, *_dtypes(u, delta, B, z), A.shape),
+                      partial(_rehearse, *inputs, delta_softplus))
     run = _Scan.apply if keep else partial(_run, log_A=log_A)
     scan = torch.ops.selective_scan.forward if torch.compiler.is_compiling() else run
     y, last, *_ = scan(*inputs, delta_softplus, keep)
@@ -918,9 +1022,10 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
     return (y[..., :d_inner], last_state[:, :d_inner]) if more else (y, last_state)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The convolution in front of the scan, and its silu. It is bound by memory, so everything is read and written once, but for a
-# few steps before those of a program: a thread has one or two channels, and what it needs of the steps before in registers.
+# ------------------------------------------------------------------------------------------------
+# The convolution in front of the scan, and its silu. It is bound by memory, so everything is read
+# and written once, but for a few steps before those of a program: a thread has one or two channels,
+# and what it needs of the steps before in registers.
 
 
 @triton.jit
@@ -934,8 +1039,10 @@ def _of_channels(weight, bias, d, D, W: tl.constexpr):
 
 @triton.jit
 def _step(x, state, t, L, D, x_l, d, b, W: tl.constexpr):
-    """One step of x (L, D); before the sequence that of state (B, W - 1, D), if there is one, and else 0."""
-    row = tl.load(x + t.to(tl.int64) * x_l + d, mask=d < tl.where((t >= 0) & (t < L), D, 0), other=0).to(tl.float32)
+    """One step of x (L, D); before the sequence that of state (B, W - 1, D), if there is one, and
+    else 0."""
+    there = d < tl.where((t >= 0) & (t < L), D, 0)
+    row = tl.load(x + t.to(tl.int64) * x_l + d, mask=there, other=0).to(tl.float32)
     if state is not None:
         at = state + (b * (W - 1) + t + W - 1) * D + d
         row += tl.load(at, mask=d < tl.where((t < 0) & (t > -W), D, 0), other=0).to(tl.float32)
@@ -956,12 +1063,15 @@ def _filtered(rows, taps, bias_d, i, W: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=("L",))
-def _conv(x, weight, bias, state, y, L, D: tl.constexpr, x_b, x_l: tl.constexpr, W: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
+def _conv(x, weight, bias, state, y, L, D: tl.constexpr, x_b, x_l: tl.constexpr, W: tl.constexpr,
+          T: tl.constexpr, BD: tl.constexpr):
     """y (B, L, D) = silu(bias + sum_k weight_k x_{t - (W - 1) + k}), T steps of BD channels."""
-    t0, d, b = tl.program_id(0) * T, tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2).to(tl.int64)
+    t0, d = tl.program_id(0) * T, tl.program_id(1) * BD + tl.arange(0, BD)
+    b = tl.program_id(2).to(tl.int64)
     x, rows = x + b * x_b, ()
     for i in tl.static_range(T + W - 1):
-        rows = rows + (_step(x, state if i < W - 1 else None, t0 + i - (W - 1), L, D, x_l, d, b, W),)
+        before = state if i < W - 1 else None
+        rows = rows + (_step(x, before, t0 + i - (W - 1), L, D, x_l, d, b, W),)
     taps, bias_d = _of_channels(weight, bias, d, D, W)
     for i in tl.static_range(T):
         y_t = _filtered(rows, taps, bias_d, i, W)
@@ -976,20 +1086,24 @@ def _through_silu(gy, rows, taps, bias_d, i, W: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=("L",))
-def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D: tl.constexpr, x_b, x_l: tl.constexpr, g_b,
-                    g_l: tl.constexpr, gx_l: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
+def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D: tl.constexpr, x_b,
+                    x_l: tl.constexpr, g_b, g_l: tl.constexpr, gx_l: tl.constexpr, W: tl.constexpr,
+                    STEPS: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
     """
-    g, the gradient of what silu gets, for STEPS steps; gx (B, L, D) and gstate (B, W - 1, D), which follow W - 1 steps later;
+    g, the gradient of what silu gets, for STEPS steps; gx (B, L, D) and gstate (B, W - 1, D), which
+    follow W - 1 steps later;
     sums (B, chunks, W + 1, D): gradients of weight and bias, in parts.
     """
-    t0, d, b = tl.program_id(0) * STEPS, tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2).to(tl.int64)
+    t0, d = tl.program_id(0) * STEPS, tl.program_id(1) * BD + tl.arange(0, BD)
+    b = tl.program_id(2).to(tl.int64)
     taps, bias_d = _of_channels(weight, bias, d, D, W)
     x, gy, rows, g, parts = x + b * x_b, gy + b * g_b, (), (), ()
     for i in tl.static_range(2 * (W - 1)):
         rows = rows + (_step(x, state, t0 + i - 2 * (W - 1), L, D, x_l, d, b, W),)
     for i in tl.static_range(W - 1):
-        g = g + (_through_silu(_step(gy, None, t0 + i - (W - 1), L, D, g_l, d, b, W), rows, taps, bias_d, i, W),)
-    before = ()                                                 # the last W - 1 steps, as g has them
+        gy_t = _step(gy, None, t0 + i - (W - 1), L, D, g_l, d, b, W)
+        g = g + (_through_silu(gy_t, rows, taps, bias_d, i, W),)
+    before = ()                             # the last W - 1 steps, as g has them
     for i in tl.static_range(W - 1):
         before = before + (rows[W - 1 + i],)
     for k in tl.static_range(W + 1):
@@ -1000,20 +1114,24 @@ def _conv_gradients(x, weight, bias, state, gy, gx, gstate, sums, L, D: tl.const
             seen = seen + (_step(x, None, start + i, L, D, x_l, d, b, W),)
             gys = gys + (_step(gy, None, start + i, L, D, g_l, d, b, W),)
         for i in tl.static_range(T):
-            g_t, more, gx_t = _through_silu(gys[i], seen, taps, bias_d, i, W), (), tl.zeros((BD,), tl.float32)
+            g_t = _through_silu(gys[i], seen, taps, bias_d, i, W)
+            more, gx_t = (), tl.zeros((BD,), tl.float32)
             gs = gs + (g_t,)
             for k in tl.static_range(W):
-                more, gx_t = more + (parts[k] + g_t * seen[i + k],), gx_t + taps[k] * gs[W - 1 + i - k]
+                more = more + (parts[k] + g_t * seen[i + k],)
+                gx_t += taps[k] * gs[W - 1 + i - k]
             parts = more + (parts[W] + g_t,)
             t = start + i - (W - 1)
             tl.store(gx + (b * L + t) * gx_l + d, gx_t, mask=d < tl.where((t >= 0) & (t < L), D, 0))
             if gstate is not None and i < W - 1:
-                tl.store(gstate + (b * (W - 1) + t + W - 1) * D + d, gx_t, mask=d < tl.where(t < 0, D, 0))
+                tl.store(gstate + (b * (W - 1) + t + W - 1) * D + d, gx_t,
+                         mask=d < tl.where(t < 0, D, 0))
         before, g = (), ()
         for i in tl.static_range(W - 1):
             before, g = before + (seen[T + i],), g + (gs[T + i],)
     for k in tl.static_range(W + 1):
-        tl.store(sums + ((b * tl.num_programs(0) + tl.program_id(0)) * (W + 1) + k) * D + d, parts[k], mask=d < D)
+        tl.store(sums + ((b * tl.num_programs(0) + tl.program_id(0)) * (W + 1) + k) * D + d,
+                 parts[k], mask=d < D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -1022,21 +1140,25 @@ def _finish_conv(sums, gweight, gbias, rows, D: tl.constexpr, W: tl.constexpr, B
     _sum_rows(sums, gweight, gbias, None, rows, W, W + 1, D, tl.program_id(0), 1, BD)
 
 
-_start_conv, _start_conv_gradients = Kernel(_conv, num_warps=2), Kernel(_conv_gradients, num_warps=1)
+_start_conv = Kernel(_conv, num_warps=2)
+_start_conv_gradients = Kernel(_conv_gradients, num_warps=1)
 _start_finish_conv = Kernel(_finish_conv)
 
 
 def _version_of_conv(x, *tensors):
-    """What _conv and _conv_gradients are compiled for: the GPU, channels, taps, strides, types and addresses."""
+    """What _conv and _conv_gradients are compiled for: the GPU, channels, taps, strides, types and
+    addresses."""
     of_batch, of_time, _ = x.stride()
-    return x.device.index, x.shape[2], tensors[0].shape[2], of_time, *_facts(of_batch), *_kinds(x, *tensors)
+    return (x.device.index, x.shape[2], tensors[0].shape[2], of_time, *_facts(of_batch),
+            *_kinds(x, *tensors))
 
 
 def _run_conv(x, weight, bias, state):
     (batch, L, d_inner), W, y = x.shape, weight.shape[2], x.new_empty(x.shape)
     with torch.cuda.device_of(x):
-        _start_conv((-(-L // 16), -(-d_inner // 128), batch), _version_of_conv(x, weight, bias, state), (x, weight, bias, state, y),
-                    L, d_inner, *x.stride()[:2], W, 16, 128)
+        _start_conv((-(-L // 16), -(-d_inner // 128), batch),
+                    _version_of_conv(x, weight, bias, state), (x, weight, bias, state, y), L,
+                    d_inner, *x.stride()[:2], W, 16, 128)
     return y
 
 
@@ -1053,16 +1175,18 @@ def _run_conv_back(gy, x, weight, bias, state, gx=None):
     """
     (batch, L, d_inner), W, gweight = x.shape, weight.shape[2], torch.empty_like(weight)
     gx = x.new_empty(x.shape) if gx is None else gx
-    gbias, gstate = (weight if bias is None else bias).new_empty(d_inner), x.new_empty(0) if state is None else torch.empty_like(state)
+    gbias = (weight if bias is None else bias).new_empty(d_inner)
+    gstate = x.new_empty(0) if state is None else torch.empty_like(state)
     steps, chunks = _cuts_of_conv(L, W)
     sums = weight.new_empty(batch, chunks, W + 1, d_inner, dtype=torch.float32)
     (g_b, g_l, _), gx_l = gy.stride(), gx.stride(1)
     version = *_version_of_conv(x, weight, bias, state, gy, gx), g_l, gx_l, *_facts(g_b)
     with torch.cuda.device_of(x):
-        _start_conv_gradients((chunks, -(-d_inner // 64), batch), version,
-                              (x, weight, bias, state, gy, gx, None if state is None else gstate, sums), L, d_inner,
+        tensors = x, weight, bias, state, gy, gx, None if state is None else gstate, sums
+        _start_conv_gradients((chunks, -(-d_inner // 64), batch), version, tensors, L, d_inner,
                               *x.stride()[:2], g_b, g_l, gx_l, W, steps, 8, 64)
-        _start_finish_conv(((W + 1) * -(-d_inner // 64), 1, 1), version, (sums, gweight, gbias), batch * chunks, d_inner, W, 64)
+        _start_finish_conv(((W + 1) * -(-d_inner // 64), 1, 1), version, (sums, gweight, gbias),
+                           batch * chunks, d_inner, W, 64)
     return gx, gweight, gbias, gstate
 
 
@@ -1072,7 +1196,8 @@ def _setup_conv(ctx, inputs, output):
 
 def _gradients_of_conv(back, ctx, gy):
     x, weight, bias, state = ctx.saved_tensors
-    gx, gweight, gbias, gstate = back(gy if gy.stride(2) == 1 else gy.contiguous(), x, weight, bias, state)
+    gy = gy if gy.stride(2) == 1 else gy.contiguous()
+    gx, gweight, gbias, gstate = back(gy, x, weight, bias, state)
     return gx, gweight, None if bias is None else gbias, None if state is None else gstate
 
 
@@ -1086,10 +1211,13 @@ class _Conv(torch.autograd.Function):
 
 
 OF_CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? state"
-_conv_forward = library.custom_op("selective_scan::conv", _run_conv, mutates_args=(), schema=f"({OF_CONV}) -> Tensor")
-_conv_backward = library.custom_op("selective_scan::conv_backward", _run_conv_back, mutates_args=(),
-                                   schema=f"(Tensor gy, {OF_CONV}) -> ({', '.join(['Tensor'] * 4)})")
-_conv_forward.register_autograd(partial(_gradients_of_conv, torch.ops.selective_scan.conv_backward), setup_context=_setup_conv)
+_conv_forward = library.custom_op("selective_scan::conv", _run_conv, mutates_args=(),
+                                  schema=f"({OF_CONV}) -> Tensor")
+_conv_backward = library.custom_op(
+    "selective_scan::conv_backward", _run_conv_back, mutates_args=(),
+    schema=f"(Tensor gy, {OF_CONV}) -> ({', '.join(['Tensor'] * 4)})")
+_conv_forward.register_autograd(partial(_gradients_of_conv, torch.ops.selective_scan.conv_backward),
+                                setup_context=_setup_conv)
 
 
 @_conv_forward.register_fake
@@ -1099,14 +1227,15 @@ def _(x, weight, bias, state):
 
 @_conv_backward.register_fake
 def _(gy, x, weight, bias, state):
-    return (x.new_empty(x.shape), weight.new_empty(weight.shape), (weight if bias is None else bias).new_empty(x.shape[2]),
+    return (x.new_empty(x.shape), weight.new_empty(weight.shape),
+            (weight if bias is None else bias).new_empty(x.shape[2]),
             x.new_empty(0) if state is None else torch.empty_like(state))
 
 
 def conv_silu_triton(x, weight, bias, state):
     """
-    silu(y), y as in conv_silu of mamba.py, arguments as there; bias and state may be None. Computes in float32.
-    Differentiable once; the gradients are the same bits each time.
+    silu(y), y as in conv_silu of mamba.py, arguments as there; bias and state may be None. Computes
+    in float32. Differentiable once; the gradients are the same bits each time.
     """
     x = x if x.stride(2) == 1 else x.contiguous()
     weight, bias, state = _whole(weight, bias, state)
