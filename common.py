@@ -326,12 +326,13 @@ def compiled(model):
 def pick_compile(cfg, device):
     """Whether a run of train.py is compiled. If --compile leaves it open, it is on a GPU: it takes
     up to a minute, which only many steps bring back, and on a CPU it makes nothing faster. Nor
-    does it on a GPU where mamba_fast/ is there, but for Mamba-1."""
+    does it where the kernels of mamba_fast/ run, but for Mamba-1."""
     from mamba import fast
     if cfg.compile is not None:
         return cfg.compile
-    return (device.type == "cuda" and cfg.max_iters >= 5000 and not (cfg.eval_only or cfg.fsdp)
-            and (cfg.layer == "mamba" or not fast))
+    kernels = fast and cfg.layer != "mamba" and cfg.scan in ("auto", "triton")
+    return (device.type == "cuda" and cfg.max_iters >= 5000 and not kernels
+            and not (cfg.eval_only or cfg.fsdp))
 
 def fastest(make, model, batch, compile, graphs):
     """make(model), a list of functions (x, y) -> loss. If a trial with this batch, (x, y), shows

@@ -139,14 +139,13 @@ def shapes_of2(c):
 
 def mix3(block, x, others, is_plain, plain):
     """block.mix(x, *others) of a Mamba3Block with one step for each token, on a GPU, as mix2."""
-    c, linears, norms = block.config, ("in_proj", "out_proj"), (block.B_norm, block.C_norm)
-    if torch.compiler.is_compiling() or c.mimo_rank > 1 or c.n_angles == 0:
+    c, linears, eps = block.config, ("in_proj", "out_proj"), (block.B_norm.eps, block.C_norm.eps)
+    if torch.compiler.is_compiling() or c.mimo_rank > 1 or c.n_angles == 0 or None in eps:
         return None
     ready = prepared(block, x, others, shapes_of3(c), linears, is_plain, plain)
     if not ready or not OnGPU.runs2(block, x, ready[0], (block.dt_bias, block.D)):
         return None
-    sizes = Sizes3(tuple(block.sizes), c.headdim, c.ngroups, tuple(c.dt_limit), c.A_floor,
-                   tuple(norm.eps for norm in norms))
+    sizes = Sizes3(tuple(block.sizes), c.headdim, c.ngroups, tuple(c.dt_limit), c.A_floor, eps)
     return at_once(functools.partial(mixed3, sizes), functools.partial(gradients3, sizes), ready[0],
                    x, ready[1], sizes), None
 

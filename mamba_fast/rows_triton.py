@@ -52,6 +52,7 @@ def _norm_gradients(y, z, weight, gout, gy, gz, gweight, rows, z_l, G: tl.conste
         place = tl.full((), 1, tl.int64) * first
         row = place * G + group
         gated, y_d, z_d, sigmoid = _gate(y, z, row, place * z_l + group * D, d, D)
+        # the gradient of out, and of gated where that is the same
         ggated = tl.load(gout + row * D + d, mask=d < D, other=0).to(tl.float32)
         if weight is not None:
             size = tl.rsqrt(tl.sum(gated * gated, 0) / D + EPS)

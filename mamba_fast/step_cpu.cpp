@@ -60,7 +60,7 @@ struct Norm {
 
 // What Mamba-3 has besides, with H heads of P channels, and the names of mamba3.py.
 struct Turning {
-    long angles;                    // of a head, at most N / 2; 0 in the others
+    long angles;                    // of a head, at most N / 2; 0 if it is not a Mamba-3
     double A_floor;
     Norm B_norm, C_norm;
     const float *B_bias, *C_bias;   // (H, N)
@@ -295,8 +295,8 @@ static void scan_turning_heads(const Layer &l)
         float *k = l.dtBC + at * 2 * N, *q = k + N, *theta = t.theta + at * S;
         float *cosines = l.u + at * N, *sines = cosines + S;
         for (long i = 0; i < S; i++) {
-            float tanh = 2 * sigmoid(vec{} + 2 * angles[i])[0] - 1;
-            float turns = theta[i] / circle + tanh * delta / 2;
+            float at_most_1 = 2 * sigmoid(vec{} + 2 * angles[i])[0] - 1;     // tanh
+            float turns = theta[i] / circle + at_most_1 * delta / 2;
             theta[i] = (turns - std::floor(turns)) * circle;
             cosines[i] = std::cos(theta[i]);
             sines[i] = std::sin(theta[i]);

@@ -456,7 +456,8 @@ def decodes(config):
     if config.layer == "mamba2":
         return not config.rmsnorm or (config.ngroups == 1 and not config.norm_before_gate)
     if config.layer == "mamba3":
-        return config.mimo_rank == 1 and config.n_angles > 0
+        fits = config.headdim * config.d_state <= 2 ** 15       # one program has all of a head
+        return config.mimo_rank == 1 and config.n_angles > 0 and fits
     return config.layer == "mamba" and config.dt_rank + 2 * config.d_state <= 512
 
 

@@ -154,8 +154,8 @@ def _turn_gradients(B, C, B_weight, C_weight, B_bias, C_bias, theta, gamma, gk, 
     B_size = _size(_rows(B, row, group, n, there, x_l, N), B_weight, N, EPS_B)
     C_size = _size(_rows(C, row, group, n, there, x_l, N), C_weight, N, EPS_C)
     of_B, of_C = tl.zeros((T, 2 * BP), tl.float32), tl.zeros((T, 2 * BP), tl.float32)
-    program, programs = b * tl.num_programs(0) + tl.program_id(0), tl.num_programs(0)
-    programs *= tl.num_programs(2).to(tl.int64)
+    program = b * tl.num_programs(0) + tl.program_id(0)
+    programs = tl.num_programs(2).to(tl.int64) * tl.num_programs(0)
     for i in range(H // G):
         head = group * (H // G) + i
         # B and C are read again for each head: there are too few registers to keep them
@@ -191,25 +191,25 @@ def _turn_gradients(B, C, B_weight, C_weight, B_bias, C_bias, theta, gamma, gk, 
         tl.store(to_sum, tl.sum(tl.where(there, gk_t, 0), 0), mask=n < N)
         tl.store(to_sum + programs * H * N, tl.sum(tl.where(there, gq_t, 0), 0), mask=n < N)
     to = row.to(tl.int64)[:, None] * gx_l + (group * N + n)[None, :]
-    to_sum = sums_of_norms
+    to_norm = sums_of_norms
     if B_weight is not None:
-        to_sum += (program * G + group) * N + n
+        to_norm += (program * G + group) * N + n
     of_B = _through_norm(of_B, _rows(B, row, group, n, there, x_l, N) * B_size, B_size, B_weight,
-                         to_sum, n, there, N)
+                         to_norm, n, there, N)
     if B_weight is not None:
-        to_sum += programs * G * N
+        to_norm += programs * G * N
     of_C = _through_norm(of_C, _rows(C, row, group, n, there, x_l, N) * C_size, C_size, C_weight,
-                         to_sum, n, there, N)
+                         to_norm, n, there, N)
     tl.store(gB + to, of_B, mask=there)
     tl.store(gC + to, of_C, mask=there)
 
 
 @triton.jit
-def _through_norm(g, normed, size, weight, to_sum, n, there, N: tl.constexpr):
-    """The gradient of rows from that of their norm, weight * normed; into to_sum goes these rows'
+def _through_norm(g, normed, size, weight, to_norm, n, there, N: tl.constexpr):
+    """The gradient of rows from that of their norm, weight * normed; into to_norm goes these rows'
     share of that of weight."""
     if weight is not None:
-        tl.store(to_sum, tl.sum(tl.where(there, g * normed, 0), 0), mask=n < N)
+        tl.store(to_norm, tl.sum(tl.where(there, g * normed, 0), 0), mask=n < N)
         g *= _weight(weight, n, N)
         g = size * (g - normed * (tl.sum(tl.where(there, g * normed, 0), 1) / N)[:, None])
     return g
