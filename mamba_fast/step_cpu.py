@@ -113,15 +113,15 @@ def layers(model, state):
         shapes, channels = shapes_of2(config), D + 2 * groups * N
         of_state = (rows, config.d_conv - 1, channels), of_h
     elif mamba3:
-        shapes, channels = shapes_of3(config), heads * N
+        shapes, channels = shapes_of3(config), 0
         of_state = ((rows, heads, config.n_angles), of_h, (rows, 1, heads, N),
                     (rows, heads, headdim))
-    vectors = (D, N) if mamba3 else (D, headdim, channels)
-    if (any(size % cpp.WIDTH > 0 for size in vectors) or (mamba3 and config.n_angles == 0)
+    in_vectors = (D, N) if mamba3 else (D, headdim, channels)
+    if (any(size % cpp.WIDTH > 0 for size in in_vectors) or (mamba3 and config.n_angles == 0)
             or not all(takes(*both, shapes, of_state) for both in zip(every, state, strict=True))):
         return None
-    kept, sizes = [], (config.d_model, config.d_model, *shapes["in_proj.bias"], channels,
-                       2 * heads * N if mamba3 else rank + 2 * N, D, D)
+    of_u, of_dtBC = (heads * N, 2 * heads * N) if mamba3 else (channels, rank + 2 * N)
+    kept, sizes = [], (config.d_model, config.d_model, *shapes["in_proj.bias"], of_u, of_dtBC, D, D)
     buffers = [torch.empty(rows, size, dtype=torch.float32, device="cpu") for size in sizes]
 
     def number(t):
