@@ -18,9 +18,19 @@ from triton.language import constexpr
 
 from .launch import Kernel
 from .scan_triton import _facts, _kinds
-from .step_triton import _softplus, _tanh
+from .step_triton import _rate, _softplus, _tanh
 
-STEPS = 16      # of a program, which has all heads of a group
+STEPS = 16      # of a program of Mamba-2's, which has all heads of a group
+NUMBERS = 4096  # steps x heads x angles of a program of Mamba-3's, which has all heads
+
+
+@triton.jit
+def _clamped(raw, LOW: constexpr, HIGH: constexpr):
+    """delta = softplus(raw), clamped, and its derivative."""
+    delta = _softplus(raw)
+    slope = tl.where((delta < LOW) | (delta > HIGH), 0, tl.sigmoid(raw))
+    # not tl.minimum, which forgets NaN
+    return tl.where(delta < LOW, LOW, tl.where(delta > HIGH, HIGH, delta)), slope
 
 
 @triton.jit
@@ -35,10 +45,7 @@ def _of_program(dt, bias, A_log, B, C, L, dt_b, dt_l, B_b, B_l, H: constexpr, G:
     head, there = tl.program_id(1) * (H // G) + h, (t < L) & (h < H // G)
     raw = tl.load(dt + b * dt_b + t_wide * dt_l + head, mask=there, other=0).to(tl.float32)
     raw += tl.load(bias + head, mask=h < H // G, other=0)
-    delta = _softplus(raw)
-    slope = tl.where((delta < LOW) | (delta > HIGH), 0, tl.sigmoid(raw))
-    # not tl.minimum, which forgets NaN
-    delta = tl.where(delta < LOW, LOW, tl.where(delta > HIGH, HIGH, delta))
+    delta, slope = _clamped(raw, LOW, HIGH)
     A = -tl.exp(tl.load(A_log + head, mask=h < H // G, other=0))
     at_n, there_n = b * B_b + t_wide * B_l + tl.program_id(1) * N + n, (t < L) & (n < N)
     B_t = tl.load(B + at_n, mask=there_n, other=0).to(tl.float32)
@@ -152,26 +159,29 @@ def prepare_back(dt, dt_bias, A_log, B, C, gdelta, ga, gown, of_B, of_C, gdt, gB
 
 
 # ------------------------------------------------------------------------------------------------
-# Mamba-3, with the names of mamba3.py: of dt, A, lam (B, L, H) and angles (B, L, S), which in_proj
-# gives, a, gamma, weight (B, L, H) and turns (B, L, H, S).
+# Mamba-3, with the names of mamba3.py. Of dt, A, lam (B, L, H) and angles (B, L, S), which in_proj
+# gives, it makes with delta = softplus(dt + dt_bias), clamped, and lambda = sigmoid(lam)
+#
+#     a      = -delta max(floor, 1 + A if A >= 0 else 1 / (1 - A))
+#     gamma  = lambda delta
+#     weight = gamma, and (1 - lambda) delta of the next step
+#     turns  = tanh(angles) delta / 2,            (B, L, H, S)
 
 
 @triton.jit
-def _step(dt, A, lam, bias, row, h, there, x_l, H: constexpr, LOW: constexpr, HIGH: constexpr,
-          FLOOR: constexpr):
+def _of_steps(dt, A, lam, bias, row, h, there, x_l, H: constexpr, LOW: constexpr,
+              HIGH: constexpr, FLOOR: constexpr):
     """Of some steps and heads delta, A and lam; and the derivatives of each by its raw number."""
     at = row * x_l + h
     raw = tl.load(dt + at, mask=there, other=0).to(tl.float32)
     raw += tl.load(bias + h, mask=h < H, other=0)
-    delta = _softplus(raw)
-    slope = tl.where((delta < LOW) | (delta > HIGH), 0, tl.sigmoid(raw))
-    delta = tl.where(delta < LOW, LOW, tl.where(delta > HIGH, HIGH, delta))
+    delta, slope = _clamped(raw, LOW, HIGH)
     raw = tl.load(A + at, mask=there, other=0).to(tl.float32)
-    rate = tl.where(raw >= 0, 1 + raw, 1 / (1 + tl.abs(raw)))
+    rate = _rate(raw)
     slope_A = tl.where(rate < FLOOR, 0, tl.where(raw >= 0, -1, -rate * rate))
     rate = tl.where(rate < FLOOR, FLOOR, rate)
-    open = tl.sigmoid(tl.load(lam + at, mask=there, other=0).to(tl.float32))
-    return delta, -rate, open, slope, slope_A, open * (1 - open)
+    lam_t = tl.sigmoid(tl.load(lam + at, mask=there, other=0).to(tl.float32))
+    return delta, -rate, lam_t, slope, slope_A, lam_t * (1 - lam_t)
 
 
 @triton.jit(do_not_specialize=("L",))
@@ -181,13 +191,14 @@ def _prepare3(dt, A, lam, angles, bias, a, gamma, weight, turns, L, x_l, H: cons
     t, b = tl.program_id(0) * T + tl.arange(0, T)[:, None], tl.program_id(1).to(tl.int64)
     h, s, row = tl.arange(0, HB)[None, :], tl.arange(0, SB)[None, :], b * L + t
     there, later = (t < L) & (h < H), (t + 1 < L) & (h < H)
-    delta, A_t, open, _, _, _ = _step(dt, A, lam, bias, row, h, there, x_l, H, LOW, HIGH, FLOOR)
-    delta_next, _, open_next, _, _, _ = _step(dt, A, lam, bias, row + 1, h, later, x_l, H, LOW,
-                                              HIGH, FLOOR)
-    at, late = row * H + h, tl.where(later, (1 - open_next) * delta_next, 0)
+    delta, A_t, lam_t, _, _, _ = _of_steps(dt, A, lam, bias, row, h, there, x_l, H, LOW, HIGH,
+                                           FLOOR)
+    delta_next, _, lam_next, _, _, _ = _of_steps(dt, A, lam, bias, row + 1, h, later, x_l, H, LOW,
+                                                  HIGH, FLOOR)
+    at, late = row * H + h, tl.where(later, (1 - lam_next) * delta_next, 0)
     tl.store(a + at, delta * A_t, mask=there)
-    tl.store(gamma + at, open * delta, mask=there)
-    tl.store(weight + at, open * delta + late, mask=there)
+    tl.store(gamma + at, lam_t * delta, mask=there)
+    tl.store(weight + at, lam_t * delta + late, mask=there)
     angle = tl.load(angles + row * x_l + s, mask=(t < L) & (s < S), other=0).to(tl.float32)
     turn = _tanh(angle)[:, None, :] * delta[:, :, None] / 2                 # (T, HB, SB)
     tl.store(turns + at[:, :, None] * S + s[None], turn, mask=there[:, :, None] & (s < S)[None])
@@ -199,24 +210,24 @@ def _prepare3_gradients(dt, A, lam, angles, bias, ga, ggamma, gweight, gturns, g
                         HIGH: constexpr, FLOOR: constexpr, T: constexpr, HB: constexpr,
                         SB: constexpr):
     """Writes gdt, gA, glam and gangles, which lie as dt, A, lam and angles do, and sums (programs,
-    2, H), each program's share of the gradients of the bias, and of D, which are sums of gown."""
+    2, H), each program's share of the gradients of the bias and of D, which is in own: for it gown
+    is added up."""
     t, b = tl.program_id(0) * T + tl.arange(0, T)[:, None], tl.program_id(1).to(tl.int64)
     h, s, row = tl.arange(0, HB)[None, :], tl.arange(0, SB)[None, :], b * L + t
     there, at = (t < L) & (h < H), row * H + h
-    delta, A_t, open, slope, slope_A, slope_lam = _step(dt, A, lam, bias, row, h, there, x_l, H,
-                                                        LOW, HIGH, FLOOR)
+    delta, A_t, lam_t, slope, slope_A, slope_lam = _of_steps(
+        dt, A, lam, bias, row, h, there, x_l, H, LOW, HIGH, FLOOR)
     ga_t = tl.load(ga + at, mask=there, other=0)
     of_gamma = tl.load(ggamma + at, mask=there, other=0)
     of_gamma += tl.load(gweight + at, mask=there, other=0)
     of_late = tl.load(gweight + at - H, mask=there & (t > 0), other=0)      # of the step before
     angle = tl.load(angles + row * x_l + s, mask=(t < L) & (s < S), other=0).to(tl.float32)
-    half, slope_s = _tanh(angle) / 2, tl.sigmoid(2 * angle)
-    slope_s = 2 * slope_s * (1 - slope_s)
+    half = _tanh(angle) / 2             # of a turn, times delta
     gturn = tl.load(gturns + at[:, :, None] * S + s[None],
                     mask=there[:, :, None] & (s < S)[None], other=0)        # (T, HB, SB)
-    gangle = tl.sum(gturn * delta[:, :, None], 1) * slope_s
+    gangle = tl.sum(gturn * delta[:, :, None], 1) * (0.5 - 2 * half * half)
     tl.store(gangles + row * gx_l + s, gangle, mask=(t < L) & (s < S))
-    gdelta = open * of_gamma + (1 - open) * of_late + ga_t * A_t
+    gdelta = lam_t * of_gamma + (1 - lam_t) * of_late + ga_t * A_t
     gdelta += tl.sum(gturn * half[:, None, :], 2)
     graw = gdelta * slope
     tl.store(gdt + row * gx_l + h, graw, mask=there)
@@ -232,7 +243,7 @@ _start_prepare3, _start_gradients3 = Kernel(_prepare3), Kernel(_prepare3_gradien
 
 
 def prepare3(dt, A, lam, angles, bias, limits, floor):
-    """a, gamma, weight and turns. The inputs of in_proj lie in one memory, with the same steps."""
+    """a, gamma, weight and turns. dt, A, lam and angles lie in what in_proj gives."""
     (batch, L, H), S = dt.shape, angles.shape[2]
     made = [bias.new_empty(batch, L, H) for _ in range(3)] + [bias.new_empty(batch, L, H, S)]
     sizes = _sizes3(H, S, limits, floor)
@@ -246,13 +257,13 @@ def prepare3(dt, A, lam, angles, bias, limits, floor):
 def _sizes3(H, S, limits, floor):
     """H, S, LOW, HIGH, FLOOR, T, HB, SB, as the kernels have them."""
     HB, SB = triton.next_power_of_2(H), triton.next_power_of_2(S)
-    return H, S, *map(float, limits), floor, max(1, 4096 // (HB * SB)), HB, SB
+    return H, S, *map(float, limits), floor, max(1, NUMBERS // (HB * SB)), HB, SB
 
 
 def prepare3_back(dt, A, lam, angles, bias, ga, ggamma, gweight, gturns, gown, gdt, gA, glam,
                   gangles, limits, floor):
-    """The gradients of bias and of D, (2, H); gdt, gA, glam and gangles are where to write those of
-    what in_proj gives, with the same steps."""
+    """The gradients of bias and of D, (2, H); those of dt, A, lam and angles go into gdt, gA, glam
+    and gangles, which lie in one memory, too."""
     (batch, L, H), sizes = dt.shape, _sizes3(dt.shape[2], angles.shape[2], limits, floor)
     programs, strides = -(-L // sizes[5]), (dt.stride(1), gdt.stride(1))
     sums = bias.new_empty(batch * programs, 2, H)

@@ -29,6 +29,7 @@ from triton.language import constexpr
 from .scan_triton import LOG2E, _silu
 
 SMALL = constexpr(64.0)     # by which x is divided before its length is known; see _keep
+CIRCLE = constexpr(6.283185307179586)       # a whole turn, in radians
 PDL = torch.version.hip is None     # on NVIDIA's GPUs: this launch, and PTX
 
 
@@ -45,6 +46,12 @@ def _softplus(x):
 @triton.jit
 def _tanh(x):
     return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def _rate(raw):
+    """-A of Mamba-3, of what in_proj gives, before its floor."""
+    return tl.where(raw >= 0, 1 + raw, 1 / (1 + tl.abs(raw)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -411,7 +418,7 @@ def _advance_turned(made, dt_bias, B_weight, C_weight, B_bias, C_bias, Dw, theta
     theta += of_head * S + i
     h_d = tl.load(h, mask=in_h, other=0)                                        # (BP, BN)
     k_before, x_before = tl.load(k, mask=n < N, other=0), tl.load(x, mask=p < P, other=0)
-    turned = tl.load(theta, mask=i < S, other=0) / 6.283185307179586
+    turned = tl.load(theta, mask=i < S, other=0) / CIRCLE
     bias, D_h = tl.load(dt_bias + head), tl.load(Dw + head)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -426,10 +433,10 @@ def _advance_turned(made, dt_bias, B_weight, C_weight, B_bias, C_bias, Dw, theta
     delta = _softplus(tl.load(made) + bias)
     delta = tl.minimum(tl.maximum(delta, LEAST), MOST)
     raw, open = tl.load(made + H), tl.sigmoid(tl.load(made + 2 * H))
-    rate = tl.maximum(tl.where(raw >= 0, 1 + raw, 1 / (1 + tl.abs(raw))), FLOOR)
+    rate = tl.maximum(_rate(raw), FLOOR)
     angles = tl.load(made - head + 3 * H + i, mask=i < S, other=0)
     turned += _tanh(angles) * delta / 2
-    turned = (turned - tl.floor(turned)) * 6.283185307179586
+    turned = (turned - tl.floor(turned)) * CIRCLE
     cos, sin = tl.cos(turned), tl.sin(turned)
     k_d = tl.interleave(B_one * cos - B_other * sin, B_one * sin + B_other * cos)
     q_d = tl.interleave(C_one * cos - C_other * sin, C_one * sin + C_other * cos)

@@ -26,7 +26,7 @@ STEPS, STEPS_BACK = 16, 8
 @triton.jit(do_not_specialize=("L",))
 def _sums(turns, first, since, L, M: tl.constexpr, T: tl.constexpr, BM: tl.constexpr):
     """since (B, L, M): the fraction of first (B, M), if there is one, and the sum of turns until
-    each step. The sums are kept as two, as in mamba3.py."""
+    each step. It is kept as two, of multiples of 1/1024, which add up exactly, and of the rest."""
     m, b = tl.program_id(0) * BM + tl.arange(0, BM)[None, :], tl.program_id(1).to(tl.int64)
     first_m = 0.0 if first is None else tl.load(first + b * M + m, mask=m < M, other=0)
     coarse, rest = tl.zeros((1, BM), tl.float32), tl.zeros((1, BM), tl.float32)
@@ -69,7 +69,7 @@ def _angles(theta, at, S, BP: tl.constexpr, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _size(x, weight, N: tl.constexpr, EPS: tl.constexpr):
+def _inverse_rms(x, weight, N: tl.constexpr, EPS: tl.constexpr):
     """What the norm of each row of x (T, N) multiplies it by, (T, 1); 1 without a norm."""
     if weight is None:
         size = 1.0
@@ -108,7 +108,7 @@ def _pairs(x, T: tl.constexpr, BP: tl.constexpr):
 
 @triton.jit
 def _rotated(one, other, cos, sin):
-    return tl.interleave(one * cos - other * sin, one * sin + other * cos)
+    return one * cos - other * sin, one * sin + other * cos
 
 
 @triton.jit(do_not_specialize=("L",))
@@ -123,8 +123,8 @@ def _turn(B, C, B_weight, C_weight, B_bias, C_bias, theta, gamma, D, k, q, dots,
     row, group = tl.program_id(2).to(tl.int64) * L + t, tl.program_id(1)
     there = (t < L)[:, None] & (n < N)[None, :]
     B_t, C_t = _rows(B, row, group, n, there, x_l, N), _rows(C, row, group, n, there, x_l, N)
-    B_t *= _size(B_t, B_weight, N, EPS_B) * _weight(B_weight, n, N)
-    C_t *= _size(C_t, C_weight, N, EPS_C) * _weight(C_weight, n, N)
+    B_t *= _inverse_rms(B_t, B_weight, N, EPS_B) * _weight(B_weight, n, N)
+    C_t *= _inverse_rms(C_t, C_weight, N, EPS_C) * _weight(C_weight, n, N)
     for i in range(H // G):
         head = group * (H // G) + i
         k_t, q_t = B_t + _bias(B_bias, head, n, N), C_t + _bias(C_bias, head, n, N)
@@ -135,9 +135,11 @@ def _turn(B, C, B_weight, C_weight, B_bias, C_bias, theta, gamma, D, k, q, dots,
         tl.store(dots + at, dots_t, mask=t < L)
         cos, sin = _angles(theta, at, S, BP, UNIT)
         one, other = _pairs(k_t, T, BP)
-        tl.store(k + at[:, None] * N + n[None, :], _rotated(one, other, cos, sin), mask=there)
+        one, other = _rotated(one, other, cos, sin)
+        tl.store(k + at[:, None] * N + n[None, :], tl.interleave(one, other), mask=there)
         one, other = _pairs(q_t, T, BP)
-        tl.store(q + at[:, None] * N + n[None, :], _rotated(one, other, cos, sin), mask=there)
+        one, other = _rotated(one, other, cos, sin)
+        tl.store(q + at[:, None] * N + n[None, :], tl.interleave(one, other), mask=there)
 
 
 @triton.jit(do_not_specialize=("L",))
@@ -145,14 +147,15 @@ def _turn_gradients(B, C, B_weight, C_weight, B_bias, C_bias, theta, gamma, gk, 
                     gtheta, ggamma, sums, sums_of_norms, L, x_l, gx_l, EPS_B: tl.constexpr,
                     EPS_C: tl.constexpr, UNIT: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
                     N: tl.constexpr, S: tl.constexpr, T: tl.constexpr, BP: tl.constexpr):
-    """gB, gC (B, L, G, N), gtheta (B, L, H, S), and sums (2, B, programs, H, N), of which those of
-    B_bias and C_bias are sums. Those of the weights are sums of sums_of_norms (2, B, programs, G,
-    N). With a gamma gdots is the gradient of dots gamma + D, and ggamma (B, L, H) is written."""
+    """gB, gC (B, L, G, N), gtheta (B, L, H, S), and sums (2, programs, H, N), those of all texts,
+    of which those of B_bias and C_bias are sums. Those of the weights are sums of sums_of_norms (2,
+    programs, G, N). With a gamma gdots is the gradient of dots gamma + D, and ggamma (B, L, H) is
+    written."""
     t, n, s = tl.program_id(0) * T + tl.arange(0, T), tl.arange(0, 2 * BP), tl.arange(0, BP)
     b, group = tl.program_id(2).to(tl.int64), tl.program_id(1)
     row, there = b * L + t, (t < L)[:, None] & (n < N)[None, :]
-    B_size = _size(_rows(B, row, group, n, there, x_l, N), B_weight, N, EPS_B)
-    C_size = _size(_rows(C, row, group, n, there, x_l, N), C_weight, N, EPS_C)
+    B_size = _inverse_rms(_rows(B, row, group, n, there, x_l, N), B_weight, N, EPS_B)
+    C_size = _inverse_rms(_rows(C, row, group, n, there, x_l, N), C_weight, N, EPS_C)
     of_B, of_C = tl.zeros((T, 2 * BP), tl.float32), tl.zeros((T, 2 * BP), tl.float32)
     program = b * tl.num_programs(0) + tl.program_id(0)
     programs = tl.num_programs(2).to(tl.int64) * tl.num_programs(0)
@@ -172,19 +175,17 @@ def _turn_gradients(B, C, B_weight, C_weight, B_bias, C_bias, theta, gamma, gk, 
             gdots_t *= tl.load(gamma + at, mask=t < L, other=0)
         gdots_t = gdots_t[:, None]
         # turned back, they are the gradients of what was not turned yet
-        gk_one, gk_other = _pairs(tl.load(gk + to, mask=there, other=0).to(tl.float32), T, BP)
-        gk_t = _rotated(gk_one, gk_other, cos, -sin)
-        gq_one, gq_other = _pairs(tl.load(gq + to, mask=there, other=0).to(tl.float32), T, BP)
-        gq_t = _rotated(gq_one, gq_other, cos, -sin)
+        one, other = _pairs(tl.load(gk + to, mask=there, other=0).to(tl.float32), T, BP)
+        gk_one, gk_other = _rotated(one, other, cos, -sin)
+        one, other = _pairs(tl.load(gq + to, mask=there, other=0).to(tl.float32), T, BP)
+        gq_one, gq_other = _rotated(one, other, cos, -sin)
         k_one, k_other = _pairs(k_t, T, BP)
         q_one, q_other = _pairs(q_t, T, BP)
-        gk_one, gk_other = _pairs(gk_t, T, BP)
-        gq_one, gq_other = _pairs(gq_t, T, BP)
         gangle = k_one * gk_other - k_other * gk_one + q_one * gq_other - q_other * gq_one
         tl.store(gtheta + at[:, None] * S + s[None, :], gangle * UNIT,
                  mask=(t < L)[:, None] & (s < S)[None, :])
-        gk_t += gdots_t * q_t
-        gq_t += gdots_t * k_t
+        gk_t = tl.interleave(gk_one, gk_other) + gdots_t * q_t
+        gq_t = tl.interleave(gq_one, gq_other) + gdots_t * k_t
         of_B += gk_t
         of_C += gq_t
         to_sum = sums + (program * H + head) * N + n
@@ -281,7 +282,7 @@ def _start(kernel, sizes, tensors, L, strides, options):
 def run(B, C, weights, biases, theta, dtype, gamma=None, D=None, eps=(0.0, 0.0), unit=1.0):
     """
     k, q and dots of _turn. B, C: (B, L, G, N), alike, whose steps may be apart.  weights: of their
-    norms, (N,) or None.  biases: (H, N).  unit: of the angles theta.
+    norms, (N,) or None.  biases: (H, N).  unit: of theta, in radians.
     """
     sizes, (batch, L, H, _) = _sizes(B, theta, STEPS), theta.shape
     k, q = (B.new_empty(batch, L, H, B.shape[3], dtype=dtype) for _ in range(2))
