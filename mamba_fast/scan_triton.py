@@ -202,6 +202,20 @@ def _state(buffers, i):
     return buffers.index(i).load(gl.SliceLayout(0, LAYOUT))[None, :]
 
 
+@triton.constexpr_function
+def in_threads(K):
+    """The layout of a tile (S, BD, K) in which a thread has the K steps of a segment."""
+    return gl.BlockedLayout([1, 1, K], [S, LANES, 1], [1, WARPS, 1], [2, 1, 0])
+
+
+@gluon.jit
+def _tile(buffer, K: constexpr):
+    """A tile (T, BD) in shared memory, as (S, BD, K)."""
+    rows: constexpr = gl.BlockedLayout([K, 1], [S, LANES], [1, WARPS], [1, 0])
+    x = gl.reshape(buffer.load(rows).to(gl.float32), [S, K, BD])
+    return gl.convert_layout(gl.permute(x, (0, 2, 1)), in_threads(K))
+
+
 @gluon.jit
 def _each_step(x, X: constexpr, K: constexpr):
     """(S, X, K) -> K tensors (S, X)."""
@@ -220,11 +234,18 @@ def _each_step(x, X: constexpr, K: constexpr):
 
 
 @gluon.jit
-def _tile(buffer, K: constexpr):
-    """A tile (T, BD) in shared memory -> K tensors (S, BD)."""
-    rows: constexpr = gl.BlockedLayout([K, 1], [S, LANES], [1, WARPS], [1, 0])
-    x = gl.reshape(buffer.load(rows).to(gl.float32), [S, K, BD])
-    return _each_step(gl.permute(x, (0, 2, 1)), BD, K)
+def _all_steps(steps, K: constexpr):
+    """K tensors (S, BD) -> (S, BD, K)."""
+    for level in gl.static_range(4 if K == 16 else 3):
+        pairs = ()
+        for i in gl.static_range(K // 2 ** (level + 1)):
+            # first and second half side by side: undoes _each_step
+            pair = gl.join(steps[2 * i], steps[2 * i + 1])
+            if level > 0:
+                pair = gl.permute(pair, (0, 1, 3, 2))
+            pairs = pairs + (gl.reshape(pair, [S, BD, 2 ** (level + 1)]),)
+        steps = pairs
+    return gl.convert_layout(steps[0], in_threads(K))
 
 
 @gluon.jit
@@ -236,19 +257,10 @@ def _row(buffers, i, K: constexpr):
 
 
 @gluon.jit
-def _store_tile(x, steps, t0, block, L, D, x_l: constexpr, K: constexpr):
-    """K tensors (S, BD) -> a tile of x (L, D), whose steps are x_l numbers apart."""
+def _store_tile(x, tile, t0, block, L, D, x_l: constexpr, K: constexpr):
+    """(S, BD, K) -> a tile of x (L, D), whose steps are x_l numbers apart."""
     T: constexpr = S * K
-    for level in gl.static_range(4 if K == 16 else 3):
-        pairs = ()
-        for i in gl.static_range(K // 2 ** (level + 1)):
-            # first and second half side by side: undoes _each_step
-            pair = gl.join(steps[2 * i], steps[2 * i + 1])
-            if level > 0:
-                pair = gl.permute(pair, (0, 1, 3, 2))
-            pairs = pairs + (gl.reshape(pair, [S, BD, 2 ** (level + 1)]),)
-        steps = pairs
-    tile = gl.reshape(gl.permute(steps[0], (0, 2, 1)), [T, BD]).to(x.dtype.element_ty)
+    tile = gl.reshape(gl.permute(tile, (0, 2, 1)), [T, BD]).to(x.dtype.element_ty)
     t = t0 + gl.arange(0, T, gl.SliceLayout(1, WIDE))[:, None]
     d = block * BD + gl.arange(0, BD, gl.SliceLayout(0, WIDE))[None, :]
     gl.store(x + t.to(gl.int64) * x_l + d, gl.convert_layout(tile, WIDE), mask=(t < L) & (d < D))
@@ -272,15 +284,38 @@ def _through(decay, adds, entering, s, REVERSE: constexpr):
 
 
 @gluon.jit
-def _place(L, D, tiles, block, chunk, bias, HAS_BIAS: constexpr, T: constexpr):
+def _place(L, D, tiles, block, chunk, K: constexpr):
     """The sequence of this program, where its chunk begins and how many tiles it has; segments s
-    (S, 1), channels d (1, BD) of its block, which of them there are, and their delta_bias."""
+    (S, 1), channels d (1, BD) of its block, and which of them there are."""
+    T: constexpr = S * K
     b = gl.program_id(2).to(gl.int64)
     s = gl.arange(0, S, gl.SliceLayout(1, LAYOUT))[:, None]
     d = (block * BD + gl.arange(0, BD, gl.SliceLayout(0, LAYOUT)))[None, :]
     start = chunk * tiles * T
-    bias_d = gl.load(bias + d, mask=d < D, other=0) if HAS_BIAS else 0.0
-    return b, start, gl.minimum(tiles, (L - start + T - 1) // T), s, d, d < D, bias_d
+    return b, start, gl.minimum(tiles, (L - start + T - 1) // T), s, d, d < D
+
+
+@gluon.jit
+def _per_channel(x, block, D, THERE: constexpr, K: constexpr):
+    """x (D,) for the channels of a block: (1, BD, 1)."""
+    OF_BD: constexpr = gl.SliceLayout(0, gl.SliceLayout(2, in_threads(K)))
+    d = block * BD + gl.arange(0, BD, OF_BD)[None, :, None]
+    return gl.load(x + d, mask=d < D, other=0) if THERE else 0.0
+
+
+@gluon.jit
+def _is_there(left, K: constexpr):
+    """Which steps of a tile there are, if so many are left: (S, 1, K)."""
+    OF_S_K: constexpr = gl.SliceLayout(1, in_threads(K))
+    s = gl.arange(0, S, gl.SliceLayout(1, OF_S_K))[:, None]
+    k = gl.arange(0, K, gl.SliceLayout(0, OF_S_K))[None, :]
+    return (s * K + k < left)[:, None, :]
+
+
+@gluon.jit
+def _sum_of_steps(x):
+    """(S, BD, K) -> (S, BD)."""
+    return gl.convert_layout(gl.sum(x, 2), LAYOUT)
 
 
 @gluon.jit
@@ -310,23 +345,9 @@ def _fetch_next(BC, BCs, which, t0, t_next, n0, N, Lp, T: constexpr):
 
 
 @gluon.jit
-def _delta(raw, bias_d, left, s, SOFTPLUS: constexpr, K: constexpr):
-    """delta of each step of a tile, finished, and 0 after the end of the sequence; and its sum over
-    each segment."""
-    delta_k, total = (), gl.zeros([S, BD], gl.float32, LAYOUT)
-    for k in gl.static_range(K):
-        delta_t = gl.where(s * K + k < left,
-                           _softplus(raw[k] + bias_d) if SOFTPLUS else raw[k] + bias_d, 0)
-        delta_k, total = delta_k + (delta_t,), total + delta_t
-    return delta_k, total
-
-
-@gluon.jit
-def _gated(x_k, z_k, K: constexpr):
-    result = ()
-    for k in gl.static_range(K):
-        result = result + (x_k[k] * z_k[k] * _sigmoid(z_k[k]),)
-    return result
+def _delta(raw, bias_d, left, SOFTPLUS: constexpr, K: constexpr):
+    """delta of a tile, finished, and 0 after the end of the sequence."""
+    return gl.where(_is_there(left, K), _softplus(raw + bias_d) if SOFTPLUS else raw + bias_d, 0)
 
 
 @gluon.jit
@@ -356,7 +377,8 @@ def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, til
     block, n0 = gl.program_id(0) // rows, gl.program_id(0) % rows * AT_ONCE
     before = part % PARTS * of_part
     chunk = part // PARTS
-    b, start, tiles, s, d, in_d, bias_d = _place(L, D, tiles, block, chunk, bias, HAS_BIAS, T)
+    b, start, tiles, s, d, in_d = _place(L, D, tiles, block, chunk, K)
+    bias_d = _per_channel(bias, block, D, HAS_BIAS, K)
     start, tiles = start + before * T, gl.minimum(of_part, tiles - before)
     ends += (b * slots + (part - 1 if REVERSE else (part + 1) * apart)) * N * D
     decays += (b * chunks * PARTS + part) * N * D
@@ -391,18 +413,20 @@ def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, til
         async_copy.commit_group()
         if i >= 0:
             left = L - (t0 - T if REVERSE else t0 + T)
-            delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, left, s, SOFTPLUS, K)
-            x_k, next_h = _tile(xs.index(i % 2), K), ()
+            delta_t = _delta(_tile(deltas.index(i % 2), K), bias_d, left, SOFTPLUS, K)
+            x_t, ways, next_h = _tile(xs.index(i % 2), K), (), ()
             if HAS_Z:
-                x_k = _gated(x_k, _tile(zs.index(i % 2), K), K)
-            way_of_t, way = _through(zero + 1, total, way, s, not REVERSE)
-            ways, add_k = (), ()
+                z_t = _tile(zs.index(i % 2), K)
+                x_t *= z_t * _sigmoid(z_t)
+            delta_k = _each_step(delta_t, BD, K)
+            add_k = _each_step(x_t if REVERSE else delta_t * x_t, BD, K)
+            way_of_t, way = _through(zero + 1, _sum_of_steps(delta_t), way, s, not REVERSE)
             for k in gl.static_range(K):
                 if REVERSE:
                     way_of_t += delta_k[k]
-                    ways, add_k = ways + (way_of_t,), add_k + (x_k[k],)
+                    ways = ways + (way_of_t,)
                 else:
-                    ways, add_k = (way_of_t,) + ways, (delta_k[K - 1 - k] * x_k[K - 1 - k],) + add_k
+                    ways = (way_of_t,) + ways
                     way_of_t += delta_k[K - 1 - k]
             remembered = gl.zeros([S, BD], gl.int32, LAYOUT)
             for few in gl.static_range(AT_ONCE // FEW):
@@ -449,6 +473,24 @@ def _carry(states, decays, D: constexpr, N, chunks, slots, apart, REVERSE: const
         gl.store(states, h, mask=inside)
 
 
+@gluon.jit
+def _outputs_of_n(y_k, delta_k, x_k, total, A_n, B_k, C_k, entering, s, K: constexpr):
+    """
+    For one number of the states: y_k with what it adds, what enters each segment and what leaves
+    the tile. It is a function because Triton reads what stands in three loops eight times.
+    """
+    a_k, b_k, ys, h = (), (), (), gl.zeros([S, BD], gl.float32, LAYOUT)
+    for k in gl.static_range(K):
+        a_k, b_k = a_k + (gl.exp2(delta_k[k] * A_n),), b_k + (x_k[k] * B_k[k],)
+        h = a_k[k] * h + b_k[k]
+    h_s, leaving = _through(gl.exp2(total * A_n), h, entering, s, False)
+    h = h_s
+    for k in gl.static_range(K):
+        h = a_k[k] * h + b_k[k]
+        ys = ys + (y_k[k] + C_k[k] * h,)
+    return ys, h_s, leaving
+
+
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, whole, tiles,
              chunks, slots, u_b, u_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr,
@@ -463,8 +505,9 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
     Lp = whole * TILE
     chunk, per_chunk = gl.program_id(1), tiles
     block = gl.program_id(0)
-    b, t0, tiles, s, d, in_d, bias_d = _place(L, D, tiles, block, chunk, bias, HAS_BIAS, T)
-    D_d = gl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
+    b, t0, tiles, s, d, in_d = _place(L, D, tiles, block, chunk, K)
+    bias_d = _per_channel(bias, block, D, HAS_BIAS, K)
+    D_d = _per_channel(Dw, block, D, HAS_D, K)
     inputs, strides = (u + b * u_b * 8, delta + b * delta_b * 8), (u_l, delta_l)
     y += b * L * D
     BC += b * 2 * N * Lp
@@ -485,10 +528,10 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
         barrier()
         _fetch_states((A, states), hs, 0, block, N, D, N)
         _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 + T, block, L, D, T)
-        delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, s, SOFTPLUS, K)
-        u_k, x_k, y_k = _tile(us.index(i % 2), K), (), ()
-        for k in gl.static_range(K):
-            x_k, y_k = x_k + (delta_k[k] * u_k[k],), y_k + (D_d * u_k[k],)
+        u_t = _tile(us.index(i % 2), K)
+        delta_t = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, SOFTPLUS, K)
+        delta_k, x_k = _each_step(delta_t, BD, K), _each_step(delta_t * u_t, BD, K)
+        y_k, total = _each_step(D_d * u_t, BD, K), _sum_of_steps(delta_t)
         to_next = gl.where(i + 1 == tiles, last, states + (2 * N * D if KEEP else 0))
         to = gl.where(s == 0, to_next, states + N * D) + d
         kept = in_d & (((s == 0) & (s + i < writes)) | (s == 2 if KEEP else s < 0))
@@ -502,24 +545,50 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
                 A_n, entering = _state(hs[0], n - n0), _state(hs[1], n - n0)
                 B_k = _row(BCs, which * 2 * NB + n - n0, K)
                 C_k = _row(BCs, which * 2 * NB + n - n0 + NB, K)
-                a_k, b_k = (), ()
-                h = gl.zeros([S, BD], gl.float32, LAYOUT)
-                for k in gl.static_range(K):
-                    a_k, b_k = a_k + (gl.exp2(delta_k[k] * A_n),), b_k + (x_k[k] * B_k[k],)
-                    h = a_k[k] * h + b_k[k]
-                h, leaving = _through(gl.exp2(total * A_n), h, entering, s, False)
+                y_k, h, leaving = _outputs_of_n(y_k, delta_k, x_k, total, A_n, B_k, C_k,
+                                                entering, s, K)
                 gl.store(to + n * D, gl.where(s == 0, leaving, h), mask=kept)
-                ys = ()
-                for k in gl.static_range(K):
-                    h = a_k[k] * h + b_k[k]
-                    ys = ys + (y_k[k] + C_k[k] * h,)
-                y_k = ys
             which = 1 - which
+        y_t = _all_steps(y_k, K)
         if HAS_Z:
-            y_k = _gated(y_k, _tile(zs.index(i % 2), K), K)
-        _store_tile(y, y_k, t0, block, L, D, D, K)
+            z_t = _tile(zs.index(i % 2), K)
+            y_t *= z_t * _sigmoid(z_t)
+        _store_tile(y, y_t, t0, block, L, D, D, K)
         t0 += T
         states = to_next
+
+
+@gluon.jit
+def _gradients_of_n(y_k, gx_k, gd_k, gA_n, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h, q, s, row,
+                  EXACT: constexpr, K: constexpr):
+    """
+    For one number of the states, of which h enters the tile, and from behind q of the adjoint: y_k,
+    gx_k, gd_k and gA_n with what it adds, the sums over channels for gB and gC, and what leaves the
+    tile of the adjoint.
+    """
+    a_k, b_k, zero = (), (), gl.zeros([S, BD], gl.float32, LAYOUT)
+    for k in gl.static_range(K):
+        a_k, b_k = a_k + (gl.exp2(delta_k[k] * A_n),), b_k + (x_k[k] * B_k[k],)
+    h_adds, q_adds = zero, zero     # q: a_t g_t, what the adjoint hands to the step before
+    for k in gl.static_range(K):
+        h_adds = a_k[k] * h_adds + b_k[k]
+        q_adds = a_k[K - 1 - k] * (gy_k[K - 1 - k] * C_k[K - 1 - k] + q_adds)
+    decay = gl.exp2(total * A_n)
+    h, _ = _through(decay, h_adds, h, s, False)
+    q, leaving = _through(decay, q_adds, q, s, True)
+    h_k, gC_k, ys = (h,), (), ()                    # h_k[k] is the state before step k
+    for k in gl.static_range(K):
+        h = a_k[k] * h + b_k[k]
+        h_k, gC_k, ys = h_k + (h,), gC_k + (gy_k[k] * h,), ys + (y_k[k] + C_k[k] * h,)
+    gB_k, gxs, gds = (), (), ()
+    for k in gl.static_range(K - 1, -1, -1):
+        g = gy_k[k] * C_k[k] + q
+        q = a_k[k] * g
+        w = q * h_k[k]                              # the gradient of delta_t A
+        gA_n += delta_k[k] * w
+        gB_k, gxs = (x_k[k] * g,) + gB_k, (gx_k[k] + B_k[k] * g,) + gxs
+        gds = (gd_k[k] + A_n * w,) + gds
+    return ys, gxs, gds, gA_n, gl.join(*_over_channels(gB_k, gC_k, row, EXACT)), leaving
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
@@ -540,8 +609,9 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     Lp = whole * TILE
     chunk, per_chunk = gl.program_id(1), tiles
     block = gl.program_id(0)
-    b, start, tiles, s, d, in_d, bias_d = _place(L, D, tiles, block, chunk, bias, HAS_BIAS, T)
-    D_d = gl.load(Dw + d, mask=in_d, other=0) if HAS_D else 0.0
+    b, start, tiles, s, d, in_d = _place(L, D, tiles, block, chunk, K)
+    bias_d = _per_channel(bias, block, D, HAS_BIAS, K)
+    D_d = _per_channel(Dw, block, D, HAS_D, K)
     at = b * chunks + chunk
     inputs = (u + b * u_b * 8, delta + b * delta_b * 8, gout + b * g_b * 8)
     strides = (u_l, delta_l, g_l)
@@ -586,15 +656,16 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
         from_behind = gl.where((i == 0) & (chunk == chunks - 1), 0, N) if FROM_ZERO else N
         _fetch_states((A, states, adjoint), hs, 0, block, N, D, from_behind)
         _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 - T, block, L, D, T)
-        delta_k, total = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, s, SOFTPLUS, K)
-        u_k, gy_k = _tile(us.index(i % 2), K), _tile(gouts.index(i % 2), K)
+        u_t, gy_t = _tile(us.index(i % 2), K), _tile(gouts.index(i % 2), K)
         if HAS_Z:
-            gy_k = _gated(gy_k, _tile(zs.index(i % 2), K), K)
-        x_k, gx_k, gd_k, y_k = (), (), (), ()
-        for k in gl.static_range(K):
-            gD_d += gy_k[k] * u_k[k]
-            x_k, y_k = x_k + (delta_k[k] * u_k[k],), y_k + (D_d * u_k[k],)
-            gx_k, gd_k = gx_k + (zero,), gd_k + (zero,)
+            z_t = _tile(zs.index(i % 2), K)
+            gy_t *= z_t * _sigmoid(z_t)
+        delta_t = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, SOFTPLUS, K)
+        delta_k, x_k = _each_step(delta_t, BD, K), _each_step(delta_t * u_t, BD, K)
+        gy_k, y_k = _each_step(gy_t, BD, K), _each_step(D_d * u_t, BD, K)
+        total = _sum_of_steps(delta_t)
+        gD_d += _sum_of_steps(gy_t * u_t)
+        gx_k, gd_k = (zero,) * K, (zero,) * K
         for n0 in range(0, N, NB):
             if n0 > 0:
                 async_copy.wait_group(0)
@@ -605,54 +676,32 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                 A_n, h0, q0 = _state(hs[0], n - n0), _state(hs[1], n - n0), _state(hs[2], n - n0)
                 B_k = _row(BCs, which * 2 * NB + n - n0, K)
                 C_k = _row(BCs, which * 2 * NB + n - n0 + NB, K)
-                a_k, b_k = (), ()
-                for k in gl.static_range(K):
-                    a_k, b_k = a_k + (gl.exp2(delta_k[k] * A_n),), b_k + (x_k[k] * B_k[k],)
-                h, q = zero, zero       # q: a_t g_t, what the adjoint hands to the step before
-                for k in gl.static_range(K):
-                    h = a_k[k] * h + b_k[k]
-                    q = a_k[K - 1 - k] * (gy_k[K - 1 - k] * C_k[K - 1 - k] + q)
                 gA_n = gl.load(sums + n * S * D, mask=in_d & (s * 0 < i), other=0)
-                decay = gl.exp2(total * A_n)
-                h, _ = _through(decay, h, h0, s, False)
-                q, leaving = _through(decay, q, q0, s, True)
+                y_k, gx_k, gd_k, gA_n, gBC_n, leaving = _gradients_of_n(
+                    y_k, gx_k, gd_k, gA_n, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h0, q0, s, row,
+                    EXACT, K)
                 gl.store(adjoint + n * D + d + s * 0, leaving, mask=in_d & (s == 0))
-                h_k, gC_k, ys = (h,), (), ()                    # h_k[k] is the state before step k
-                for k in gl.static_range(K):
-                    h = a_k[k] * h + b_k[k]
-                    h_k, gC_k, ys = h_k + (h,), gC_k + (gy_k[k] * h,), ys + (y_k[k] + C_k[k] * h,)
-                y_k, gB_k, gxs, gds = ys, (), (), ()
-                for k in gl.static_range(K - 1, -1, -1):
-                    g = gy_k[k] * C_k[k] + q
-                    q = a_k[k] * g
-                    w = q * h_k[k]                              # the gradient of delta_t A
-                    gA_n += delta_k[k] * w
-                    gB_k, gxs = (x_k[k] * g,) + gB_k, (gx_k[k] + B_k[k] * g,) + gxs
-                    gds = (gd_k[k] + A_n * w,) + gds
-                gx_k, gd_k = gxs, gds
                 gl.store(sums + n * S * D, gA_n, mask=in_d)
-                gBC_n = gl.join(*_over_channels(gB_k, gC_k, row, EXACT))
                 of_warps.index(n - n0).store(gl.permute(gl.reshape(gBC_n, [S, WARPS, LANES, 2]),
                                                         (1, 0, 2, 3)))
             sums_n = reinterpret(of_warps, gl.float32, [NB, WARPS, S, LANES, 2], RANK_5)
             sums_n = gl.sum(sums_n.load(TO_SUM), 1)
             gl.store(parts + n0 * Lp + t0, sums_n, mask=n0 + sum_n + 0 * which_of_two < N)
             which = 1 - which
-        u_k, raw_k, gdeltas, gus = _tile(us.index(i % 2), K), _tile(deltas.index(i % 2), K), (), ()
-        for k in gl.static_range(K):
-            gdelta_t = gd_k[k] / LOG2E + gx_k[k] * u_k[k]
-            if SOFTPLUS:
-                gdelta_t *= _sigmoid(raw_k[k] + bias_d)
-            gbias_d += gl.where(s * K + k < L - t0, gdelta_t, 0)
-            gdeltas, gus = gdeltas + (gdelta_t,), gus + (gx_k[k] * delta_k[k] + D_d * gy_k[k],)
-        _store_tile(gdelta, gdeltas, t0, block, L, D, D, K)
-        _store_tile(gu, gus, t0, block, L, D, D, K)
+        u_t, raw_t = _tile(us.index(i % 2), K), _tile(deltas.index(i % 2), K)
+        gx_t = _all_steps(gx_k, K)
+        gdelta_t = _all_steps(gd_k, K) / LOG2E + gx_t * u_t
+        if SOFTPLUS:
+            gdelta_t *= _sigmoid(raw_t + bias_d)
+        gbias_d += _sum_of_steps(gl.where(_is_there(L - t0, K), gdelta_t, 0))
+        _store_tile(gdelta, gdelta_t, t0, block, L, D, D, K)
+        gu_t = gx_t * _all_steps(delta_k, K) + D_d * _all_steps(gy_k, K)
+        _store_tile(gu, gu_t, t0, block, L, D, D, K)
         if HAS_Z:
-            z_k, gout_k, gzs = _tile(zs.index(i % 2), K), _tile(gouts.index(i % 2), K), ()
-            for k in gl.static_range(K):
-                open_t = _sigmoid(z_k[k])
-                gzs = gzs + (gout_k[k] * y_k[k] * open_t * (1 + z_k[k] * (1 - open_t)),)
-            _store_tile(gz, gzs, t0, block, L, D, gz_l, K)
+            z_t, gout_t = _tile(zs.index(i % 2), K), _tile(gouts.index(i % 2), K)
+            open_t = _sigmoid(z_t)
+            gz_t = gout_t * _all_steps(y_k, K) * open_t * (1 + z_t * (1 - open_t))
+            _store_tile(gz, gz_t, t0, block, L, D, gz_l, K)
         t0 -= T
         states -= N * D
     gl.store(sums + N * S * D, gD_d, mask=in_d)
