@@ -3301,13 +3301,14 @@ def check_softmax_gradient(vocab_size, padded, dtype=torch.float32, device="cuda
     assert relative(gradient[:, :vocab_size], exact.grad) < {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
 
 
-def awkward(changes, dtype=torch.float32, device=None):
-    """A small model none of whose sizes is a power of two, with weights that are nowhere 0 or 1; int8: quantized."""
+def awkward(changes, dtype=torch.float32, device=None, wide=torch.float32):
+    """A small model none of whose sizes is a power of two, with weights that are nowhere 0 or 1; int8: quantized, of those of
+    the type `wide`."""
     model = small(**{"d_model": 40, "vocab_size": 71, **changes}).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-    model = model.to(device, torch.float32 if dtype == torch.int8 else dtype)
+    model = model.to(device, wide if dtype == torch.int8 else dtype)
     return mamba.fast.quantize_int8(model) if dtype == torch.int8 else model
 
 
@@ -3327,10 +3328,10 @@ def of_states(state):
 
 
 @torch.no_grad()
-def check_fused_step(changes, dtype, rows, device, length=20):
+def check_fused_step(changes, dtype, rows, device, length=20, wide=torch.float32):
     """Tokens read by the kernels give the logits and states of one call in float32 of the same weights."""
     from mamba_fast import step_triton
-    model = awkward(changes, dtype, device)
+    model = awkward(changes, dtype, device, wide)
     exact = awkward(changes) if dtype == torch.int8 else awkward(changes, dtype).float()
     state, idx = model.init_state(rows), tokens(rows, length) % model.config.vocab_size
     whole, _, last = exact(idx, state=exact.init_state(rows))
@@ -3728,6 +3729,8 @@ def test_fused_step_equals_one_call():
                                (1, torch.bfloat16, 4), (3, torch.int8, 3), (40, torch.bfloat16, 3), (3, torch.bfloat16, 5),
                                (1, torch.float32, 6), (3, torch.bfloat16, 6), (40, torch.float16, 7), (1, torch.int8, 7)):
         check_fused_step(SHAPES[shape], dtype, rows, "cuda")
+    for wide, shape in ((torch.bfloat16, 0), (torch.float16, 1), (torch.bfloat16, 4), (torch.float16, 7)):  # by bytes_triton.py
+        check_fused_step({**SHAPES[shape], "d_model": 48}, torch.int8, 1, "cuda", wide=wide)
     for dtype, shape in ((torch.float32, 0), (torch.bfloat16, 1), (torch.int8, 2)):
         for length, size in ((70, 80), (56, 64), (3, 8)):
             check_padded_reading(SHAPES[shape], length, size, "cuda", dtype)
@@ -4957,6 +4960,30 @@ def test_the_step_of_other_layers(changes, rows, dtype):
         got = step(token)
         assert fits([got.to(logits.dtype)], [logits[:, 0]], [expected[:, 0]])
     assert fits(*map(of_states, (step.state, state, of_exact)))
+
+
+@on_gpu
+@pytest.mark.parametrize("BN, W", [(8, 1), (16, 4), (32, 8)])
+@pytest.mark.parametrize("K, N", [(16, 5), (80, 700), (768, 96), (1040, 40), (5120, 72)])
+@torch.no_grad()
+def test_products_of_weights_in_8_bits(K, N, BN, W):
+    """By a GPU's matrix units, of x in whole numbers of 16 bits."""
+    from mamba_fast import bytes_triton
+    from mamba_fast.int8 import Int8Linear
+    layer = Int8Linear(nn.Linear(K, N)).to("cuda", torch.bfloat16)
+
+    def product(x):
+        y = x.new_empty(N, dtype=torch.float32)
+        bytes_triton.project[(-(-N // BN),)](x, None, layer.weight, layer.scale, layer.bias, None, None, y, None, None, 1, 0.0,
+                                             K, N, 1, BN=BN, W=W, PDL=False, num_warps=W)
+        return y
+    x = torch.randn(K, device="cuda").bfloat16()
+    expected = (layer.weight.double() @ x.double()) * layer.scale + layer.bias
+    assert relative(product(x), expected) < 1e-4
+    assert torch.equal(product(x * 0), layer.bias.float()) and torch.equal(product(x * 1e-36), layer.bias.float())
+    for bad in (float("nan"), float("inf")):
+        x[K // 2] = bad
+        assert not product(x).isfinite().any()
 
 
 @on_gpu

@@ -26,9 +26,10 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
+from . import bytes_triton
+from .bytes_triton import SMALL  # by which x is divided before its length is known: see _keep
 from .scan_triton import LOG2E, _silu
 
-SMALL = constexpr(64.0)     # by which x is divided before its length is known; see _keep
 CIRCLE = constexpr(6.283185307179586)       # a whole turn, in radians
 PDL = torch.version.hip is None     # on NVIDIA's GPUs: this launch, and PTX
 
@@ -481,6 +482,8 @@ def decode(backbone, head, config, state, token):
     d_model, vocab_size, D = config.d_model, config.vocab_size, config.d_inner
     of_type = weight.new_empty
     tiles_of = functools.partial(_tiles, weight, rows, int8=scale is not None)
+    if takes_bytes(backbone["layers"], head, rows, weight):
+        tiles_of = _tiles_of_bytes
     leave, to_logits = tiles_of(D, d_model), tiles_of(d_model, vocab_size)
     blocks = triton.cdiv(d_model, leave["BN"])
     pdl = PDL and token.is_cuda and torch.cuda.get_device_capability(token.device)[0] >= 9
@@ -495,7 +498,8 @@ def decode(backbone, head, config, state, token):
 
         def project(tiles, x, squares_of_x, linear, before, norm, y, K, N):
             of_x = 1 if squares_of_x is None else squares_of_x.shape[1]
-            _project[triton.cdiv(N, tiles["BN"]), triton.cdiv(rows, tiles["BM"]), tiles["PARTS"]](
+            kernel = bytes_triton.project if "W" in tiles else _project
+            kernel[_grid(triton.cdiv(N, tiles["BN"]), rows, tiles)](
                 x, squares_of_x, *_weights(linear), before, norm, y, normed, squares, rows, eps,
                 K, N, of_x, **tiles, **pdl)
         mix = (_turned if config.layer == "mamba3" else _convolved)(
@@ -525,7 +529,8 @@ def _convolved(config, project, tiles_of, normed, squares, eps, y, pdl):
 
     def mix(block, state):
         (window, h), conv = state, block.conv1d
-        _enter[programs, triton.cdiv(rows, tiles["BM"])](
+        kernel = bytes_triton.enter if "W" in tiles else _enter
+        kernel[_grid(programs, rows, tiles)](
             normed, squares, *_weights(block.in_proj), conv.weight, conv.bias, window, u, gate,
             rows, eps, d_model, X, D, H, H == 0, window.shape[1], squares.shape[1], **tiles, **pdl)
         return advance(block, h)
@@ -595,6 +600,34 @@ def linear(x, layer):
 
 def _weights(linear):
     return linear.weight, getattr(linear, "scale", None), linear.bias
+
+
+def _grid(programs, rows, tiles):
+    return programs, triton.cdiv(rows, tiles.get("BM", 1)), tiles.get("PARTS", 1)
+
+
+def takes_bytes(layers, head, rows, scale):
+    """Whether bytes_triton.py makes the products with in_proj, out_proj and the head. For it x_proj
+    has too few outputs."""
+    linears = [head, *(block for layer in layers
+                       for block in (layer.mixer.in_proj, layer.mixer.out_proj))]
+    return (rows == 1 and PDL and scale.is_cuda and scale.element_size() == 2
+            and all(linear.weight.dtype == torch.int8 and linear.weight.shape[1] % 16 == 0
+                    and linear.weight.data_ptr() % 16 == 0 for linear in linears))
+
+
+def _tiles_of_bytes(K, N):
+    """How a program of bytes_triton.py works that makes N numbers of K: BN outputs, W warps. As
+    measured on an H200, with the sizes of mamba-130m to mamba-2.8b."""
+    if N > 16 * K:      # the head
+        BN, W = 8, 4
+    elif N > K:
+        BN, W = (8, 1) if K <= 1024 else (16, 4) if K <= 2048 else (32, 4)
+    else:
+        BN, W = 16 if K <= 4096 else 32, 8
+    while BN > 8 and BN * K > 20480 * W:        # a lane has all its weights in registers
+        BN //= 2
+    return {"BN": BN, "W": W, "num_warps": W}
 
 
 def _tiles_of_advance(rows, D, BN, BR):
