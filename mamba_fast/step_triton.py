@@ -591,6 +591,10 @@ def linear(x, layer):
     """layer(x), x (B, L, in), contiguous, of a linear layer as decode has them, also with int8."""
     (K, N), rows = layer.weight.t().shape, x.shape[0] * x.shape[1]
     y, tiles = x.new_empty(*x.shape[:2], N), _tiles(x, rows, K, N)
+    if rows > 64 and N > 1024 and x.element_size() == 2:    # nothing else is to be read meanwhile
+        BM = 64 if N <= 4096 else 128
+        tiles = {"BM": BM, "BN": 64, "BK": 64, "PARTS": 1, "SWAP": True, "num_warps": 4,
+                 "num_stages": 4}
     grid = triton.cdiv(N, tiles["BN"]), triton.cdiv(rows, tiles["BM"])
     with torch.cuda.device_of(x):
         _project[grid](x, None, *_weights(layer), None, None, y, None, None, rows, 0.0, K, N, 1,
