@@ -3346,6 +3346,27 @@ def check_fused_step(changes, dtype, rows, device, length=20, wide=torch.float32
 
 
 @torch.no_grad()
+def check_products_of_bytes(K, N, BN, W, dtype, device):
+    """By the matrix units of a GPU, of x in whole numbers of 16 bits."""
+    from mamba_fast import bytes_triton
+    from mamba_fast.int8 import Int8Linear
+    layer = Int8Linear(nn.Linear(K, N)).to(device, dtype)
+
+    def product(x):
+        y = x.new_empty(N, dtype=torch.float32)
+        bytes_triton.project[(-(-N // BN),)](x, None, layer.weight, layer.scale, layer.bias, None, None, y, None, None, 1, 0.0,
+                                             K, N, 1, BN=BN, W=W, PDL=False, num_warps=W)
+        return y
+    x = torch.randn(K).to(device, dtype)
+    expected = (layer.weight.double() @ x.double()) * layer.scale + layer.bias
+    assert relative(product(x), expected) < 1e-4
+    assert torch.equal(product(x * 0), layer.bias.float()) and torch.equal(product(x * 1e-36), layer.bias.float())
+    for bad in (float("nan"), float("inf")):
+        x[K // 2] = bad
+        assert not product(x).isfinite().any()
+
+
+@torch.no_grad()
 def check_padded_reading(changes, length, size, device, dtype=torch.float32):
     """The first of some tokens, read by kernels, continue a state as they do in the model; d_conv - 1 at least."""
     from mamba_fast import decode
@@ -3374,17 +3395,41 @@ gl.zeros = lambda shape, dtype, layout: tl.zeros([int(n) for n in shape], dtype)
 gl.convert_layout = lambda x, layout: x
 gl.barrier = lambda: None
 
+gl.DistributedLinearLayout = lambda *args: None
+
 class Shared:
     def __init__(self, data, dtype): self.data, self.dtype = data, dtype
+    def slice(self, start, length, dim): return Shared(self.data[(slice(None),) * dim + (slice(start, start + length),)], self.dtype)
     def index(self, i): return Shared(self.data[int(i.handle.data.item() if hasattr(i, "handle") else i)], self.dtype)
     def store(self, x): self.data[...] = x.handle.data
     def load(self, layout):
         return tl.tensor(TensorHandle(self.data.copy(), self.dtype), tl.block_type(self.dtype, list(self.data.shape)))
     @staticmethod
-    def reinterpret(shared, dtype, shape, layout): return Shared(shared.data.reshape([int(n) for n in shape]), dtype)
+    def reinterpret(shared, dtype, shape, layout):
+        return Shared(shared.data.view(_get_np_dtype(dtype)).reshape([int(n) for n in shape]), dtype)
 
-gl.shared_memory_descriptor = Shared
-gl.allocate_shared_memory = lambda dtype, shape, layout: Shared(np.full([int(n) for n in shape], 77, _get_np_dtype(dtype)), dtype)
+def allocate(dtype, shape, layout, value=None):
+    shared = Shared(np.full([int(n) for n in shape], 77, _get_np_dtype(dtype)), dtype)
+    if value is not None:
+        shared.store(value)
+    return shared
+
+def ptx(asm, constraints, inputs, *_):
+    if "rcp" in asm:
+        return 1 / inputs[0]
+    # m16n8k32 of each warp and each 8 outputs: in PTX, lane 4 g + t has of a row g or g + 8 the numbers from 4 t or 16 + 4 t
+    # on, of column g of the other matrix the same, and of the sums in row g or g + 8 those of columns 2 t and 2 t + 1
+    w0, w1, w2, w3, b0, b1, *sums = (t.handle.data for t in inputs)
+    groups, warps = len(w0) // 2, w0.shape[-1] // 4
+    in_lanes = lambda x: np.ascontiguousarray(x).view(np.int8).reshape(-1, 8, warps, 16).astype(np.int64)
+    of_x = np.concatenate([in_lanes(np.broadcast_to(b, (2, *b.shape[1:]))) for b in (b0, b1)], -1)[0]
+    for i, (front, back) in enumerate(((w0, w2), (w1, w3))):
+        products = np.einsum("rgwk,cwk->rgwc", np.concatenate([in_lanes(front), in_lanes(back)], -1), of_x)
+        for j in range(2):
+            sums[2 * i + j] = sums[2 * i + j] + products[..., j::2].reshape(w0.shape).astype(np.int32)
+    return tuple(tl.tensor(TensorHandle(x, tl.int32), inputs[0].type) for x in sums)
+
+gl.shared_memory_descriptor, gl.allocate_shared_memory, gl.inline_asm_elementwise = Shared, allocate, ptx
 ampere.async_copy = types.SimpleNamespace(
     async_load=lambda shared, pointer, mask: shared.store(tl.load(pointer, mask, other=0)),
     commit_group=lambda: None, wait_group=lambda n: None)
@@ -3401,6 +3446,13 @@ for rows, dtype, shape in ((1, torch.float32, 0), (1, torch.bfloat16, 1), (1, to
                            (3, torch.int8, 0), (17, torch.float32, 2), (1, torch.float32, 3), (3, torch.float32, 4),
                            (1, torch.bfloat16, 3), (17, torch.float16, 3), (1, torch.bfloat16, 6), (3, torch.float32, 7)):
     tests.check_fused_step({"n_layer": 1, **tests.SHAPES[shape]}, dtype, rows, "cpu", length=2)
+
+from mamba_fast import bytes_triton, step_triton
+step_triton.takes_bytes = lambda layers, head, rows, scale: rows == 1 and head.weight.dtype == torch.int8
+for wide, shape in ((torch.float16, 1), (torch.float32, 4), (torch.float32, 7)):
+    tests.check_fused_step({**tests.SHAPES[shape], "n_layer": 1, "d_model": 48}, torch.int8, 1, "cpu", length=2, wide=wide)
+tests.check_products_of_bytes(400, 21, 16, 2, torch.float32, "cpu")
+tests.check_products_of_bytes(176, 5, 8, 1, torch.float16, "cpu")
 
 from mamba_fast.step_triton import _tiles
 few = torch.zeros(3, 1536, dtype=torch.float16)     # only x_proj's sums may be cut, not those of a head of few outputs
@@ -3427,7 +3479,7 @@ tests.check_gated_norm(1, 600, 20, 1, device="cpu")
 tests.check_gated_norm(3, 1, 20, 1, device="cpu")
 tests.check_softmax_gradient(5001, 5008, device="cpu")
 
-scan_triton._over_channels, scan_triton._reciprocal = over_channels, lambda x: 1 / x
+scan_triton._over_channels = over_channels
 scan_triton.gather, scan_triton.tl = lambda *args: tl.gather(*args), tl
 mamba.scan_method = lambda method, *others: method     # it would refuse a CPU
 scan_triton.SHORTEST = 1
@@ -3729,7 +3781,7 @@ def test_fused_step_equals_one_call():
                                (1, torch.bfloat16, 4), (3, torch.int8, 3), (40, torch.bfloat16, 3), (3, torch.bfloat16, 5),
                                (1, torch.float32, 6), (3, torch.bfloat16, 6), (40, torch.float16, 7), (1, torch.int8, 7)):
         check_fused_step(SHAPES[shape], dtype, rows, "cuda")
-    for wide, shape in ((torch.bfloat16, 0), (torch.float16, 1), (torch.bfloat16, 4), (torch.float16, 7)):  # by bytes_triton.py
+    for wide, shape in ((torch.bfloat16, 0), (torch.float16, 1), (torch.float32, 4), (torch.float16, 7)):   # by bytes_triton.py
         check_fused_step({**SHAPES[shape], "d_model": 48}, torch.int8, 1, "cuda", wide=wide)
     for dtype, shape in ((torch.float32, 0), (torch.bfloat16, 1), (torch.int8, 2)):
         for length, size in ((70, 80), (56, 64), (3, 8)):
@@ -4965,25 +5017,9 @@ def test_the_step_of_other_layers(changes, rows, dtype):
 @on_gpu
 @pytest.mark.parametrize("BN, W", [(8, 1), (16, 4), (32, 8)])
 @pytest.mark.parametrize("K, N", [(16, 5), (80, 700), (768, 96), (1040, 40), (5120, 72)])
-@torch.no_grad()
-def test_products_of_weights_in_8_bits(K, N, BN, W):
-    """By a GPU's matrix units, of x in whole numbers of 16 bits."""
-    from mamba_fast import bytes_triton
-    from mamba_fast.int8 import Int8Linear
-    layer = Int8Linear(nn.Linear(K, N)).to("cuda", torch.bfloat16)
-
-    def product(x):
-        y = x.new_empty(N, dtype=torch.float32)
-        bytes_triton.project[(-(-N // BN),)](x, None, layer.weight, layer.scale, layer.bias, None, None, y, None, None, 1, 0.0,
-                                             K, N, 1, BN=BN, W=W, PDL=False, num_warps=W)
-        return y
-    x = torch.randn(K, device="cuda").bfloat16()
-    expected = (layer.weight.double() @ x.double()) * layer.scale + layer.bias
-    assert relative(product(x), expected) < 1e-4
-    assert torch.equal(product(x * 0), layer.bias.float()) and torch.equal(product(x * 1e-36), layer.bias.float())
-    for bad in (float("nan"), float("inf")):
-        x[K // 2] = bad
-        assert not product(x).isfinite().any()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_of_weights_in_8_bits(K, N, BN, W, dtype):
+    check_products_of_bytes(K, N, BN, W, dtype, "cuda")
 
 
 @on_gpu

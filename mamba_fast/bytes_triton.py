@@ -121,7 +121,7 @@ def _product(x, weights, K: constexpr, BN: constexpr, W: constexpr):
         xs = xs + (gl.load(x + k, mask=k < K, other=0).to(gl.float32),)
         most = _greater(most, gl.abs(xs[i]))
     most = gl.reduce(most, 0, _greater)
-    scale, bytes = gl.where(most > 1e-30, LONGEST / most, 0.0), ()
+    scale, bytes = gl.where(most > 0, LONGEST / most, 0.0), ()
     for i in gl.static_range(PASSES):
         # Added to 1.5 * 2^23 a whole number is the last bits of the sum. 128 more round the upper
         # byte: so the lower one is from -128 to 127, once its first bit is turned.

@@ -10,7 +10,8 @@ There are four a layer, three in Mamba-2 and 3, which have no x_proj:
     project    out_proj, added to the residual stream; and once, at the end, the head
 The norm before a product is done in two halves: the kernel before multiplies by the norm's weight
 and sums up squares, the product is divided by their root. Nothing that is derived from the weights
-outlives a step, so nothing can become outdated.
+outlives a step, so nothing can become outdated. For one text and weights in 8 bits bytes_triton.py
+has enter and project.
 
 Where PDL (programmatic dependent launch) is set, a kernel starts while the one before it still
 runs. It fetches its weights and states, which no other kernel of the step writes, and only then
@@ -84,26 +85,6 @@ def _load(of, row, in_row, start, K: constexpr, BK: constexpr):
 
 
 @triton.jit
-def _wide(x, PTX: constexpr):
-    """x in float32. A byte, plus 128, goes into the last bits of 2^23, from which an addition then
-    leaves it: a GPU adds eight times as many numbers as it converts in the same time."""
-    if x.dtype != tl.int8:
-        return x.to(tl.float32)
-    if PTX:     # four at once, for in Triton each of them takes an instruction more
-        bits = tl.inline_asm_elementwise("""{
-            .reg .b32 bytes;
-            xor.b32 bytes, $4, 0x80808080;
-            prmt.b32 $0, bytes, 0x4B000000, 0x7440;
-            prmt.b32 $1, bytes, 0x4B000000, 0x7441;
-            prmt.b32 $2, bytes, 0x4B000000, 0x7442;
-            prmt.b32 $3, bytes, 0x4B000000, 0x7443;
-            }""", "=r,=r,=r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=4)
-    else:
-        bits = x.to(tl.uint8, bitcast=True).to(tl.int32) ^ 0x4B000080
-    return bits.to(tl.float32, bitcast=True) - (2 ** 23 + 128)
-
-
-@triton.jit
 def _to_cache(weight, n, K: constexpr, N: constexpr):
     """Asks for the rows n of a matrix (N, K), and does not wait until they are in the L2 cache."""
     SIZE: constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
@@ -133,7 +114,7 @@ def _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS: c
         first, square = _wait(residual, squares, r, n, in_r, in_y, N, BLOCKS, PDL)
         for start in tl.static_range(0, K, BK):
             x_k = _load(x, row, row < rows, start, K, BK)
-            y += _wide(weights[start // BK], PDL) * x_k.to(tl.float32)
+            y += weights[start // BK].to(tl.float32) * x_k.to(tl.float32)
         y = tl.sum(y, 1)[None, :]
     else:
         first, square = _wait(residual, squares, r, n, in_r, in_y, N, BLOCKS, PDL)
@@ -615,7 +596,7 @@ def takes_bytes(layers, head, rows, scale):
     has too few outputs."""
     linears = [head, *(block for layer in layers
                        for block in (layer.mixer.in_proj, layer.mixer.out_proj))]
-    return (rows == 1 and PDL and scale.is_cuda and scale.element_size() == 2
+    return (rows == 1 and PDL and scale.is_cuda
             and all(linear.weight.dtype == torch.int8 and linear.weight.shape[1] % 16 == 0
                     and linear.weight.data_ptr() % 16 == 0 for linear in linears))
 
