@@ -3448,7 +3448,7 @@ for rows, dtype, shape in ((1, torch.float32, 0), (1, torch.bfloat16, 1), (1, to
     tests.check_fused_step({"n_layer": 1, **tests.SHAPES[shape]}, dtype, rows, "cpu", length=2)
 
 from mamba_fast import bytes_triton, step_triton
-step_triton.takes_bytes = lambda layers, head, rows, scale: rows == 1 and head.weight.dtype == torch.int8
+step_triton.takes_bytes = lambda layers, head, token: len(token) == 1 and head.weight.dtype == torch.int8
 for wide, shape in ((torch.float16, 1), (torch.float32, 4), (torch.float32, 7)):
     tests.check_fused_step({**tests.SHAPES[shape], "n_layer": 1, "d_model": 48}, torch.int8, 1, "cpu", length=2, wide=wide)
 tests.check_products_of_bytes(400, 21, 16, 2, torch.float32, "cpu")

@@ -462,9 +462,8 @@ def decode(backbone, head, config, state, token):
     weight = table.weight if scale is None else scale       # of the type of what is computed
     d_model, vocab_size, D = config.d_model, config.vocab_size, config.d_inner
     of_type = weight.new_empty
-    tiles_of = functools.partial(_tiles, weight, rows, int8=scale is not None)
-    if takes_bytes(backbone["layers"], head, rows, weight):
-        tiles_of = _tiles_of_bytes
+    by_bytes = takes_bytes(backbone["layers"], head, token)
+    tiles_of = _tiles_of_bytes if by_bytes else functools.partial(_tiles, weight, rows)
     leave, to_logits = tiles_of(D, d_model), tiles_of(d_model, vocab_size)
     blocks = triton.cdiv(d_model, leave["BN"])
     pdl = PDL and token.is_cuda and torch.cuda.get_device_capability(token.device)[0] >= 9
@@ -591,12 +590,12 @@ def _grid(programs, rows, tiles):
     return programs, triton.cdiv(rows, tiles.get("BM", 1)), tiles.get("PARTS", 1)
 
 
-def takes_bytes(layers, head, rows, scale):
+def takes_bytes(layers, head, token):
     """Whether bytes_triton.py makes the products with in_proj, out_proj and the head. For it x_proj
     has too few outputs."""
     linears = [head, *(block for layer in layers
                        for block in (layer.mixer.in_proj, layer.mixer.out_proj))]
-    return (rows == 1 and PDL and scale.is_cuda
+    return (len(token) == 1 and PDL and token.is_cuda
             and all(linear.weight.dtype == torch.int8 and linear.weight.shape[1] % 16 == 0
                     and linear.weight.data_ptr() % 16 == 0 for linear in linears))
 
@@ -627,20 +626,19 @@ def _tiles_of_advance(rows, D, BN, BR):
     return {"BM": BM, "BD": BD, "num_warps": warps}
 
 
-def _tiles(x, rows, K, N, cut=False, int8=False):
+def _tiles(x, rows, K, N, cut=False):
     """
     How a program of _product works that makes N numbers of K: BM texts, BN outputs, BK inputs at
     once; and into how many PARTS the sums are cut, if they may be. SWAP: the outputs are the rows
-    of the product on the matrix units, which takes 64 of them at least.  int8: the weights are.
-    As measured on an H200, with the sizes of mamba-130m for 1, 64 and 256 texts, and those of
-    mamba-2.8b for 1 and 16.
+    of the product on the matrix units, which takes 64 of them at least. As measured on an H200,
+    with the sizes of mamba-130m for 1, 64 and 256 texts, and those of mamba-2.8b for 1 and 16.
     """
     power, parts, is_head = triton.next_power_of_2, 1, N > 16 * K
     if rows == 1:
         least = {BK: triton.cdiv(K, BK) * BK for BK in (1024, 512, 256)}
         BM, BK = 1, min(least, key=least.get) if K > 128 else max(16, power(K))
         # a program has all its weights in registers; and each multiprocessor should have one
-        BN = 8 if is_head or int8 else 4
+        BN = 8 if is_head else 4
         while BN > 1 and (BN * K * x.element_size() > 40 * 1024 or N < 128 * BN):
             BN //= 2
     elif x.dtype == torch.float32:      # no matrix units
