@@ -12,7 +12,8 @@ class Int8Linear(nn.Module):
     for each output.
 
     Int8Linear(linear)(x), x (..., in) -> (..., out) in the type of x. On a CPU the product is
-    computed in bfloat16, but token by token in C++ in float32.
+    computed in bfloat16, but token by token in C++ in float32. In generation by a GPU the x of a
+    single text is rounded to 16 bits, with one scale.
     weight: (out, in) int8.  scale: (out,), bfloat16 numbers in the type of the layer they are from.
     """
 

@@ -19,6 +19,8 @@ try:
 except ImportError:
     heads_triton = launch = rows_triton = scan_triton = None
     ssd_triton = step_triton = turn_triton = None
+else:
+    launch.read_ahead()
 
 __all__ = ["can_run", "heads_triton", "launch", "rows_triton", "scan_triton", "ssd_triton",
            "step_triton", "turn_triton"]

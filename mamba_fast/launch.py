@@ -22,8 +22,6 @@ from . import cpp
 
 taker = ContextVar("taker", default=None)   # who gets kernels instead of the GPU: see take below
 thread = threading.local()      # in gpus those on which it has repeated a plan
-# Triton reads all of its own code, for 0.3 s, before it looks for its first kernel: from now on
-threading.Thread(target=triton.runtime.cache.triton_key, daemon=True).start()
 REHEARSED = set()       # keys of what has been compiled ahead
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}    # their numbers in cuBLAS
 ALIGNED = 512           # bytes, as PyTorch's own allocator has it
@@ -84,6 +82,13 @@ class Threads(ThreadPoolExecutor):
                 triton.runtime.driver.active.launcher_cls(result.src, result.metadata)
             return result
         return super().submit(made)
+
+
+def read_ahead():
+    """Before Triton looks for its first kernel on the disk it reads all of its own code, for 0.3 s.
+    With this it does so while the program goes on."""
+    if key := getattr(triton.runtime.cache, "triton_key", None):
+        threading.Thread(target=key, daemon=True).start()
 
 
 class Rehearsal:

@@ -591,8 +591,8 @@ def _grid(programs, rows, tiles):
 
 
 def takes_bytes(layers, head, token):
-    """Whether bytes_triton.py makes the products with in_proj, out_proj and the head. For it x_proj
-    has too few outputs."""
+    """Whether bytes_triton.py makes the products with in_proj, out_proj and the head. x_proj is not
+    among them: it has too few outputs to keep the GPU busy in this way."""
     linears = [head, *(block for layer in layers
                        for block in (layer.mixer.in_proj, layer.mixer.out_proj))]
     return (len(token) == 1 and PDL and token.is_cuda
@@ -609,7 +609,7 @@ def _tiles_of_bytes(K, N):
         BN, W = (8, 1) if K <= 1024 else (16, 4) if K <= 2048 else (32, 4)
     else:
         BN, W = 16 if K <= 4096 else 32, 8
-    while BN > 8 and BN * K > 20480 * W:        # a lane has all its weights in registers
+    while BN > 8 and BN * K > 20480 * W:        # 160 registers of a lane are all its weights
         BN //= 2
     return {"BN": BN, "W": W, "num_warps": W}
 
