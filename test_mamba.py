@@ -3367,6 +3367,16 @@ def check_products_of_bytes(K, N, BN, W, dtype, device):
 
 
 @torch.no_grad()
+def check_prompt_in_8_bits(rows, K, N, dtype, device):
+    """A linear layer with weights in 8 bits for the tokens of a prompt."""
+    from mamba_fast import step_triton
+    from mamba_fast.int8 import Int8Linear
+    layer, x = Int8Linear(nn.Linear(K, N)).to(device, dtype), torch.randn(1, rows, K).to(device, dtype)
+    expected = (x.double() @ layer.weight.double().t()) * layer.scale + layer.bias
+    assert relative(step_triton.linear(x, layer), expected) < {torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
+
+
+@torch.no_grad()
 def check_padded_reading(changes, length, size, device, dtype=torch.float32):
     """The first of some tokens, read by kernels, continue a state as they do in the model; d_conv - 1 at least."""
     from mamba_fast import decode
@@ -3453,6 +3463,7 @@ for wide, shape in ((torch.float16, 1), (torch.float32, 4), (torch.float32, 7)):
     tests.check_fused_step({**tests.SHAPES[shape], "n_layer": 1, "d_model": 48}, torch.int8, 1, "cpu", length=2, wide=wide)
 tests.check_products_of_bytes(400, 21, 16, 2, torch.float32, "cpu")
 tests.check_products_of_bytes(176, 5, 8, 1, torch.float16, "cpu")
+tests.check_prompt_in_8_bits(70, 80, 1100, torch.float16, "cpu")
 
 from mamba_fast.step_triton import _tiles
 few = torch.zeros(3, 1536, dtype=torch.float16)     # only x_proj's sums may be cut, not those of a head of few outputs
@@ -5023,12 +5034,20 @@ def test_products_of_weights_in_8_bits(K, N, BN, W, dtype):
 
 
 @on_gpu
+@pytest.mark.parametrize("rows, K, N", [(9, 33, 70), (70, 80, 1100), (200, 1040, 4200)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prompts_with_weights_in_8_bits(rows, K, N, dtype):
+    check_prompt_in_8_bits(rows, K, N, dtype, "cuda")
+
+
+@on_gpu
 @pytest.mark.parametrize("kind", ["fused", "int8", "Mamba-2", "Mamba-3", "float64", "with an MLP"])
 @torch.no_grad()
 def test_generation_by_a_cuda_graph(kind):
     """The texts that forward gives, and the states; also where prompts go on from one."""
     from mamba_fast import decode
-    changes = {"n_layer": 2, **{"with an MLP": {"d_intermediate": 24}, "Mamba-2": SHAPES[3], "Mamba-3": SHAPES[6]}.get(kind, {})}
+    changes = {"n_layer": 2, **{"with an MLP": {"d_intermediate": 24}, "Mamba-2": SHAPES[3], "Mamba-3": SHAPES[6],
+                                "int8": {"d_model": 48}}.get(kind, {})}     # a multiple of 16, by bytes_triton.py
     model = awkward(changes, torch.int8 if kind == "int8" else torch.float32, "cuda")
     model = model.double() if kind == "float64" else model
     prompts = [tokens(n, seed=n).cuda() for n in (5, 1, 1500)]

@@ -85,6 +85,12 @@ def _load(of, row, in_row, start, K: constexpr, BK: constexpr):
 
 
 @triton.jit
+def _of_outputs(weight, n, N):
+    """weight (N,) for the outputs n: (1, BN). It is asked for before the wait."""
+    return tl.load(weight + n, mask=n < N, other=0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _to_cache(weight, n, K: constexpr, N: constexpr):
     """Asks for the rows n of a matrix (N, K), and does not wait until they are in the L2 cache."""
     SIZE: constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
@@ -105,6 +111,11 @@ def _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS: c
     """
     in_r, in_n = r < rows, n < N
     in_y = in_r[:, None] & in_n[None, :]
+    scale_n, bias_n = 1.0, 0.0
+    if scale is not None:
+        scale_n = _of_outputs(scale, n, N)
+    if bias is not None:
+        bias_n = _of_outputs(bias, n, tl.where(part == 0, N, 0))
     if BM == 1:     # before the wait, and all of them at once: memory is far away
         weights = ()
         for start in tl.static_range(0, K, BK):
@@ -133,24 +144,23 @@ def _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS: c
         root = SMALL * tl.rsqrt(tl.sum(square, 1) / K + EPS)
         y *= root[:, None]
     if scale is not None:
-        y *= tl.load(scale + n, mask=in_n, other=0).to(tl.float32)[None, :]
+        y *= scale_n
     if bias is not None:
-        in_bias = n < tl.where(part == 0, N, 0)
-        y += tl.load(bias + n, mask=in_bias, other=0).to(tl.float32)[None, :]
+        y += bias_n
     return y if residual is None else y + first.to(tl.float32)
 
 
 @triton.jit
-def _keep(y, norm, out, normed, squares, rows, r, n, N: constexpr, BN: constexpr):
-    """y (BM, BN) goes into out (rows, N); with a norm, also for the product after it: y times the
-    weight of the norm into normed, and the sum of the squares of each row of this block into
-    squares (rows, blocks)."""
+def _keep(y, norm_n, out, normed, squares, rows, r, n, N: constexpr, BN: constexpr):
+    """y (BM, BN) goes into out (rows, N); with a norm, of which norm_n (1, BN) is the weight, also
+    for the product after it: y norm_n into normed, and the sum of the squares of each row of this
+    block into squares (rows, blocks)."""
     in_y, of_y = (r < rows)[:, None] & (n < N)[None, :], r[:, None] * N + n[None, :]
     y = y.to(out.dtype.element_ty)
     tl.store(out + of_y, y, mask=in_y)
-    if norm is not None:    # / SMALL: what is not yet divided by its length could overflow float16
+    if norm_n is not None:  # / SMALL: what is not yet divided by its length could overflow float16
         wide = y.to(tl.float32)
-        weighted = wide * (tl.load(norm + n, mask=n < N, other=0).to(tl.float32) / SMALL)[None, :]
+        weighted = wide * (norm_n / SMALL)
         tl.store(normed + of_y, weighted.to(normed.dtype.element_ty), mask=in_y)
         of_block = r * tl.cdiv(N, BN) + tl.program_id(0)
         tl.store(squares + of_block, tl.sum(wide * wide, 1), mask=r < rows)
@@ -164,12 +174,12 @@ def _begin(token, table, scale, x, norm, normed, squares, rows, N: constexpr, BN
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) + tl.arange(0, 1)
-    id = tl.load(token + r)
+    norm_n, id = _of_outputs(norm, n, N), tl.load(token + r)
     y = tl.load(table + id[:, None] * N + n[None, :], mask=(n < N)[None, :], other=0)
     if scale is not None:
         scales = tl.load(scale + id)
         y = (y.to(tl.float32) * scales.to(tl.float32)[:, None]).to(scales.dtype)
-    _keep(y, norm, x, normed, squares, rows, r, n, N, BN)
+    _keep(y, norm_n, x, normed, squares, rows, r, n, N, BN)
 
 
 @triton.jit
@@ -216,12 +226,14 @@ def _project(x, squares, weight, scale, bias, residual, norm, y, normed, y_squar
     if PDL and (BM == 1 or N <= K):
         tl.extra.cuda.gdc_launch_dependents()
     n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
-    part = tl.program_id(2)
+    part, norm_n = tl.program_id(2), None
+    if norm is not None:
+        norm_n = _of_outputs(norm, n, N)
     if PDL and BM > 1 and 8 * N <= K:       # x_proj: few programs, which wait for memory
         _to_cache(weight, n, K, N)
     result = _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS, K, N,
                       BLOCKS, PARTS, BM, BN, BK, SWAP, PDL)
-    _keep(result, norm, y + part * rows * N, normed, y_squares, rows, r, n, N, BN)
+    _keep(result, norm_n, y + part * rows * N, normed, y_squares, rows, r, n, N, BN)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -249,6 +261,9 @@ def _enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, ro
     in_d, in_x = d < tl.where(to_u, X, tl.where(to_gate, D, H)), d < tl.where(to_u, X, 0)
     in_y, in_u = (r < rows)[:, None] & in_d[None, :], (r < rows)[:, None] & in_x[None, :]
     at, before, taps_d = window + r[:, None] * (BEFORE * X) + d[None, :], (), ()
+    conv_bias_d = 0.0
+    if conv_bias is not None:
+        conv_bias_d = _of_outputs(conv_bias, d, tl.where(to_u, X, 0))
     for k in tl.static_range(BEFORE + 1):
         tap = tl.load(taps + d * (BEFORE + 1) + k, mask=in_x, other=0)
         taps_d = taps_d + (tap.to(tl.float32)[None, :],)
@@ -268,11 +283,9 @@ def _enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, ro
     inputs = before + (y.to(window.dtype.element_ty),)
     for k in tl.static_range(BEFORE):
         tl.store(at + k * X, inputs[k + 1], mask=in_u)
-    new = y * taps_d[BEFORE]
+    new = y * taps_d[BEFORE] + conv_bias_d
     for k in tl.static_range(BEFORE):
         new += before[k].to(tl.float32) * taps_d[k]
-    if conv_bias is not None:
-        new += tl.load(conv_bias + d, mask=in_x, other=0).to(tl.float32)[None, :]
     tl.store(u + r[:, None] * X + d[None, :], _silu(new).to(u.dtype.element_ty), mask=in_u)
 
 
@@ -344,6 +357,8 @@ def _advance_heads(u, gate, dt_bias, A_log, Dw, norm, h, y, squares, rows, H: co
     bias, D_h = tl.load(dt_bias + head), tl.load(Dw + head)
     h += (r.to(tl.int64) * D + d)[:, None] * N + n[None, :]
     h_d = tl.load(h, mask=in_h, other=0)                                        # (BP, BN)
+    if norm is not None:
+        norm_d = tl.load(norm + d, mask=in_p, other=0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
     u += r * (D + 2 * G * N)
@@ -361,7 +376,7 @@ def _advance_heads(u, gate, dt_bias, A_log, Dw, norm, h, y, squares, rows, H: co
     y_d = (tl.sum(h_d * C[None, :], 1) + D_h * u_d) * gate_d
     if norm is not None:
         tl.store(squares + r * (H * CUTS) + tl.program_id(0), tl.sum(y_d * y_d, 0))
-        y_d *= tl.load(norm + d, mask=in_p, other=0).to(tl.float32) / SMALL
+        y_d *= norm_d / SMALL
     tl.store(y + r * D + d, y_d.to(y.dtype.element_ty), mask=in_p)
 
 
