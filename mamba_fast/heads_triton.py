@@ -34,32 +34,39 @@ def _clamped(raw, LOW: constexpr, HIGH: constexpr):
 
 
 @triton.jit
-def _of_program(dt, bias, A_log, B, C, L, dt_b, dt_l, B_b, B_l, H: constexpr, G: constexpr,
-                N: constexpr, LOW: constexpr, HIGH: constexpr, T: constexpr, HB: constexpr,
-                NB: constexpr):
-    """For steps and heads (T, HB): where they lie, the heads, whether they exist; for steps and
-    numbers of the state (T, NB): where they lie in B and C, whether they exist; then delta, its
-    derivative and A, and B, C and their scalar products."""
+def _of_heads(dt, bias, A_log, L, dt_b, dt_l, H: constexpr, G: constexpr, LOW: constexpr,
+              HIGH: constexpr, T: constexpr, HB: constexpr):
+    """For the steps and heads of a program, (T, HB): where they lie in (B, L, H), which heads they
+    are, whether they exist; and delta, its derivative and A."""
     t, b = tl.program_id(0) * T + tl.arange(0, T)[:, None], tl.program_id(2).to(tl.int64)
-    h, n, t_wide = tl.arange(0, HB)[None, :], tl.arange(0, NB)[None, :], t.to(tl.int64)
+    h = tl.arange(0, HB)[None, :]
     head, there = tl.program_id(1) * (H // G) + h, (t < L) & (h < H // G)
-    raw = tl.load(dt + b * dt_b + t_wide * dt_l + head, mask=there, other=0).to(tl.float32)
+    raw = tl.load(dt + b * dt_b + t.to(tl.int64) * dt_l + head, mask=there, other=0).to(tl.float32)
     raw += tl.load(bias + head, mask=h < H // G, other=0)
     delta, slope = _clamped(raw, LOW, HIGH)
     A = -tl.exp(tl.load(A_log + head, mask=h < H // G, other=0))
-    at_n, there_n = b * B_b + t_wide * B_l + tl.program_id(1) * N + n, (t < L) & (n < N)
-    B_t = tl.load(B + at_n, mask=there_n, other=0).to(tl.float32)
-    C_t = tl.load(C + at_n, mask=there_n, other=0).to(tl.float32)
-    dots = tl.sum(B_t * C_t, 1)[:, None]
-    return (b * L + t) * H + head, head, there, at_n, there_n, delta, slope, A, B_t, C_t, dots
+    return (b * L + t) * H + head, head, there, delta, slope, A
+
+
+@triton.jit
+def _of_states(B, C, L, B_b, B_l, N: constexpr, T: constexpr, NB: constexpr):
+    """For the steps of a program and the numbers of a state, (T, NB): where they lie in B and C,
+    whether they exist; and B, C and their scalar products (T, 1)."""
+    t, b = tl.program_id(0) * T + tl.arange(0, T)[:, None], tl.program_id(2).to(tl.int64)
+    n = tl.arange(0, NB)[None, :]
+    at, there = b * B_b + t.to(tl.int64) * B_l + tl.program_id(1) * N + n, (t < L) & (n < N)
+    B_t = tl.load(B + at, mask=there, other=0).to(tl.float32)
+    C_t = tl.load(C + at, mask=there, other=0).to(tl.float32)
+    return at, there, B_t, C_t, tl.sum(B_t * C_t, 1)[:, None]
 
 
 @triton.jit(do_not_specialize=("L",))
 def _prepare(dt, bias, A_log, D, B, C, delta, a, own, L, dt_b, dt_l, B_b, B_l, H: constexpr,
             G: constexpr, N: constexpr, LOW: constexpr, HIGH: constexpr, T: constexpr,
             HB: constexpr, NB: constexpr):
-    at, head, there, _, _, delta_t, _, A, _, _, dots = _of_program(
-        dt, bias, A_log, B, C, L, dt_b, dt_l, B_b, B_l, H, G, N, LOW, HIGH, T, HB, NB)
+    at, head, there, delta_t, _, A = _of_heads(dt, bias, A_log, L, dt_b, dt_l, H, G, LOW, HIGH, T,
+                                               HB)
+    _, _, _, _, dots = _of_states(B, C, L, B_b, B_l, N, T, NB)
     tl.store(delta + at, delta_t, mask=there)
     tl.store(a + at, delta_t * A, mask=there)
     D_h = tl.load(D + head, mask=tl.arange(0, HB)[None, :] < H // G, other=0)
@@ -76,8 +83,9 @@ def _prepare_gradients(dt, bias, A_log, B, C, gdelta, ga, gown, of_B, of_C, gdt,
     H), each program's share of the gradients of dt_bias, A_log and D.
     of_B, of_C: (PARTS, B, L, G, N), what the scan has of the gradients of B and C, to be added up.
     """
-    at, head, there, at_n, there_n, delta_t, slope, A, B_t, C_t, dots = _of_program(
-        dt, bias, A_log, B, C, L, dt_b, dt_l, B_b, B_l, H, G, N, LOW, HIGH, T, HB, NB)
+    at, head, there, delta_t, slope, A = _of_heads(dt, bias, A_log, L, dt_b, dt_l, H, G, LOW, HIGH,
+                                                   T, HB)
+    at_n, there_n, B_t, C_t, dots = _of_states(B, C, L, B_b, B_l, N, T, NB)
     t, b = tl.program_id(0) * T + tl.arange(0, T)[:, None], tl.program_id(2).to(tl.int64)
     ga_t = tl.load(ga + at, mask=there, other=0)
     gown_t = tl.load(gown + at, mask=there, other=0)
@@ -136,7 +144,7 @@ def prepare(dt, dt_bias, A_log, D, B, C, limits):
     tensors, strides = (dt, dt_bias, A_log, D, B, C), (*dt.stride()[:2], *B.stride()[:2])
     version = dt.device.index, *sizes, *_kinds(*tensors), *_facts(*strides)
     with torch.cuda.device_of(dt):
-        _start_prepare((-(-L // STEPS), sizes[1], batch), version, (*tensors, *made), L, *strides,
+        _start_prepare((-(-L // STEPS), B.shape[2], batch), version, (*tensors, *made), L, *strides,
                       *sizes)
     return made
 
@@ -153,7 +161,7 @@ def prepare_back(dt, dt_bias, A_log, B, C, gdelta, ga, gown, of_B, of_C, gdt, gB
     strides = (*dt.stride()[:2], *B.stride()[:2], *gdt.stride()[:2])
     version = dt.device.index, len(of_B), *sizes, *_kinds(*tensors), *_facts(*strides)
     with torch.cuda.device_of(dt):
-        _start_gradients((programs, sizes[1], batch), version, (*tensors, sums), L, *strides,
+        _start_gradients((programs, B.shape[2], batch), version, (*tensors, sums), L, *strides,
                          len(of_B), *sizes)
     return sum_over_rows(sums, torch.float32)
 
@@ -246,11 +254,11 @@ def prepare3(dt, A, lam, angles, bias, limits, floor):
     """a, gamma, weight and turns. dt, A, lam and angles lie in what in_proj gives."""
     (batch, L, H), S = dt.shape, angles.shape[2]
     made = [bias.new_empty(batch, L, H) for _ in range(3)] + [bias.new_empty(batch, L, H, S)]
-    sizes = _sizes3(H, S, limits, floor)
+    *_, T, _, _ = sizes = _sizes3(H, S, limits, floor)
     tensors, x_l = (dt, A, lam, angles, bias, *made), dt.stride(1)
     version = dt.device.index, *sizes, *_kinds(*tensors), *_facts(x_l)
     with torch.cuda.device_of(dt):
-        _start_prepare3((-(-L // sizes[5]), batch, 1), version, tensors, L, x_l, *sizes)
+        _start_prepare3((-(-L // T), batch, 1), version, tensors, L, x_l, *sizes)
     return made
 
 
@@ -264,8 +272,9 @@ def prepare3_back(dt, A, lam, angles, bias, ga, ggamma, gweight, gturns, gown, g
                   gangles, limits, floor):
     """The gradients of bias and of D, (2, H); those of dt, A, lam and angles go into gdt, gA, glam
     and gangles, which lie in one memory, too."""
-    (batch, L, H), sizes = dt.shape, _sizes3(dt.shape[2], angles.shape[2], limits, floor)
-    programs, strides = -(-L // sizes[5]), (dt.stride(1), gdt.stride(1))
+    batch, L, H = dt.shape
+    *_, T, _, _ = sizes = _sizes3(H, angles.shape[2], limits, floor)
+    programs, strides = -(-L // T), (dt.stride(1), gdt.stride(1))
     sums = bias.new_empty(batch * programs, 2, H)
     tensors = (dt, A, lam, angles, bias, ga, ggamma, gweight, gturns, gown, gdt, gA, glam, gangles,
                sums)
