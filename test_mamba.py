@@ -3348,7 +3348,7 @@ def check_fused_step(changes, dtype, rows, device, length=20, wide=torch.float32
 
 @torch.no_grad()
 def check_products_of_bytes(K, N, BN, W, dtype, device):
-    """By the matrix units of a GPU, of x in whole numbers of 16 bits."""
+    """By the tensor cores, of x in whole numbers of 16 bits."""
     from mamba_fast import bytes_triton
     from mamba_fast.int8 import Int8Linear
     layer = Int8Linear(nn.Linear(K, N)).to(device, dtype)

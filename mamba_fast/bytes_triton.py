@@ -3,15 +3,19 @@ Products of weights in 8 bits with the x of one text, on the tensor cores; for s
 
 In floating point a byte takes some four instructions of a thread, to convert and to multiply. The
 tensor cores multiply whole numbers of 8 bits, and the bytes go to them as they come from memory. So
-x becomes whole numbers too, scale (256 upper + lower), of which the two bytes are multiplied one
-after the other.
+x becomes whole numbers too, (256 upper + lower) / to_whole, and its two bytes are columns that are
+multiplied side by side.
 
 A program has BN outputs, and its W warps share the inputs. A lane loads 16 weights of one output at
-once, words 0 to 3, and they go into the instruction mma.m16n8k32 as they are. It takes the first
-and the third for row g of the weights and the others for row g + 8, and both rows meet the same x.
-Here all four belong to one output. So x stands there twice: in columns 0 and 1 as words 0 and 2
-need it (upper bytes, lower bytes), in columns 2 and 3 as words 1 and 3 need it; columns 4 to 7
-repeat these. Of row g columns 0 and 1 count, of row g + 8 columns 2 and 3, and the rest does not.
+once, words 0 to 3, and they go into the instruction mma.m16n8k32 as they are. For lane 4 g + t this
+takes words 0 and 2 as row g of the weights and words 1 and 3 as row g + 8, and both rows meet the
+same x. Here all four words belong to one output. So x stands there twice: in columns 0 and 1 as
+words 0 and 2 need it (upper bytes, lower bytes), in columns 2 and 3 as words 1 and 3 need it;
+columns 4 to 7 repeat these. Row g met its own inputs in columns 0 and 1, row g + 8 in columns 2 and
+3. The other sums are left out.
+
+Both kernels take what their namesakes in step_triton.py take, also rows, which is 1. PDL is
+explained there.
 """
 from __future__ import annotations
 
@@ -23,9 +27,9 @@ from triton.experimental.gluon.language import constexpr
 from .scan_triton import _sigmoid, reinterpret
 
 SMALL = constexpr(64.0)     # by which x is divided before its length is known: see step_triton.py
-LARGEST = constexpr(256 * 127.0 + 127)      # that has these two bytes
-PLAIN_2, PLAIN_4 = (
-    constexpr(gl.SwizzledSharedLayout(1, 1, 1, list(range(rank))[::-1])) for rank in (2, 4))
+LARGEST = constexpr(256 * 127.0 + 127)      # of two bytes with a sign, upper and lower
+PLAIN_2 = constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+PLAIN_4 = constexpr(gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
 MMA = constexpr("""mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32
     {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$0, $1, $2, $3};""")
 
@@ -50,8 +54,8 @@ def of_x(W):
 
 @triton.constexpr_function
 def of_bytes(W):
-    """The layout of words of x as the tensor cores want them, (2, 4 W, 2, 2): upper or lower bytes,
-    which 16 inputs, words 0 and 1 or 2 and 3 of them, the first or the second of these two."""
+    """The layout of words of x as the tensor cores want them: (upper or lower bytes, which 16
+    inputs, words 0 and 1 or 2 and 3 of them, the first or the second of these two)."""
     # bits 0 and 1 of a lane: its 16 inputs; 2 and 3: its column; 4: columns 4 to 7
     lanes = [[0, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
     warps = [[0, 4 << i, 0, 0] for i in range(W.bit_length() - 1)]
@@ -79,8 +83,8 @@ def _maximum(a, b):
 
 @gluon.jit
 def _outputs(layout: constexpr, BN: constexpr):
-    """0 to BN - 1 as (BN / 4, 2, 2): the last two are also the bits of a lane that choose its
-    column."""
+    """0 to BN - 1 as (BN / 4, 2, 2): the last two dimensions are bits 3 and 2 of a lane, which also
+    number its column of x."""
     OF_1: constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
     OF_2: constexpr = gl.SliceLayout(0, gl.SliceLayout(2, layout))
     OF_3: constexpr = gl.SliceLayout(0, gl.SliceLayout(1, layout))
@@ -129,19 +133,20 @@ def _product(x, weights, K: constexpr, BN: constexpr, W: constexpr):
         most = _maximum(most, gl.abs(xs[i]))
     most = gl.reduce(most, 0, _maximum)
     # where this overflows, x is below 1e-34, and so is what comes of it
-    scale = gl.where(most > 0, LARGEST / most, 0.0)
+    to_whole = gl.where(most > 0, LARGEST / most, 0.0)
     bytes_of_x = ()
     for i in gl.static_range(PASSES):
         # A whole number that is added to 1.5 * 2^23 stands in the last bits of the sum. With 128
-        # more its upper byte is rounded to the nearest, and its lower byte is 128 too large; to
-        # turn the first bit of that takes 128 away.
-        whole = (xs[i] * scale + (1.5 * 2 ** 23 + 128)).to(gl.int32, bitcast=True)
-        both = gl.permute(gl.join((whole >> 8).to(gl.int8), (whole ^ 128).to(gl.int8)), (1, 0))
+        # more its upper byte is rounded to the nearest, and its lower byte is 128 too large. That
+        # is taken away by turning the lower byte's highest bit.
+        bits = (xs[i] * to_whole + (1.5 * 2 ** 23 + 128)).to(gl.int32, bitcast=True)
+        both = gl.permute(gl.join((bits >> 8).to(gl.int8), (bits ^ 128).to(gl.int8)), (1, 0))
         of_pass = gl.allocate_shared_memory(gl.int8, [2, 128 * W], PLAIN_2, both)
         words = reinterpret(of_pass, gl.int32, [2, 8 * W, 2, 2], PLAIN_4)
         bytes_of_x = bytes_of_x + (words,)
     sums = (gl.zeros([BN // 4, 2, 2, 4 * W], gl.int32, OF_SUMS),) * 4
     for i in gl.static_range(len(weights)):
+        # a pass has 128 W inputs, which are two times 64 W
         x_k = bytes_of_x[i // 2].slice(i % 2 * 4 * W, 4 * W, 1).load(of_bytes(W))
         # x for words 0 and 1, and for words 2 and 3: (2, 2, 4 W)
         front, back = gl.split(gl.permute(x_k, (3, 0, 1, 2)))
@@ -210,10 +215,12 @@ def project(x, squares, weight, scale, bias, residual, norm, y, normed, y_square
 def enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, rows, EPS: constexpr,
           K: constexpr, X: constexpr, D: constexpr, H: constexpr, X_FIRST: constexpr,
           BEFORE: constexpr, BLOCKS: constexpr, BN: constexpr, W: constexpr, PDL: constexpr):
-    """As _enter in step_triton.py, for one text; by W warps."""
+    """As _enter in step_triton.py, for one text; by W warps. No other kernel of a step writes its
+    window, so that is read before the wait, too."""
     if PDL:
         _let_next_start()
-    # the first programs make u, the next ones the gate, the others H outputs as they are
+    # the first programs make u, the next ones the gate, the others H outputs as they are, which
+    # follow those of the gate
     OF_U: constexpr = (X + BN - 1) // BN
     OF_GATE: constexpr = (D + BN - 1) // BN
     block = gl.program_id(0)
@@ -246,7 +253,8 @@ def enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, row
     if to_u:
         inputs = before + (y.to(window.dtype.element_ty),)
         new = y * taps_d[BEFORE] + conv_bias_d
-        for k in gl.static_range(BEFORE):       # all lanes have met in the sums since they read it
+        # since they have read it all lanes have waited for each other, in the sums of _product
+        for k in gl.static_range(BEFORE):
             new += before[k].to(gl.float32) * taps_d[k]
             gl.store(window + k * X + d, inputs[k + 1], mask=in_x)
         gl.store(u + d, (new * _sigmoid(new)).to(u.dtype.element_ty), mask=in_x)

@@ -586,7 +586,8 @@ def linear(x, layer):
     """layer(x), x (B, L, in), contiguous, of a linear layer as decode has them, also with int8."""
     (K, N), rows = layer.weight.t().shape, x.shape[0] * x.shape[1]
     y, tiles = x.new_empty(*x.shape[:2], N), _tiles(x, rows, K, N)
-    if rows > 64 and N > 1024 and x.element_size() == 2:    # nothing else is to be read meanwhile
+    # many rows for each program: it has to make 16 bits of its weights for all of them
+    if rows > 64 and N > 1024 and x.element_size() == 2:
         BM = 64 if N <= 4096 else 128
         tiles = {"BM": BM, "BN": 64, "BK": 64, "PARTS": 1, "SWAP": True, "num_warps": 4,
                  "num_stages": 4}
@@ -616,8 +617,8 @@ def takes_bytes(layers, head, token):
 
 
 def _tiles_of_bytes(K, N):
-    """How a program of bytes_triton.py works that makes N numbers of K: BN outputs, W warps. As
-    measured on an H200, with the sizes of mamba-130m to mamba-2.8b."""
+    """How a program of bytes_triton.py works that makes N numbers of K: BN outputs, W warps, which
+    other tiles do not have. As measured on an H200, with the sizes of mamba-130m to mamba-2.8b."""
     if N > 16 * K:      # the head
         BN, W = 8, 4
     elif N > K:
@@ -645,7 +646,7 @@ def _tiles(x, rows, K, N, cut=False):
     """
     How a program of _product works that makes N numbers of K: BM texts, BN outputs, BK inputs at
     once; and into how many PARTS the sums are cut, if they may be. SWAP: the outputs are the rows
-    of the product on the matrix units, which takes 64 of them at least. As measured on an H200,
+    of the product on the tensor cores, which takes 64 of them at least. As measured on an H200,
     with the sizes of mamba-130m for 1, 64 and 256 texts, and those of mamba-2.8b for 1 and 16.
     """
     power, parts, is_head = triton.next_power_of_2, 1, N > 16 * K
@@ -656,7 +657,7 @@ def _tiles(x, rows, K, N, cut=False):
         BN = 8 if is_head else 4
         while BN > 1 and (BN * K * x.element_size() > 40 * 1024 or N < 128 * BN):
             BN //= 2
-    elif x.dtype == torch.float32:      # no matrix units
+    elif x.dtype == torch.float32:      # not by the tensor cores
         BM, BN, BK = min(32, max(16, power(rows))), 32, 32
     else:
         programs = lambda: triton.cdiv(N, BN) * triton.cdiv(rows, BM)
