@@ -223,7 +223,7 @@ def _project(x, squares, weight, scale, bias, residual, norm, y, normed, y_squar
              EPS: constexpr, K: constexpr, N: constexpr, BLOCKS: constexpr, PARTS: constexpr,
              BM: constexpr, BN: constexpr, BK: constexpr, SWAP: constexpr, PDL: constexpr):
     """A product, and what _keep does with it; or PARTS of it, y (PARTS, rows, N)."""
-    if PDL and (BM == 1 or N <= K):
+    if PDL and (BM == 1 or 8 * N <= K):
         tl.extra.cuda.gdc_launch_dependents()
     n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
     part, norm_n = tl.program_id(2), None
