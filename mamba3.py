@@ -225,8 +225,8 @@ class Mamba3Block(Mixer):
         tiny = x.shape[0] == 0 or (self.scan == "auto" and x.shape[1] == 1)
         method = "sequential" if tiny else scan_method(self.scan, parts[0], c.d_state, c.headdim)
         first, sums = state.theta / (2 * math.pi), None
-        if method == "triton" and begins is None:
-            sums = mamba.fast.angles_since(turns, first)
+        if mamba.fast and method != "sequential" and begins is None:
+            sums = mamba.fast.angles_since(method, turns, first)
         theta = (angles_since(begins, turns, first) if sums is None else sums) * (2 * math.pi)
         k, q, kq = self._keys_and_queries(B, C, theta, method, parts[0].dtype)
         x = torch.unflatten(x, -1, (c.nheads, -1))                          # (B, L, H, P)
@@ -261,9 +261,10 @@ class Mamba3Block(Mixer):
         B, C = (F.rms_norm(t, t.shape[-1:], norm.weight.to(t.dtype), norm.eps)
                 for t, norm in ((B, self.B_norm), (C, self.C_norm)))        # (B, L, R, G, N)
         biases = [bias.transpose(0, 1).to(B.dtype) for bias in (self.B_bias, self.C_bias)]
-        if method == "triton" and rank == 1:
+        if mamba.fast and method != "sequential" and rank == 1:
             of_one = (t.squeeze(-3) for t in (B, C, *biases))
-            return [t[:, :, None] for t in mamba.fast.keys_and_queries(*of_one, theta, dtype)]
+            if made := mamba.fast.keys_and_queries(method, *of_one, theta, dtype):
+                return [t[:, :, None] for t in made]
         k, q = (torch.unflatten(of_heads(t.flatten(0, 1), heads), 0, t.shape[:2]) + bias
                 for t, bias in zip((B, C), biases))                         # bias: (R, H, N)
         k, q = (turned(t, theta, rank > 1) for t in (k, q))

@@ -3237,9 +3237,8 @@ def check_kernels_of_ssd(inputs, documents=False):
         assert torch.equal(*results[:2]), f"{name} is not the same bits again"
 
 
-def check_keys(batch, length, groups, heads, d_state, angles, dtype=torch.float32, device="cuda"):
-    """Keys, queries and their products by the kernels against float64, gradients included, and the same bits again."""
-    from mamba_fast.turn_triton import keys_and_queries
+def check_keys(keys_and_queries, batch, length, groups, heads, d_state, angles, dtype=torch.float32, device="cuda"):
+    """Keys, queries and their products against float64, gradients included, and the same bits again."""
     draw = lambda *shape: torch.randn(*shape, device=device)
     inputs = [draw(batch, length, 2 * groups, d_state)[:, :, ::2], draw(batch, length, groups, d_state), draw(heads, d_state),
               draw(heads, d_state), 6 * draw(batch, length, heads, angles).abs()]
@@ -3259,9 +3258,8 @@ def check_keys(batch, length, groups, heads, d_state, angles, dtype=torch.float3
         assert torch.equal(got, again) and relative(got, expected) < (1e-5 if got.dtype == torch.float32 else 1e-2)
 
 
-def check_angles(batch, length, heads, angles, device="cuda"):
-    """Their sums by the kernels against float64, gradients included; in a circle 0 and 1 are the same."""
-    from mamba_fast.turn_triton import angles_since
+def check_angles(angles_since, batch, length, heads, angles, device="cuda"):
+    """Their sums against float64, gradients included; in a circle 0 and 1 are the same."""
     turns, first = torch.rand(length, batch, heads, angles, device=device).transpose(0, 1) - 0.3, torch.rand(batch, heads, angles, device=device)
     g, results = torch.randn_like(turns), []
     for run, kind in ((angles_since, torch.float32), (angles_since, torch.float32), (lambda *inputs: sums_of_angles(None, *inputs), torch.float64)):
@@ -3481,11 +3479,12 @@ ssd_triton.shared_memory = lambda device: 2 ** 17
 sys.modules["mamba2"].scan_method = lambda method, *others: method       # it would refuse a CPU
 for shape, dtype in (((1, 70, 2, 16, 1, 16), torch.float32), ((2, 37, 4, 20, 2, 5), torch.float32), ((1, 33, 3, 70, 3, 12), torch.float16)):
     tests.check_kernels_of_ssd(tests.inputs_of_ssd(*shape, dtype=dtype, device="cpu", strong=True), documents=True)
-tests.check_keys(2, 37, 1, 4, 12, 3, device="cpu")
-tests.check_keys(1, 16, 2, 4, 10, 5, device="cpu")
-tests.check_keys(1, 1, 1, 2, 16, 4, dtype=torch.bfloat16, device="cpu")
-tests.check_angles(2, 300, 3, 5, device="cpu")
-tests.check_angles(1, 128, 2, 16, device="cpu")
+turn_triton = importlib.import_module("mamba_fast.turn_triton")
+tests.check_keys(turn_triton.keys_and_queries, 2, 37, 1, 4, 12, 3, device="cpu")
+tests.check_keys(turn_triton.keys_and_queries, 1, 16, 2, 4, 10, 5, device="cpu")
+tests.check_keys(turn_triton.keys_and_queries, 1, 1, 1, 2, 16, 4, dtype=torch.bfloat16, device="cpu")
+tests.check_angles(turn_triton.angles_since, 2, 300, 3, 5, device="cpu")
+tests.check_angles(turn_triton.angles_since, 1, 128, 2, 16, device="cpu")
 tests.check_gated_norm(2, 5, 40, 2, device="cpu")
 tests.check_gated_norm(1, 600, 20, 1, device="cpu")
 tests.check_gated_norm(3, 1, 20, 1, device="cpu")
@@ -3525,7 +3524,7 @@ tests.AT_ONCE["mamba2"] = "AtOnceBackward"
 tests.check_block(tests.OF_BLOCK2[1], 37)
 tests.check_block(tests.OF_BLOCK2[2], 17)
 tests.check_block({**tests.OF_BLOCK2[3], "expand": 3, "ngroups": 3, "d_state": 20}, 5, frozen=tests.FROZEN[1])
-block.turn_triton = importlib.import_module("mamba_fast.turn_triton")
+block.turn_triton = turn_triton
 tests.check_block(tests.OF_BLOCK3[0], 37)
 tests.check_block(tests.OF_BLOCK3[1], 2)
 tests.check_block(tests.OF_BLOCK3[2], 17)
@@ -3608,10 +3607,11 @@ def test_ssd_by_kernels_equals_float64(dtype):
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_keys_by_kernels_equal_float64(dtype):
+    from mamba_fast import turn_triton
     for shape in ((2, 300, 3, 5), (1, 128, 2, 16), (3, 1, 2, 7), (1, 5000, 4, 32)):
-        check_angles(*shape)
+        check_angles(turn_triton.angles_since, *shape)
     for shape in ((2, 300, 1, 4, 128, 32), (1, 77, 3, 6, 12, 3), (1, 1, 1, 2, 16, 8), (1, 33, 2, 2, 100, 1)):
-        check_keys(*shape, dtype=dtype)
+        check_keys(turn_triton.keys_and_queries, *shape, dtype=dtype)
 
 
 @on_gpu
@@ -4527,6 +4527,30 @@ def check_ssd_of_a_cpu(shape, decay, by_operator=False):
 
 @fast
 @WITHOUT_COMPILER
+@pytest.mark.parametrize("shape", [(2, 37, 1, 8, 128, 32), (1, 130, 2, 4, 64, 16), (3, 5, 3, 6, 32, 16), (1, 1, 2, 2, 128, 64)])
+def test_keys_and_queries_of_a_cpu_equal_float64(shape):
+    from mamba_fast import turn_cpu
+    check_angles(turn_cpu.angles_since, *shape[:2], *shape[3::2], device="cpu")
+    check_keys(lambda *inputs: turn_cpu.keys_and_queries(*inputs[:-1]), *shape, device="cpu")
+
+
+@fast
+@WITHOUT_COMPILER
+@pytest.mark.parametrize("headdim, d_state, rope_fraction", [(32, 128, 0.5), (32, 64, 1.0), (32, 24, 0.5), (32, 128, 0.3)])
+def test_mamba3_with_and_without_cpp(headdim, d_state, rope_fraction, monkeypatch):
+    """Sizes that vectors fit and others: the same outputs and gradients as by PyTorch alone."""
+    config = Mamba3Config(d_model=64, headdim=headdim, d_state=d_state, rope_fraction=rope_fraction, scan="chunked")
+    block, x, results = Mamba3Block(config), torch.randn(2, 70, 64), []
+    for step in range(2):
+        leaf = x.clone().requires_grad_()
+        y = block(leaf)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *block.parameters()])])
+        monkeypatch.setattr(mamba, "fast", None)
+    assert same(*results, 2e-5)
+
+
+@fast
+@WITHOUT_COMPILER
 @pytest.mark.parametrize("by_operator", [False, True])
 @pytest.mark.parametrize("batch, length, channels, groups", [(2, 9, 32, 1), (1, 1, 16, 1), (3, 70, 128, 4), (2, 65, 48, 3)])
 def test_gated_norm_of_a_cpu(batch, length, channels, groups, by_operator):
@@ -4640,7 +4664,7 @@ def test_what_is_traced_has_no_cpp_in_it():
 @fast
 @WITHOUT_COMPILER
 def test_cpp_gives_the_same_bits_on_any_number_of_threads(monkeypatch):
-    from mamba_fast import scan_cpu, ssd_cpu
+    from mamba_fast import scan_cpu, ssd_cpu, turn_cpu
     results, inputs = [], {k: v.detach().requires_grad_() for k, v in scan_inputs(2, 50, 300, 8).items()}
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
@@ -4648,6 +4672,11 @@ def test_cpp_gives_the_same_bits_on_any_number_of_threads(monkeypatch):
         results.append([y, h, *torch.autograd.grad(y.sum() + h.sum(), list(inputs.values()))])
         y, h = ssd_cpu.ssd(*(of_heads := inputs_of_chunks(2, 100, 10, 16, 32, 1, "usual")))
         results[-1] += [y, h, *torch.autograd.grad(y.sum() + h.sum(), of_heads)]
+        leaves = [at_random(torch.randn, *shape).requires_grad_() for shape in
+                  ((2, 90, 2, 64), (2, 90, 2, 64), (4, 64), (4, 64), (2, 90, 4, 32))]
+        angles = turn_cpu.angles_since(leaves[-1], leaves[-1][:, 0])
+        made = turn_cpu.keys_and_queries(*leaves[:-1], angles)
+        results[-1] += [*made, *torch.autograd.grad(sum(t.square().sum() for t in made), leaves)]
     assert same(results[0], results[1]) and same(results[0], results[2])
 
 

@@ -10,8 +10,9 @@ mamba.py does it in its own way:
     mix, mix2, mix3    None where no gradients are asked for, where the block has an adapter, a hook
                        or the like, and where its kernels cannot run
     in_chunks(...)     None where the C++ of ssd_cpu.cpp cannot run
-    ssd, keys_and_queries           never None, and asked only where has_triton says True
-    angles_since       the same, but None in what torch.compile compiles, for it fuses the plain way
+    ssd                never None, and asked only where has_triton says True
+    angles_since, keys_and_queries  None where neither Triton's kernels nor C++ can run, and mostly
+                       in what torch.compile compiles, for it fuses the plain way
     recurrence(...)    a function, never None
     softplus, gated    never None: the same with backward passes that keep less
     conv_silu(...)     None for the sequential scan, which can be differentiated twice, in what
@@ -30,7 +31,7 @@ import functools
 
 import torch
 
-from . import layers, norm_cpu, scan_cpu, scan_side_by_side, ssd_cpu
+from . import layers, norm_cpu, scan_cpu, scan_side_by_side, ssd_cpu, turn_cpu
 from .block import mix, mix2, mix3
 from .decode import decoder, recorded, replayed
 from .int8 import quantize_int8
@@ -78,19 +79,21 @@ def in_chunks(u, delta, a, B, C, state, own):
     return ssd_cpu.ssd(u, delta, a, B, C, state, own)
 
 
-def angles_since(turns, first):
-    """That of mamba3.py by kernels, for one document."""
+def angles_since(method, turns, first):
+    """That of mamba3.py for one document."""
     if torch.compiler.is_compiling() or turns.numel() == 0:
         return None
-    return turn_triton.angles_since(turns, first)
+    return (turn_triton if method == "triton" else turn_cpu).angles_since(turns, first)
 
 
-def keys_and_queries(B, C, B_bias, C_bias, theta, dtype):
+def keys_and_queries(method, B, C, B_bias, C_bias, theta, dtype):
     """
-    Those of Mamba-3 with one step for each token, by kernels: B, C (B, L, G, N) normed, biases (H,
-    N), theta (B, L, H, S). Returns k, q (B, L, H, N) in this dtype, and their scalar products.
+    Those of Mamba-3 with one step for each token: B, C (B, L, G, N) normed, biases (H, N), theta
+    (B, L, H, S). Returns k, q (B, L, H, N), by kernels in this dtype, and their scalar products.
     """
-    return turn_triton.keys_and_queries(B, C, B_bias, C_bias, theta, dtype)
+    if method == "triton":
+        return turn_triton.keys_and_queries(B, C, B_bias, C_bias, theta, dtype)
+    return turn_cpu.keys_and_queries(B, C, B_bias, C_bias, theta)
 
 
 def gated_norm(y, z, weight, groups, eps, scan):
