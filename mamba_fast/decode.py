@@ -55,27 +55,26 @@ def decoder(model, prompts, state, compile, plain):
 def is_plain(model, plain):
     """Whether every module is of the class that belongs in its place, without hooks, and has plain
     parameters."""
-    of_all = nn.modules.module
+    of_all, norm_eps = nn.modules.module, model.config.norm_eps
     if of_all._global_forward_hooks or of_all._global_forward_pre_hooks:
         return False
     for name, module in parts_of(model):
-        kind, known = type(module), PLACES.get(name, ())
-        does = getattr(kind, "forward", None), getattr(kind, "mix", None)
-        belongs = kind in known or plain.get(kind) == does
-        if not belongs or vars(module).keys() & {"forward", "mix"}:
+        kind, own = type(module), vars(module)
+        belongs = (kind in PLACES.get(name, ())
+                   or plain.get(kind) == (kind.forward, getattr(kind, "mix", None)))
+        if not belongs or "forward" in own or "mix" in own:
             return False
         if module._forward_hooks or module._forward_pre_hooks:
             return False
         if kind is nn.Dropout and module.training and module.p > 0:
             return False
-        if vars(module).get("eps", model.config.norm_eps) != model.config.norm_eps:
+        if own.get("eps", norm_eps) != norm_eps:
             return False
         if isinstance(module, nn.RMSNorm) and module.weight is None:
             return False
         if name == "dt_proj" and (kind is not nn.Linear or module.bias is None):
             return False
-        parameters = [p for p in module._parameters.values() if p is not None]
-        if any(type(p) is not nn.Parameter for p in parameters):
+        if any(type(p) is not nn.Parameter for p in own["_parameters"].values() if p is not None):
             return False
     return True
 
