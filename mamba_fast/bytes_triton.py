@@ -26,7 +26,7 @@ from triton.experimental.gluon.language import constexpr
 
 from .scan_triton import _sigmoid, reinterpret
 
-SMALL = constexpr(64.0)     # by which x is divided before its length is known: see step_triton.py
+DIVISOR = constexpr(64.0)   # by which x is divided before its length is known: see step_triton.py
 LARGEST = constexpr(256 * 127.0 + 127)      # of two bytes with a sign, upper and lower
 PLAIN_2 = constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 PLAIN_4 = constexpr(gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
@@ -193,16 +193,16 @@ def project(x, squares, weight, scale, bias, residual, norm, y, normed, y_square
     scale_n = gl.load(scale + n, mask=there, other=0).to(gl.float32)
     bias_n = gl.load(bias + n, mask=there, other=0).to(gl.float32) if bias is not None else 0.0
     if norm is not None:
-        norm_n = gl.load(norm + n, mask=there, other=0).to(gl.float32) / SMALL
+        norm_n = gl.load(norm + n, mask=there, other=0).to(gl.float32) / DIVISOR
     if PDL:
         _wait()
     if residual is not None:
-        before = gl.load(residual + n, mask=there, other=0).to(gl.float32)
+        residual_n = gl.load(residual + n, mask=there, other=0).to(gl.float32)
     if squares is not None:
-        scale_n *= SMALL * gl.rsqrt(_sum_of(squares, BLOCKS, W) / K + EPS)
+        scale_n *= DIVISOR * gl.rsqrt(_sum_of(squares, BLOCKS, W) / K + EPS)
     y_n = _product(x, weights, K, BN, W) * scale_n + bias_n
     if residual is not None:
-        y_n += before
+        y_n += residual_n
     y_n = y_n.to(y.dtype.element_ty)
     gl.store(y + n, y_n, mask=there)
     if norm is not None:
@@ -248,7 +248,7 @@ def enter(x, squares, weight, scale, bias, taps, conv_bias, window, u, gate, row
             before = before + (gl.load(window + k * X + d, mask=in_x, other=0),)
     if PDL:
         _wait()
-    scale_d *= SMALL * gl.rsqrt(_sum_of(squares, BLOCKS, W) / K + EPS)
+    scale_d *= DIVISOR * gl.rsqrt(_sum_of(squares, BLOCKS, W) / K + EPS)
     y = _product(x, weights, K, BN, W) * scale_d + bias_d
     if to_u:
         inputs = before + (y.to(window.dtype.element_ty),)

@@ -28,7 +28,7 @@ import triton.language as tl
 from triton.language import constexpr
 
 from . import bytes_triton
-from .bytes_triton import SMALL  # by which x is divided before its length is known: see _keep
+from .bytes_triton import DIVISOR  # by which x is divided before its length is known: see _keep
 from .scan_triton import LOG2E, _silu
 
 CIRCLE = constexpr(6.283185307179586)       # a whole turn, in radians
@@ -141,7 +141,7 @@ def _product(x, squares, weight, scale, bias, residual, rows, r, n, part, EPS: c
         if SWAP:
             y = y.trans()
     if squares is not None:
-        root = SMALL * tl.rsqrt(tl.sum(square, 1) / K + EPS)
+        root = DIVISOR * tl.rsqrt(tl.sum(square, 1) / K + EPS)
         y *= root[:, None]
     if scale is not None:
         y *= scale_n
@@ -158,9 +158,9 @@ def _keep(y, norm_n, out, normed, squares, rows, r, n, N: constexpr, BN: constex
     in_y, of_y = (r < rows)[:, None] & (n < N)[None, :], r[:, None] * N + n[None, :]
     y = y.to(out.dtype.element_ty)
     tl.store(out + of_y, y, mask=in_y)
-    if norm_n is not None:  # / SMALL: what is not yet divided by its length could overflow float16
+    if norm_n is not None:  # divided, for what has not its length yet could overflow float16
         wide = y.to(tl.float32)
-        weighted = wide * (norm_n / SMALL)
+        weighted = wide * (norm_n / DIVISOR)
         tl.store(normed + of_y, weighted.to(normed.dtype.element_ty), mask=in_y)
         of_block = r * tl.cdiv(N, BN) + tl.program_id(0)
         tl.store(squares + of_block, tl.sum(wide * wide, 1), mask=r < rows)
@@ -376,7 +376,7 @@ def _advance_heads(u, gate, dt_bias, A_log, Dw, norm, h, y, squares, rows, H: co
     y_d = (tl.sum(h_d * C[None, :], 1) + D_h * u_d) * gate_d
     if norm is not None:
         tl.store(squares + r * (H * CUTS) + tl.program_id(0), tl.sum(y_d * y_d, 0))
-        y_d *= norm_d / SMALL
+        y_d *= norm_d / DIVISOR
     tl.store(y + r * D + d, y_d.to(y.dtype.element_ty), mask=in_p)
 
 
