@@ -1580,6 +1580,13 @@ def test_replaced_modules(name, module):
     assert torch.equal(model.generate(prompts, 6, temperature=0)[:, 7:], greedy(model, prompts, 6))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+def test_a_scripted_module():
+    model, prompts = lively(n_layer=2), tokens(2, 7)
+    model.backbone["norm_f"] = torch.jit.script(nn.RMSNorm(32, eps=1e-5))
+    assert torch.equal(model.generate(prompts, 6, temperature=0)[:, 7:], greedy(model, prompts, 6))
+
+
 def test_a_compiled_step_is_not_for_what_was_changed():
     model, prompts = lively(n_layer=2), tokens(2, 7)
     put_in(model, "backbone.layers.1.mixer.x_proj", "hook")
@@ -4536,6 +4543,27 @@ def test_keys_and_queries_of_a_cpu_equal_float64(shape):
 
 @fast
 @WITHOUT_COMPILER
+def test_what_turn_cpu_leaves_to_pytorch():
+    """Other shapes than its own, as a state of another block or a bias for all heads; and second derivatives of the angles."""
+    from mamba_fast import turn_cpu
+    turns, x, bias = torch.rand(2, 5, 4, 16, requires_grad=True), torch.randn(2, 5, 1, 64), torch.randn(4, 64)
+    first = torch.rand(2, 4, 16, requires_grad=True)
+    for wrong in (first[:1], first[:, :1], first[..., :8], torch.rand(2, 4, 0)):
+        assert turn_cpu.angles_since(turns, wrong) is None
+    assert turn_cpu.angles_since(turns[..., :0], torch.rand(2, 4, 0)) is None
+    for given in ((x, x, bias[:1], bias[:1], turns), (x, x[:1], bias, bias, turns), (x[:, :4], x[:, :4], bias, bias, turns),
+                  (x, x, bias, bias[:, :32], turns), (x, x, bias, bias, turns[..., :3])):
+        assert turn_cpu.keys_and_queries(*given) is None
+    g = torch.randn(2, 5, 4, 16, requires_grad=True)
+    once = torch.autograd.grad(turn_cpu.angles_since(turns, first), (turns, first), g)
+    kept = torch.autograd.grad(turn_cpu.angles_since(turns, first), (turns, first), g, create_graph=True)
+    assert same(once, [t.detach() for t in kept], 1e-6)
+    again, = torch.autograd.grad(kept[0].square().sum(), g)
+    assert same(again, 2 * kept[0].cumsum(1).detach(), 1e-5)
+
+
+@fast
+@WITHOUT_COMPILER
 @pytest.mark.parametrize("headdim, d_state, rope_fraction", [(32, 128, 0.5), (32, 64, 1.0), (32, 24, 0.5), (32, 128, 0.3)])
 def test_mamba3_with_and_without_cpp(headdim, d_state, rope_fraction, monkeypatch):
     """Sizes that vectors fit and others: the same outputs and gradients as by PyTorch alone."""
@@ -5016,7 +5044,7 @@ def test_products_of_few_rows_in_cpp(dtype):
         for rows in (1, 2, 3, 4, 7, 8):
             x = torch.randn(rows, n_in)
             expected = F.linear(x.double(), weight, None if linear.bias is None else linear.bias.double())
-            assert relative(step_cpu.product(linear, rows)(x), expected) < 1e-6
+            assert relative(step_cpu.product(linear, rows)(x), expected) < 2e-6
         assert step_cpu.product(linear, 9) is None
 
 

@@ -11,8 +11,9 @@ mamba.py does it in its own way:
                        or the like, and where its kernels cannot run
     in_chunks(...)     None where the C++ of ssd_cpu.cpp cannot run
     ssd                never None, and asked only where has_triton says True
-    angles_since, keys_and_queries  None where neither Triton's kernels nor C++ can run, and mostly
-                       in what torch.compile compiles, for it fuses the plain way
+    angles_since, keys_and_queries  None where neither Triton's kernels nor C++ can run, and in what
+                       torch.compile compiles, for it fuses the plain way: keys_and_queries only
+                       without Triton
     recurrence(...)    a function, never None
     softplus, gated    never None: the same with backward passes that keep less
     conv_silu(...)     None for the sequential scan, which can be differentiated twice, in what
@@ -89,7 +90,8 @@ def angles_since(method, turns, first):
 def keys_and_queries(method, B, C, B_bias, C_bias, theta, dtype):
     """
     Those of Mamba-3 with one step for each token: B, C (B, L, G, N) normed, biases (H, N), theta
-    (B, L, H, S). Returns k, q (B, L, H, N), by kernels in this dtype, and their scalar products.
+    (B, L, H, S). Returns k, q (B, L, H, N) and their scalar products; of Triton's kernels k and q
+    have this dtype.
     """
     if method == "triton":
         return turn_triton.keys_and_queries(B, C, B_bias, C_bias, theta, dtype)

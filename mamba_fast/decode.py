@@ -60,8 +60,8 @@ def is_plain(model, plain):
         return False
     for name, module in parts_of(model):
         kind, own = type(module), vars(module)
-        belongs = (kind in PLACES.get(name, ())
-                   or plain.get(kind) == (kind.forward, getattr(kind, "mix", None)))
+        belongs = kind in PLACES.get(name, ()) or plain.get(kind) == (
+            getattr(kind, "forward", None), getattr(kind, "mix", None))
         if not belongs or "forward" in own or "mix" in own:
             return False
         if module._forward_hooks or module._forward_pre_hooks:

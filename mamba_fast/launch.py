@@ -192,7 +192,7 @@ class Plan(TorchDispatchMode):
         self.assign_memory(results, kept)
         requests = [self.numbers_of(request) for request in self.requests]
         self.count, self.multiplies = len(requests), any(r[0] == 1 for r in requests)
-        self.numbers = as_int64([n for r in requests for n in (len(r) - 1, *r)])
+        self.numbers = packed([n for r in requests for n in (len(r) - 1, *r)])
         del self.inputs, self.ranges, self.storages, self.spans, self.requests, self.targets
 
     def __torch_dispatch__(self, operator, types, arguments=(), settings=None):
@@ -346,7 +346,7 @@ class Plan(TorchDispatchMode):
         allocated = [None if of is None else
                      torch.empty_like(of, memory_format=torch.contiguous_format)
                      for of in self.to_allocate]
-        addresses = as_int64([0 if t is None else t.data_ptr() for t in (*tensors, *allocated)])
+        addresses = packed([0 if t is None else t.data_ptr() for t in (*tensors, *allocated)])
         run_list, launch, multiply = entry_points()
         stream, blas = torch._C._cuda_getCurrentRawStream(first.device.index), None
         if self.multiplies:     # asked for each time: PyTorch then sets its stream and precision
@@ -392,8 +392,8 @@ def order_of(matrix):
     raise CannotBeWritten("neither rows nor columns have their numbers side by side")
 
 
-def as_int64(numbers):
-    """The bytes of these numbers, as C++ has them."""
+def packed(numbers):
+    """The bytes of whole numbers, as C++ has them."""
     return struct.pack(f"{len(numbers)}q", *numbers)
 
 

@@ -82,11 +82,11 @@ def gradients(gy, gstate, kept, before, u, delta, a, B, C, own, gu, gdelta, ga, 
     last state, becomes that of the first; None: it is zeros, and that of the first is not asked
     for."""
     parts = math.ceil(u.shape[2] // B.shape[2] / HEADS)     # of the heads that share B and C
-    at_once = parts == 1 and gB.is_contiguous() and gC.is_contiguous()
-    sums = (gB, gC) if at_once else B.new_empty(2, parts, *B.shape)
+    without_sums = parts == 1 and gB.is_contiguous() and gC.is_contiguous()
+    sums = (gB, gC) if without_sums else B.new_empty(2, parts, *B.shape)
     cpp.call(cpp.compiled(NAME).backward, *given(before, u, delta, a, B, C, own), kept, gy, gstate,
              gu.stride(1), gdelta.stride(1), gu, gdelta, ga, *sums, gown)
-    if not at_once:
+    if not without_sums:
         for g, sums_g in zip((gB, gC), sums):
             torch.sum(sums_g, 0, out=g)
 

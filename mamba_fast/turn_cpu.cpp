@@ -1,23 +1,25 @@
-// The keys and queries of Mamba-3 with one step for each token, forward and backward. Of each token
-// and head, with b of the head's group and its bias, the pair of numbers 2 i and 2 i + 1 turned by
-// the angle theta_i:
+// What turns the states of Mamba-3, forward and backward: sums of what each step turns them by, as
+// parts of a whole turn, in [0, 1],
 //
-//     k = turned(b + bias)    q = turned(c + other bias)    dots = k . q
+//     since_t = first + turns_0 + ... + turns_t
 //
-// And before that the angles, as parts of a turn in [0, 1): since_t = first + turns_0 + ... + turns_t.
+// and, with one step for each token, keys and queries. For each token and head, with b and c of the
+// head's group, the pairs of numbers 2 i and 2 i + 1 are rotated by the angle theta_i, in radians:
 //
-// Shapes: turns, since (batch, L, X); first (batch, X); b, c and their gradients (tokens, G, N); biases (H, N); theta (tokens, H, S); k, q
-// (tokens, H, N); dots (tokens, H). Pairs from S on are not turned. X and S are multiples of W, N of
-// 2 W.
+//     k = rotated(b + b_bias)    q = rotated(c + c_bias)    dots = k . q
+//
+// Shapes: turns, since (batch, L, X); first (batch, X); b, c (tokens, G, N); biases (H, N); theta
+// (tokens, H, S); k, q (tokens, H, N); dots (tokens, H); gradients as what they belong to. Pairs
+// from S on are not rotated. X and S are multiples of W, N is one of 2 W.
 #include "vectors.h"
 
-constexpr long ROWS = 64;       // tokens of a task: a fixed number, as sums must not depend on threads
+constexpr long ROWS = 64;       // tokens of a task: fixed, as sums must not depend on threads
 
-// The nearest whole number: from 1.5 * 2^23 on floats are the whole numbers.
+// The whole number next to x, which is below 2^22: around 1.5 * 2^23 floats are the whole numbers.
 static inline vec whole(vec x) { return (x + 12582912.f) - 12582912.f; }
 
-// cos and sin of angles around [0, 2 pi]: those of what is left of a quarter turn, by their series
-// up to 1/8 turn, which change places and signs with the number of the quarter.
+// Of an angle in [0, 2 pi], or not far from it. It is some quarters of a turn and a rest of at most
+// 1/8, of which series give cos and sin; a quarter makes -sin and cos of them, two -cos and -sin.
 static inline void cos_and_sin(vec angle, vec &cos, vec &sin)
 {
     vec quarters = whole(angle * 0.636619772f);
@@ -37,7 +39,7 @@ static inline void cos_and_sin(vec angle, vec &cos, vec &sin)
     cos = (vec)(cos_bits ^ (((quarter + 1) & 2) << 30));
 }
 
-// (-b, a) of each pair (a, b): turned by a quarter
+// (-b, a) of each pair (a, b).
 static inline vec quarter_turned(vec v)
 {
     vec other = v;
@@ -45,10 +47,10 @@ static inline vec quarter_turned(vec v)
     return other;
 }
 
-// W angles as factors of 2 W numbers, each for both numbers of its pair: half by half
-struct Turn {
+// By W angles, of W pairs: each cos and sin is there for both numbers of its pair.
+struct Rotation {
     vec cos[2], sin[2];
-    Turn(const float *theta)
+    Rotation(const float *theta)
     {
         vec c, s;
         cos_and_sin(load(theta), c, s);
@@ -58,7 +60,7 @@ struct Turn {
                 sin[half][i] = s[half * (W / 2) + i / 2];
             }
     }
-    vec turned(vec v, int half) const { return v * cos[half] + quarter_turned(v) * sin[half]; }
+    vec of(vec v, int half) const { return v * cos[half] + quarter_turned(v) * sin[half]; }
     vec back(vec v, int half) const { return v * cos[half] - quarter_turned(v) * sin[half]; }
 };
 
@@ -71,18 +73,18 @@ void sums(int threads, long batch, long L, long X, const float *turns, const flo
     for (long task = 0; task < batch * X / W; task++) {
         NoTinyNumbers here;
         long start = task / (X / W) * L * X + task % (X / W) * W;
-        // as in mamba3.py coarse is exact; lost: what rounding has added to rest so far
-        vec coarse = {}, rest = load(first + task * W), lost = {};
+        // as in mamba3.py coarse is exact; excess: what rounding has just added to rest
+        vec coarse = {}, rest = load(first + task * W), excess = {};
         for (long at = start; at < start + L * X; at += X) {
-            vec turn = load(turns + at), steps = whole(turn * 1024.f) / 1024.f;
-            coarse += steps;
+            vec turn = load(turns + at), coarse_part = whole(turn * 1024.f) / 1024.f;
+            coarse += coarse_part;
             coarse -= whole(coarse);
-            vec more = turn - steps - lost, next = rest + more;
-            lost = next - rest - more;
+            vec rest_part = turn - coarse_part - excess, next = rest + rest_part;
+            excess = next - rest - rest_part;
             rest = next;
-            vec sum = coarse + rest;
-            sum -= whole(sum);                              // in [-1/2, 1/2]
-            store(since + at, sum < 0 ? sum + 1.f : sum);
+            vec angle = coarse + rest;
+            angle -= whole(angle);                          // in [-1/2, 1/2]
+            store(since + at, angle < 0 ? angle + 1.f : angle);
         }
     }
 }
@@ -94,10 +96,10 @@ void sums_backward(int threads, long batch, long L, long X, const float *gsince,
     for (long task = 0; task < batch * X / W; task++) {
         NoTinyNumbers here;
         long start = task / (X / W) * L * X + task % (X / W) * W;
-        vec sum = {};
+        vec total = {};
         for (long at = start + (L - 1) * X; at >= start; at -= X)
-            store(gturns + at, sum += load(gsince + at));
-        store(gfirst + task * W, sum);
+            store(gturns + at, total += load(gsince + at));
+        store(gfirst + task * W, total);
     }
 }
 
@@ -106,7 +108,8 @@ void forward(int threads, long tokens, long H, long G, long N, long S, const flo
              float *k, float *q, float *dots)
 {
     #pragma omp parallel for num_threads(threads)
-    for (long token = 0; token < tokens; token++)
+    for (long token = 0; token < tokens; token++) {
+        NoTinyNumbers here;
         for (long h = 0; h < H; h++) {
             long group = (token * G + h / (H / G)) * N, head = token * H + h;
             vec products = {};
@@ -117,10 +120,10 @@ void forward(int threads, long tokens, long H, long G, long N, long S, const flo
                     q_n[i] = load(c + group + n + i * W) + load(c_bias + h * N + n + i * W);
                 }
                 if (n / 2 < S) {
-                    const Turn turn(theta + head * S + n / 2);
+                    const Rotation rotation(theta + head * S + n / 2);
                     EACH for (int i = 0; i < 2; i++) {
-                        k_n[i] = turn.turned(k_n[i], i);
-                        q_n[i] = turn.turned(q_n[i], i);
+                        k_n[i] = rotation.of(k_n[i], i);
+                        q_n[i] = rotation.of(q_n[i], i);
                     }
                 }
                 EACH for (int i = 0; i < 2; i++) {
@@ -131,6 +134,7 @@ void forward(int threads, long tokens, long H, long G, long N, long S, const flo
             }
             dots[head] = sum(products);
         }
+    }
 }
 
 // gb, gc and the gradients of the biases, (tasks, H, N), are added to; the latter are still to be
@@ -148,25 +152,25 @@ void backward(int threads, long tokens, long H, long G, long N, long S, const fl
                 long group = (token * G + h / (H / G)) * N, head = token * H + h;
                 long bias = (task * H + h) * N;
                 for (long n = 0; n < N; n += 2 * W) {
-                    vec gk_n[2], gq_n[2], along[2];     // along: of each number, for its angle
+                    vec gk_n[2], gq_n[2], gangle[2];    // gangle: the sum of a pair is the angle's
                     EACH for (int i = 0; i < 2; i++) {
                         long at = head * N + n + i * W;
                         vec k_n = load(k + at), q_n = load(q + at);
                         gk_n[i] = load(gk + at) + gdots[head] * q_n;
                         gq_n[i] = load(gq + at) + gdots[head] * k_n;
-                        along[i] = gk_n[i] * quarter_turned(k_n) + gq_n[i] * quarter_turned(q_n);
+                        gangle[i] = gk_n[i] * quarter_turned(k_n) + gq_n[i] * quarter_turned(q_n);
                     }
                     if (n / 2 < S) {
-                        const Turn turn(theta + head * S + n / 2);
+                        const Rotation rotation(theta + head * S + n / 2);
                         vec of_pairs;
                         EACH for (int i = 0; i < W; i++) {
-                            const vec &half = along[i / (W / 2)];
+                            const vec &half = gangle[i / (W / 2)];
                             of_pairs[i] = half[2 * i % W] + half[2 * i % W + 1];
                         }
                         store(gtheta + head * S + n / 2, of_pairs);
                         EACH for (int i = 0; i < 2; i++) {
-                            gk_n[i] = turn.back(gk_n[i], i);
-                            gq_n[i] = turn.back(gq_n[i], i);
+                            gk_n[i] = rotation.back(gk_n[i], i);
+                            gq_n[i] = rotation.back(gq_n[i], i);
                         }
                     }
                     EACH for (int i = 0; i < 2; i++) {

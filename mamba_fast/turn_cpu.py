@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 
 from . import cpp
-from .operators import differentiable_once
+from .operators import differentiable_once, is_traced
 
 NAME = "turn_cpu"
 ROWS = 64       # tokens of a task, as in turn_cpu.cpp
@@ -12,19 +12,21 @@ ROWS = 64       # tokens of a task, as in turn_cpu.cpp
 
 def keys_and_queries(B, C, B_bias, C_bias, theta):
     """As in turn_triton.py, in float32; None where it cannot run."""
-    inputs = B, C, B_bias, C_bias, theta
-    fits = B.shape[3] % (2 * cpp.WIDTH) == 0 and theta.shape[3] % cpp.WIDTH == 0
-    if torch.compiler.is_compiling() or not (fits and cpp.runs(NAME, *inputs)):
+    if torch.compiler.is_compiling() or is_traced():
         return None
-    return NativeTurn.apply(*inputs)
+    inputs, (*of_tokens, H, S), N = (B, C, B_bias, C_bias, theta), theta.shape, B.shape[3]
+    fits = (N % (2 * cpp.WIDTH) == 0 and S % cpp.WIDTH == 0 and C.shape == B.shape
+            and [*B.shape[:2]] == of_tokens and B_bias.shape == C_bias.shape == (H, N))
+    return NativeTurn.apply(*inputs) if fits and cpp.runs(NAME, *inputs) else None
 
 
 def angles_since(turns, first):
     """That of mamba3.py for one document; None where it cannot run."""
-    fits = turns.shape[2] * turns.shape[3] % cpp.WIDTH == 0
-    if torch.compiler.is_compiling() or not (fits and cpp.runs(NAME, turns, first)):
+    if torch.compiler.is_compiling() or is_traced():
         return None
-    return NativeSums.apply(turns, first)
+    batch, _, H, S = turns.shape
+    fits = H * S > 0 and H * S % cpp.WIDTH == 0 and first.shape == (batch, H, S)
+    return NativeSums.apply(turns, first) if fits and cpp.runs(NAME, turns, first) else None
 
 
 class NativeSums(torch.autograd.Function):
@@ -36,8 +38,9 @@ class NativeSums(torch.autograd.Function):
         return since
 
     @staticmethod
-    @differentiable_once
     def backward(ctx, gsince):
+        if torch.is_grad_enabled():     # it may be differentiated again
+            return gsince.flip(1).cumsum(1).flip(1), gsince.sum(1)
         gturns, gfirst = gsince.new_empty(gsince.shape), gsince[:, 0].new_empty(gsince[:, 0].shape)
         cpp.call(cpp.compiled(NAME).sums_backward, *gsince.shape[:2], gfirst[0].numel(),
                  gsince.contiguous(), gturns, gfirst)
