@@ -15,8 +15,8 @@ has enter and project.
 
 Where PDL (programmatic dependent launch) is set, a kernel starts while the one before it still
 runs. It fetches its weights and states, which no other kernel of the step writes, and only then
-waits for it. After in_proj or the head of many texts it starts later: a kernel that waits takes
-room from one that works. Sums are in float32 and in a fixed order.
+waits for it. After in_proj, out_proj or the head of several texts it starts later: a kernel that
+waits takes room from one that works. Sums are in float32 and in a fixed order.
 """
 from __future__ import annotations
 
