@@ -1,25 +1,26 @@
-// What turns the states of Mamba-3, forward and backward: sums of what each step turns them by, as
-// parts of a whole turn, in [0, 1],
+// What turns the states of Mamba-3, forward and backward. First the sums of what each step turns
+// them by, as parts of a whole turn, in [0, 1]:
 //
-//     since_t = first + turns_0 + ... + turns_t
+//     since_t = first + turns_0 + ... + turns_t    modulo 1
 //
-// and, with one step for each token, keys and queries. For each token and head, with b and c of the
-// head's group, the pairs of numbers 2 i and 2 i + 1 are rotated by the angle theta_i, in radians:
+// Then, if there is one step for each token, the keys and queries. Of b and c of a head's group and
+// a bias each pair of numbers 2 i and 2 i + 1 is rotated by the angle theta_i, in radians:
 //
 //     k = rotated(b + b_bias)    q = rotated(c + c_bias)    dots = k . q
 //
-// Shapes: turns, since (batch, L, X); first (batch, X); b, c (tokens, G, N); biases (H, N); theta
-// (tokens, H, S); k, q (tokens, H, N); dots (tokens, H); gradients as what they belong to. Pairs
-// from S on are not rotated. X and S are multiples of W, N is one of 2 W.
+// Shapes: turns, since (batch, L, X), where X is all angles of all heads; first (batch, X); b, c
+// (tokens, G, N); biases (H, N); theta (tokens, H, S); k, q (tokens, H, N); dots (tokens, H). A
+// gradient has the shape of what it belongs to, but those of the biases have one more dimension.
+// Pairs from S on are not rotated. X and S are multiples of W, N is one of 2 W.
 #include "vectors.h"
 
 constexpr long ROWS = 64;       // tokens of a task: fixed, as sums must not depend on threads
 
-// The whole number next to x, which is below 2^22: around 1.5 * 2^23 floats are the whole numbers.
+// x rounded to a whole number, for |x| < 2^22: around 1.5 * 2^23 floats are the whole numbers.
 static inline vec whole(vec x) { return (x + 12582912.f) - 12582912.f; }
 
-// Of an angle in [0, 2 pi], or not far from it. It is some quarters of a turn and a rest of at most
-// 1/8, of which series give cos and sin; a quarter makes -sin and cos of them, two -cos and -sin.
+// Of an angle in [0, 2 pi], or not far from it. It is a number of quarter turns and a rest of at
+// most 1/8 turn. Of the rest series give cos and sin; each quarter makes -sin and cos of them.
 static inline void cos_and_sin(vec angle, vec &cos, vec &sin)
 {
     vec quarters = whole(angle * 0.636619772f);
@@ -39,7 +40,7 @@ static inline void cos_and_sin(vec angle, vec &cos, vec &sin)
     cos = (vec)(cos_bits ^ (((quarter + 1) & 2) << 30));
 }
 
-// (-b, a) of each pair (a, b).
+// Each pair (a, b) becomes (-b, a).
 static inline vec quarter_turned(vec v)
 {
     vec other = v;
@@ -47,7 +48,7 @@ static inline vec quarter_turned(vec v)
     return other;
 }
 
-// By W angles, of W pairs: each cos and sin is there for both numbers of its pair.
+// Rotates W pairs, which fill two vectors; both numbers of a pair get its cos and sin.
 struct Rotation {
     vec cos[2], sin[2];
     Rotation(const float *theta)
@@ -66,14 +67,15 @@ struct Rotation {
 
 extern "C" {
 
-void sums(int threads, long batch, long L, long X, const float *turns, const float *first,
+void angles(int threads, long batch, long L, long X, const float *turns, const float *first,
           float *since)
 {
     #pragma omp parallel for num_threads(threads)
     for (long task = 0; task < batch * X / W; task++) {
         NoTinyNumbers here;
         long start = task / (X / W) * L * X + task % (X / W) * W;
-        // as in mamba3.py coarse is exact; excess: what rounding has just added to rest
+        // coarse is exact, as in mamba3.py. excess is the rounding error of the last addition to
+        // rest; the next one subtracts it.
         vec coarse = {}, rest = load(first + task * W), excess = {};
         for (long at = start; at < start + L * X; at += X) {
             vec turn = load(turns + at), coarse_part = whole(turn * 1024.f) / 1024.f;
@@ -89,7 +91,7 @@ void sums(int threads, long batch, long L, long X, const float *turns, const flo
     }
 }
 
-void sums_backward(int threads, long batch, long L, long X, const float *gsince, float *gturns,
+void angles_backward(int threads, long batch, long L, long X, const float *gsince, float *gturns,
                    float *gfirst)
 {
     #pragma omp parallel for num_threads(threads)
@@ -152,7 +154,8 @@ void backward(int threads, long tokens, long H, long G, long N, long S, const fl
                 long group = (token * G + h / (H / G)) * N, head = token * H + h;
                 long bias = (task * H + h) * N;
                 for (long n = 0; n < N; n += 2 * W) {
-                    vec gk_n[2], gq_n[2], gangle[2];    // gangle: the sum of a pair is the angle's
+                    vec gk_n[2], gq_n[2];
+                    vec gangle[2];      // the two numbers of a pair add up to that of its angle
                     EACH for (int i = 0; i < 2; i++) {
                         long at = head * N + n + i * W;
                         vec k_n = load(k + at), q_n = load(q + at);

@@ -15,7 +15,7 @@ def keys_and_queries(B, C, B_bias, C_bias, theta):
     if torch.compiler.is_compiling() or is_traced():
         return None
     inputs, (*of_tokens, H, S), N = (B, C, B_bias, C_bias, theta), theta.shape, B.shape[3]
-    fits = (N % (2 * cpp.WIDTH) == 0 and S % cpp.WIDTH == 0 and C.shape == B.shape
+    fits = (N % (2 * cpp.WIDTH) == 0 and S % cpp.WIDTH == 0 and 2 * S <= N and C.shape == B.shape
             and [*B.shape[:2]] == of_tokens and B_bias.shape == C_bias.shape == (H, N))
     return NativeTurn.apply(*inputs) if fits and cpp.runs(NAME, *inputs) else None
 
@@ -26,14 +26,14 @@ def angles_since(turns, first):
         return None
     batch, _, H, S = turns.shape
     fits = H * S > 0 and H * S % cpp.WIDTH == 0 and first.shape == (batch, H, S)
-    return NativeSums.apply(turns, first) if fits and cpp.runs(NAME, turns, first) else None
+    return NativeAngles.apply(turns, first) if fits and cpp.runs(NAME, turns, first) else None
 
 
-class NativeSums(torch.autograd.Function):
+class NativeAngles(torch.autograd.Function):
     @staticmethod
     def forward(ctx, turns, first):
         since = turns.new_empty(turns.shape)
-        cpp.call(cpp.compiled(NAME).sums, *turns.shape[:2], first[0].numel(), turns.contiguous(),
+        cpp.call(cpp.compiled(NAME).angles, *turns.shape[:2], first[0].numel(), turns.contiguous(),
                  first.contiguous(), since)
         return since
 
@@ -42,7 +42,7 @@ class NativeSums(torch.autograd.Function):
         if torch.is_grad_enabled():     # it may be differentiated again
             return gsince.flip(1).cumsum(1).flip(1), gsince.sum(1)
         gturns, gfirst = gsince.new_empty(gsince.shape), gsince[:, 0].new_empty(gsince[:, 0].shape)
-        cpp.call(cpp.compiled(NAME).sums_backward, *gsince.shape[:2], gfirst[0].numel(),
+        cpp.call(cpp.compiled(NAME).angles_backward, *gsince.shape[:2], gfirst[0].numel(),
                  gsince.contiguous(), gturns, gfirst)
         return gturns, gfirst
 
@@ -64,7 +64,8 @@ class NativeTurn(torch.autograd.Function):
         batch, length, H, N = k.shape
         gB, gC = (k.new_zeros(batch, length, ctx.groups, N) for _ in range(2))
         gtheta = torch.empty_like(theta)
-        of_biases = k.new_zeros(2, -(-batch * length // ROWS), H, N)
+        tasks = -(-batch * length // ROWS)      # each has sums of its own
+        of_biases = k.new_zeros(2, tasks, H, N)
         cpp.call(cpp.compiled(NAME).backward, *sizes(k, theta, ctx.groups), theta, k, q,
                  *(g.contiguous() for g in gradients), gB, gC, *of_biases, gtheta)
         return gB, gC, *of_biases.sum(1), gtheta
