@@ -122,7 +122,8 @@ def turned(t, theta, pairs_apart):
 
 def angles_since(begins, turns, first):
     """Sums of turns (B, L, H, S) since the document began, in [0, 1); first: (B, H, S), that of the
-    tokens before. Split as in mamba2.py: sums of multiples of 1/1024 are exact."""
+    tokens before. Split as in mamba2.py: sums of multiples of 1/1024 are exact, also without their
+    whole turns, so that long sums stay precise."""
     coarse = (turns.detach() * 1024).round() / 1024
     rest, coarse = (turns - coarse).cumsum(1), coarse.cumsum(1).remainder(1)
     if begins is None:
@@ -220,11 +221,12 @@ class Mamba3Block(Mixer):
             begins = beginnings(seq_idx, mask)
             a = a.masked_fill(begins[..., None], FORGET)
             late = late.masked_fill(begins[..., None], 0)
-        # by at most half a turn times delta
+        # A step turns each angle by at most delta / 2 of a whole turn.
         turns = torch.tanh(angles)[:, :, None] * delta[..., None] / 2       # (B, L, H, S)
         tiny = x.shape[0] == 0 or (self.scan == "auto" and x.shape[1] == 1)
         method = "sequential" if tiny else scan_method(self.scan, parts[0], c.d_state, c.headdim)
         first, sums = state.theta / (2 * math.pi), None
+        # where mamba.fast has no faster way it returns None, here as in _keys_and_queries
         if mamba.fast and method != "sequential" and begins is None:
             sums = mamba.fast.angles_since(method, turns, first)
         theta = (angles_since(begins, turns, first) if sums is None else sums) * (2 * math.pi)
