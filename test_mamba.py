@@ -3323,9 +3323,13 @@ SHAPES = ({}, {"d_state": 5, "dt_rank": 7, "conv_bias": False, "bias": True, "d_
           {"layer": "mamba2", "headdim": 20, "d_state": 12},
           {"layer": "mamba2", "headdim": 8, "d_state": 16, "ngroups": 2, "rmsnorm": False, "dt_limit": (0.01, 0.1), "bias": True,
            "d_conv": 2, "conv_bias": False},
-          {"d_model": 768, "d_state": 4, "vocab_size": 60, "n_layer": 1},     # fewer logits than x_proj has outputs
+          {"d_model": 768, "d_state": 4, "dt_rank": 47, "vocab_size": 60, "n_layer": 1},  # fewer logits than x_proj has outputs
           {"layer": "mamba3", "headdim": 20, "d_state": 12, "A_floor": 0.9},
           {"layer": "mamba3", "headdim": 8, "d_state": 16, "ngroups": 2, "rope_fraction": 1.0, "dt_limit": (0.01, 0.1), "bias": True})
+
+
+# for groups_triton.py: 3 programs a group, the last one with 8 channels; and one
+OF_GROUPS = ({"d_model": 132, "d_state": 5, "dt_rank": 8}, {"d_model": 64, "d_state": 16, "dt_rank": 24, "conv_bias": False})
 
 
 def of_states(state):
@@ -3334,10 +3338,12 @@ def of_states(state):
 
 
 @torch.no_grad()
-def check_fused_step(changes, dtype, rows, device, length=20, wide=torch.float32):
+def check_fused_step(changes, dtype, rows, device, length=20, wide=torch.float32, groups=False):
     """Tokens read by the kernels give the logits and states of one call in float32 of the same weights."""
-    from mamba_fast import step_triton
+    from mamba_fast import groups_triton, step_triton
     model = awkward(changes, dtype, device, wide)
+    y = torch.empty(rows, model.config.d_inner, dtype=wide if dtype == torch.int8 else dtype, device=device)
+    assert groups == (groups_triton.split(model.config, model.backbone["layers"], y) is not None)
     exact = awkward(changes) if dtype == torch.int8 else awkward(changes, dtype).float()
     state, idx = model.init_state(rows), tokens(rows, length) % model.config.vocab_size
     whole, _, last = exact(idx, state=exact.init_state(rows))
@@ -3395,7 +3401,7 @@ def check_padded_reading(changes, length, size, device, dtype=torch.float32):
 
 INTERPRETED = """
 import numpy as np
-import importlib, sys, types
+import functools, importlib, sys, types
 import triton, triton.language as tl
 import triton.experimental.gluon as gluon, triton.experimental.gluon.language.nvidia.ampere as ampere
 from triton.runtime.interpreter import TensorHandle, _get_np_dtype
@@ -3411,12 +3417,14 @@ gl.zeros = lambda shape, dtype, layout: tl.zeros([int(n) for n in shape], dtype)
 gl.convert_layout = lambda x, layout: x
 gl.barrier = lambda: None
 
-gl.DistributedLinearLayout = lambda *args: None
+gl.DistributedLinearLayout = gl.DotOperandLayout = lambda *args: None
+gl.NVMMADistributedLayout = gl.NVMMASharedLayout = lambda *args: None
 
 class Shared:
     def __init__(self, data, dtype): self.data, self.dtype = data, dtype
     def slice(self, start, length, dim): return Shared(self.data[(slice(None),) * dim + (slice(start, start + length),)], self.dtype)
     def index(self, i): return Shared(self.data[int(i.handle.data.item() if hasattr(i, "handle") else i)], self.dtype)
+    def permute(self, order): return Shared(self.data.transpose(order), self.dtype)
     def store(self, x): self.data[...] = x.handle.data
     def load(self, layout):
         return tl.tensor(TensorHandle(self.data.copy(), self.dtype), tl.block_type(self.dtype, list(self.data.shape)))
@@ -3431,8 +3439,11 @@ def allocate(dtype, shape, layout, value=None):
     return shared
 
 def ptx(asm, constraints, inputs, *_):
+    asm = getattr(asm, "value", asm)
     if "rcp" in asm:
         return 1 / inputs[0]
+    if "red.release" in asm:
+        return      # who runs alone cannot wait for others: see Twice
     # m16n8k32 of each warp and each 8 outputs: in PTX, lane 4 g + t has of a row g or g + 8 the numbers from 4 t or 16 + 4 t
     # on, of column g of the other matrix the same, and of the sums in row g or g + 8 those of columns 2 t and 2 t + 1
     w0, w1, w2, w3, b0, b1, *sums = (t.handle.data for t in inputs)
@@ -3445,7 +3456,12 @@ def ptx(asm, constraints, inputs, *_):
             sums[2 * i + j] = sums[2 * i + j] + products[..., j::2].reshape(w0.shape).astype(np.int32)
     return tuple(tl.tensor(TensorHandle(x, tl.int32), inputs[0].type) for x in sums)
 
+def mma(a, b, c):
+    product = a.handle.data.astype(np.float32) @ b.handle.data.astype(np.float32)
+    return tl.tensor(TensorHandle(c.handle.data + product, tl.float32), c.type)
+
 gl.shared_memory_descriptor, gl.allocate_shared_memory, gl.inline_asm_elementwise = Shared, allocate, ptx
+ampere.mma_v2 = mma
 ampere.async_copy = types.SimpleNamespace(
     async_load=lambda shared, pointer, mask: shared.store(tl.load(pointer, mask, other=0)),
     commit_group=lambda: None, wait_group=lambda n: None)
@@ -3467,6 +3483,21 @@ from mamba_fast import bytes_triton, step_triton
 step_triton.takes_bytes = lambda layers, head, token: len(token) == 1 and head.weight.dtype == torch.int8
 for wide, shape in ((torch.float16, 1), (torch.float32, 4), (torch.float32, 7)):
     tests.check_fused_step({**tests.SHAPES[shape], "n_layer": 1, "d_model": 48}, torch.int8, 1, "cpu", length=2, wide=wide)
+
+class Twice:
+    # In a first run all programs write what they wait for; it must change no state.
+    def __init__(self, kernel): self.kernel = kernel
+    def __getitem__(self, grid): return functools.partial(self.run, grid)
+    def run(self, grid, *inputs, **options):
+        h, before = inputs[7], inputs[7].clone()
+        self.kernel[grid](*inputs, **options)
+        h.copy_(before)
+        self.kernel[grid](*inputs, **options)
+
+from mamba_fast import groups_triton
+groups_triton._advance, groups_triton.multiprocessors = Twice(groups_triton._advance), lambda device: 9
+for rows, shape in ((19, tests.OF_GROUPS[0]), (40, tests.OF_GROUPS[1])):
+    tests.check_fused_step({**shape, "n_layer": 2}, torch.float16, rows, "cpu", length=2, groups=True)
 tests.check_products_of_bytes(400, 21, 16, 2, torch.float32, "cpu")
 tests.check_products_of_bytes(176, 5, 8, 1, torch.float16, "cpu")
 tests.check_prompt_in_8_bits(70, 80, 1100, torch.float16, "cpu")
@@ -3800,6 +3831,8 @@ def test_fused_step_equals_one_call():
                                (1, torch.bfloat16, 4), (3, torch.int8, 3), (40, torch.bfloat16, 3), (3, torch.bfloat16, 5),
                                (1, torch.float32, 6), (3, torch.bfloat16, 6), (40, torch.float16, 7), (1, torch.int8, 7)):
         check_fused_step(SHAPES[shape], dtype, rows, "cuda")
+    for rows, dtype, shape in ((2, torch.bfloat16, 0), (300, torch.float16, 0), (17, torch.float16, 1), (1000, torch.bfloat16, 1)):
+        check_fused_step(OF_GROUPS[shape], dtype, rows, "cuda", groups=True)
     for wide, shape in ((torch.bfloat16, 0), (torch.float16, 1), (torch.float32, 4), (torch.float16, 7)):   # by bytes_triton.py
         check_fused_step({**SHAPES[shape], "d_model": 48}, torch.int8, 1, "cuda", wide=wide)
     for dtype, shape in ((torch.float32, 0), (torch.bfloat16, 1), (torch.int8, 2)):

@@ -6,7 +6,8 @@ With few texts a step takes as long as reading the weights once, and the start o
 There are four a layer, three in Mamba-2 and 3, which have no x_proj:
     enter      in_proj and the convolution; in Mamba-3, which has none, project
     project    x_proj; for several texts in parts, which are sums over some channels each
-    advance    the step of the scan, and the gate; in Mamba-1 dt_proj before it
+    advance    the step of the scan, and the gate; in Mamba-1 dt_proj before it. In groups_triton.py
+               one kernel does x_proj and this, for several texts
     project    out_proj, added to the residual stream; and once, at the end, the head
 The norm before a product is done in two halves: the kernel before multiplies by the norm's weight
 and sums up squares, the product is divided by their root. Nothing that is derived from the weights
@@ -27,7 +28,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from . import bytes_triton
+from . import bytes_triton, groups_triton
 from .bytes_triton import DIVISOR  # by which x is divided before its length is known: see _keep
 from .scan_triton import LOG2E, _silu
 
@@ -167,10 +168,10 @@ def _keep(y, norm_n, out, normed, squares, rows, r, n, N: constexpr, BN: constex
 
 
 @triton.jit
-def _begin(token, table, scale, x, norm, normed, squares, rows, N: constexpr, BN: constexpr,
-           PDL: constexpr):
-    """The embedding x (rows, N) of each token (rows,); and for the first product of all what _keep
-    does after each of the others."""
+def _begin(token, table, scale, x, norm, normed, squares, counts, rows, N: constexpr,
+           COUNTS: constexpr, BN: constexpr, PDL: constexpr):
+    """The embedding x (rows, N) of each token (rows,); for the first product of all what _keep does
+    after each of the others; and the counts of groups_triton.py, if it has them, become 0."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) + tl.arange(0, 1)
@@ -180,6 +181,9 @@ def _begin(token, table, scale, x, norm, normed, squares, rows, N: constexpr, BN
         scales = tl.load(scale + id)
         y = (y.to(tl.float32) * scales.to(tl.float32)[:, None]).to(scales.dtype)
     _keep(y, norm_n, x, normed, squares, rows, r, n, N, BN)
+    if counts is not None and tl.program_id(0) + tl.program_id(1) == 0:
+        i = tl.arange(0, triton.next_power_of_2(COUNTS))
+        tl.store(counts + i, tl.zeros_like(i), mask=i < COUNTS)
 
 
 @triton.jit
@@ -497,10 +501,14 @@ def decode(backbone, head, config, state, token):
             kernel[_grid(triton.cdiv(N, tiles["BN"]), rows, tiles)](
                 x, squares_of_x, *_weights(linear), before, norm, y, normed, squares, rows, eps,
                 K, N, of_x, **tiles, **pdl)
+        advances, counts = _heads if config.layer == "mamba2" else _channels, None
+        if groups := groups_triton.split(config, layers, y):
+            advances, counts = functools.partial(groups_triton.channels, *groups), groups[1]
         mix = (_turned if config.layer == "mamba3" else _convolved)(
-            config, project, tiles_of, normed, squares, eps, y, pdl)
-        _begin[blocks, rows](token, table.weight, scale, x, norms[0], normed, squares, rows,
-                             d_model, leave["BN"], PDL=pdl["PDL"], num_warps=1)
+            config, project, tiles_of, normed, squares, eps, y, pdl, advances)
+        _begin[blocks, rows](token, table.weight, scale, x, norms[0], normed, squares, counts, rows,
+                             d_model, 0 if counts is None else counts.numel(), leave["BN"],
+                             PDL=pdl["PDL"], num_warps=1)
         for layer, norm, of_layer in zip(layers, norms[1:], state):
             squares_of_y = mix(layer.mixer, of_layer)
             before, x = x, torch.empty_like(x)
@@ -510,9 +518,10 @@ def decode(backbone, head, config, state, token):
     return logits
 
 
-def _convolved(config, project, tiles_of, normed, squares, eps, y, pdl):
+def _convolved(config, project, tiles_of, normed, squares, eps, y, pdl, advances):
     """For blocks of Mamba-1 and 2: mix(block, its state), which fills y, and returns the squares of
-    the norm that out_proj is to do, or None."""
+    the norm that out_proj is to do, or None. advances: _channels, or _heads, or what takes the
+    place of _channels."""
     (rows, d_model), D = normed.shape, config.d_inner
     X, H = D, 0         # what goes through the convolution; Mamba-2's delta
     if config.layer == "mamba2":
@@ -520,7 +529,7 @@ def _convolved(config, project, tiles_of, normed, squares, eps, y, pdl):
     tiles = tiles_of(d_model, X + D + H)
     programs = sum(triton.cdiv(n, tiles["BN"]) for n in (X, D, H))
     u, gate = y.new_empty(rows, X), squares.new_empty(rows, D + H)
-    advance = (_heads if H else _channels)(config, project, u, gate, y, pdl)
+    advance = advances(config, project, u, gate, y, pdl)
 
     def mix(block, state):
         (window, h), conv = state, block.conv1d
@@ -532,7 +541,7 @@ def _convolved(config, project, tiles_of, normed, squares, eps, y, pdl):
     return mix
 
 
-def _turned(config, project, tiles_of, normed, squares, eps, y, pdl):
+def _turned(config, project, tiles_of, normed, squares, eps, y, pdl, _advances):
     """As _convolved, for blocks of Mamba-3."""
     (rows, d_model), (H, P, N) = normed.shape, (config.nheads, config.headdim, config.d_state)
     G, S, power = config.ngroups, config.n_angles, triton.next_power_of_2
