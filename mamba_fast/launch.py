@@ -13,7 +13,9 @@ import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from inspect import getclosurevars
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -30,6 +32,10 @@ MOST_PLANS = 1000       # in a dict of plans, which then starts anew
 NOT_TRIED = object()    # no plan yet; None says that there can be none
 MOST_ARGUMENTS = 64     # of a kernel, as in repeat.cpp
 NUMBER = -1             # (NUMBER, n) is the number n and no address
+LAUNCHERS_ARE_C = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+# what is not known of a kernel before it is compiled
+OF_A_LAUNCHER = ("global_scratch_size", "global_scratch_align", "profile_scratch_size",
+                 "profile_scratch_align", "launch_cooperative_grid", "launch_pdl")
 # what a plan may ask of PyTorch besides views
 EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default,
          torch.ops.aten.empty_strided.default, torch.ops.aten.new_empty.default}
@@ -73,16 +79,15 @@ class Kernel:
 
 
 class Threads(ThreadPoolExecutor):
-    """Where Triton compiles kernels side by side; and with each of them, before it is needed, its
-    launcher, which is C until Triton 3.6."""
+    """Where Triton compiles kernels side by side; and beside each of them its launcher, which is C
+    until Triton 3.6. The next one who asks for that finds it on the disk."""
 
     def submit(self, work, *inputs):
-        def made():
-            result = work(*inputs)
-            if hasattr(result, "src"):      # a kernel
-                triton.runtime.driver.active.launcher_cls(result.src, result.metadata)
-            return result
-        return super().submit(made)
+        source = getattr(work, "__closure__", None) and getclosurevars(work).nonlocals.get("src")
+        if LAUNCHERS_ARE_C and source:      # work compiles a kernel
+            unknown = SimpleNamespace(**dict.fromkeys(OF_A_LAUNCHER))   # C does not depend on it
+            super().submit(triton.runtime.driver.active.launcher_cls, source, unknown)
+        return super().submit(work, *inputs)
 
 
 def read_ahead():
