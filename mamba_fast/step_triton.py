@@ -16,8 +16,9 @@ has enter and project.
 
 Where PDL (programmatic dependent launch) is set, a kernel starts while the one before it still
 runs. It fetches its weights and states, which no other kernel of the step writes, and only then
-waits for it. After in_proj, out_proj or the head of several texts it starts later: a kernel that
-waits takes room from one that works. Sums are in float32 and in a fixed order.
+waits for it. After in_proj, out_proj or the head of several texts it starts later, after advance of
+Mamba-2 and 3 at its end: a kernel that waits takes room from one that works. Sums are in float32
+and in a fixed order.
 """
 from __future__ import annotations
 
@@ -351,8 +352,6 @@ def _advance_heads(u, gate, dt_bias, A_log, Dw, norm, h, y, squares, rows, H: co
     """
     CUTS: constexpr = (P + BP - 1) // BP
     D: constexpr = H * P
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     head, r = tl.program_id(0) // CUTS, tl.program_id(1)
     p, n = tl.program_id(0) % CUTS * BP + tl.arange(0, BP), tl.arange(0, BN)
     d, in_p, in_n = head * P + p, p < P, n < N
@@ -409,8 +408,6 @@ def _advance_turned(made, dt_bias, B_weight, C_weight, B_bias, C_bias, Dw, theta
     made: (rows, 2 H P + 2 G N + 3 H + S), what in_proj gives: z, x, B, C, dt, A, lam, angles.
     """
     head, r = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     p, n, i, of_head = tl.arange(0, BP), tl.arange(0, 2 * BH), tl.arange(0, BH), r * H + head
     h += (of_head * P + p[:, None]) * N + n[None, :]
     in_h = (p < P)[:, None] & (n < N)[None, :]
@@ -577,7 +574,7 @@ def _heads(config, _project, u, gate, y, pdl):
     """As _channels, for blocks of Mamba-2: advance(block, h) returns the squares of the norm, if
     there is one; there is no x_proj."""
     (H, P, N), rows = (config.nheads, config.headdim, config.d_state), len(u)
-    BP = min(triton.next_power_of_2(P), 16 if rows * H < 512 else 64)
+    BP = min(triton.next_power_of_2(P), 16 if rows * H < 512 else 32)
     cuts = triton.cdiv(P, BP)
     squares = gate.new_empty(rows, H * cuts) if config.rmsnorm else None
 
