@@ -5167,6 +5167,26 @@ def test_generation_by_a_cuda_graph(kind):
     assert same(rest, list(stream)) and same(state, before)
 
 
+@on_gpu
+def test_models_that_write_at_the_same_time_on_a_gpu():
+    """In kernels whose programs wait for each other (groups_triton.py), with others that take up room."""
+    models = [awkward({"d_model": 768, "n_layer": 2}, torch.bfloat16, "cuda") for _ in range(3)]
+    prompts = [tokens(5, seed=n).cuda() for n in range(64)]
+    alone = [model.generate(prompts, 100, temperature=0) for model in models]
+    together = {}
+
+    def write(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            together[i] = models[i].generate(prompts, 100, temperature=0)
+            torch.cuda.current_stream().synchronize()
+    threads = [threading.Thread(target=write, args=(i,), daemon=True) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(together) == [0, 1, 2] and all(same(alone[i], together[i]) for i in together)
+
+
 @fast
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA runs the graphs themselves")
 def test_streams_of_a_graph_without_a_gpu(monkeypatch):
