@@ -229,13 +229,13 @@ class Plan(TorchDispatchMode):
     def take_product(self, out, a, b, add):
         # cuBLAS takes matrices column by column, so it is to compute out^T = b^T a^T
         (rows, inner), columns = a.shape, b.shape[1]
-        (turned_a, step_a), (turned_b, step_b), (turned, step) = map(order_of, (a, b, out))
+        (turned_a, stride_a), (turned_b, stride_b), (turned, stride) = map(order_of, (a, b, out))
         if turned or not {a.dtype, b.dtype, out.dtype} <= TYPES.keys():
             raise CannotBeWritten("cuBLAS takes this product in another way, or not at all")
         self.requests.append((1, turned_b, turned_a, columns, rows, inner,
-                              self.source_of(b), TYPES[b.dtype], step_b,
-                              self.source_of(a), TYPES[a.dtype], step_a,
-                              self.source_of(out), TYPES[out.dtype], step, add))
+                              self.source_of(b), TYPES[b.dtype], stride_b,
+                              self.source_of(a), TYPES[a.dtype], stride_a,
+                              self.source_of(out), TYPES[out.dtype], stride, add))
 
     def source_of(self, t):
         """Where t lies: in which input, by its number, or in which storage, by its address; or
@@ -383,12 +383,12 @@ def range_of(t):
     """The addresses from a tensor's first number to the end of its last."""
     if t is None or t.numel() == 0:
         return range(0)
-    numbers = sum((n - 1) * step for n, step in zip(t.shape, t.stride())) + 1
+    numbers = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride())) + 1
     return range(t.data_ptr(), t.data_ptr() + numbers * t.element_size())
 
 
 def order_of(matrix):
-    """Whether it lies column by column, and the step from one column, or else row, to the next."""
+    """Whether it lies column by column, and the stride of its columns, or else of its rows."""
     (rows, columns), (down, right) = matrix.shape, matrix.stride()
     if (right == 1 or columns == 1) and (down >= columns or rows == 1):
         return False, max(down, columns)

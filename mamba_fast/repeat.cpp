@@ -8,8 +8,8 @@ using std::int64_t;
 using Launch = int(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                    unsigned shared, void* stream, void** arguments, void** options);
 using Product = int(void* handle, int a_turned, int b_turned, int m, int n, int k,
-                    const void* alpha, const void* a, int a_type, int a_step, const void* b,
-                    int b_type, int b_step, const void* beta, void* c, int c_type, int c_step,
+                    const void* alpha, const void* a, int a_type, int a_stride, const void* b,
+                    int b_type, int b_stride, const void* beta, void* c, int c_type, int c_stride,
                     int compute_type, int algorithm);
 
 constexpr int MOST_ARGUMENTS = 64;      // of a kernel, as in launch.py
@@ -33,7 +33,7 @@ static int start(const int64_t* call, int64_t count, const int64_t* addresses, v
                   call[5], stream, arguments, nullptr);
 }
 
-// call: whether a and b are turned, m, n, k, then a pair, type and step for each of a, b and c,
+// call: whether a and b are turned, m, n, k, then a pair, type and stride for each of a, b and c,
 // then 1 to add to what is in c
 static int multiply(const int64_t* call, const int64_t* addresses, void* blas, Product* product) {
     const float one = 1, beta = call[17];

@@ -4,6 +4,7 @@ from __future__ import annotations
 import ctypes
 import math
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,69 +92,52 @@ def fits(linear):
             and cpp.runs(NAME, torch.empty(0, dtype=torch.float32, device="cpu")))
 
 
+class Sizes(NamedTuple):
+    """Of the layers of a model, for some rows."""
+
+    shapes: dict            # {name: shape} of the parameters of a mixer
+    of_state: tuple         # the shapes of its state
+    in_vectors: tuple       # numbers that have to fill whole vectors in C++
+    channels: int           # of the convolution
+    of_u: int               # numbers of a row in the buffer u, and in dtBC
+    of_dtBC: int
+
+    @classmethod
+    def of(cls, config, rows):
+        D, N, R = config.d_inner, config.d_state, config.dt_rank
+        if config.layer == "mamba":
+            of_state = (rows, config.d_conv - 1, D), (rows, D, N)
+            return cls(shapes_of(config), of_state, (D,), D, D, R + 2 * N)
+        (H, P), G = (config.nheads, config.headdim), config.ngroups
+        if config.layer == "mamba2":
+            channels = D + 2 * G * N
+            of_state = (rows, config.d_conv - 1, channels), (rows, H, P, N)
+            return cls(shapes_of2(config), of_state, (D, P, channels), channels, channels, 2 * N)
+        of_state = (rows, H, config.n_angles), (rows, H, P, N), (rows, 1, H, N), (rows, H, P)
+        return cls(shapes_of3(config), of_state, (D, N), 0, H * N, 2 * H * N)
+
+
 def layers(model, state):
     """
     All layers of a model as a function x -> x, (rows, d_model), in float32, that updates state in
     place; or None where C++ cannot run, or a layer has parts that are not in it.
     """
     every, config, rows = model.backbone["layers"], model.config, len(state[0].h)
-    kind, D, N = config.layer, config.d_inner, config.d_state
-    mamba3 = kind == "mamba3"
-    if (config.mixer_rms_eps > 0 or rows > MOST or (mamba3 and config.mimo_rank > 1)
-            or any(layer.mixer.config != config or layer.mlp is not None for layer in every)):
+    if (config.mixer_rms_eps > 0 or rows > MOST
+            or any(layer.mixer.config != config or layer.mlp is not None for layer in every)
+            or (config.layer == "mamba3" and (config.mimo_rank > 1 or config.n_angles == 0))):
         return None
-    heads, headdim, groups, rank, limits = 0, 0, 1, 0, (0, math.inf)
-    if kind == "mamba":
-        shapes, channels, rank = shapes_of(config), D, config.dt_rank
-        of_state = (rows, config.d_conv - 1, D), (rows, D, N)
-    else:
-        heads, headdim, groups = config.nheads, config.headdim, config.ngroups
-        limits, of_h = config.dt_limit, (rows, heads, headdim, N)
-    if kind == "mamba2":
-        shapes, channels = shapes_of2(config), D + 2 * groups * N
-        of_state = (rows, config.d_conv - 1, channels), of_h
-    elif mamba3:
-        shapes, channels = shapes_of3(config), 0
-        of_state = ((rows, heads, config.n_angles), of_h, (rows, 1, heads, N),
-                    (rows, heads, headdim))
-    in_vectors = (D, N) if mamba3 else (D, headdim, channels)
-    if (any(size % cpp.WIDTH > 0 for size in in_vectors) or (mamba3 and config.n_angles == 0)
-            or not all(takes(*both, shapes, of_state) for both in zip(every, state, strict=True))):
+    sizes = Sizes.of(config, rows)
+    if (any(size % cpp.WIDTH > 0 for size in sizes.in_vectors)
+            or not all(takes(*both, sizes) for both in zip(every, state, strict=True))):
         return None
-    of_u, of_dtBC = (heads * N, 2 * heads * N) if mamba3 else (channels, rank + 2 * N)
-    kept, sizes = [], (config.d_model, config.d_model, *shapes["in_proj.bias"], of_u, of_dtBC, D, D)
-    buffers = [torch.empty(rows, size, dtype=torch.float32, device="cpu") for size in sizes]
-
-    def number(t):
-        """Its address in float32."""
-        kept.append(None if t is None else t.detach().float().contiguous())
-        return address(kept[-1])
-
-    def norm(module, groups=1):
-        return Norm(number(module.weight), module.eps, groups)
-
-    def as_c(layer, own):
-        b, gated, before, turning, convolution = layer.mixer, Norm(), False, Turning(), [None] * 3
-        if "norm.weight" in shapes:
-            gated, before = norm(b.norm, b.norm.groups), bool(b.norm.norm_before_gate)
-        if mamba3:
-            of_turning = *map(number, (b.B_bias, b.C_bias)), *map(address, (
-                own.theta, own.k, own.x))
-            turning = Turning(config.n_angles, config.A_floor, norm(b.B_norm), norm(b.C_norm),
-                              *of_turning)
-        else:
-            A2 = -torch.exp(b.A_log.float()) / math.log(2)
-            convolution = (b.conv1d.weight[:, 0].t(), b.conv1d.bias,
-                           F.pad(A2.flatten(), (0, cpp.WIDTH)))
-        conv = None if mamba3 else own.conv
-        matrices = (Matrix.of(getattr(b, name), kept) if f"{name}.weight" in shapes else Matrix()
-                    for name in ("in_proj", "x_proj", "dt_proj", "out_proj"))
-        return Layer(
-            rows, config.d_model, D, N, 0 if mamba3 else config.d_conv, channels, rank, headdim,
-            groups, norm(layer.norm), gated, before, *limits,
-            *map(number, (*convolution, b.D, b.dt_bias if heads else None)), *matrices, turning,
-            0 if mamba3 else TYPES[conv.dtype], *map(address, (conv, own.h, *buffers)))
-    made, call = (Layer * len(every))(*map(as_c, every, state)), cpp.compiled(NAME).layers
+    of_buffers = (config.d_model, config.d_model, *sizes.shapes["in_proj.bias"], sizes.of_u,
+                  sizes.of_dtBC, config.d_inner, config.d_inner)
+    buffers = [torch.empty(rows, n, dtype=torch.float32, device="cpu") for n in of_buffers]
+    made, kept = (Layer * len(every))(), []
+    for i, both in enumerate(zip(every, state)):
+        made[i] = as_c(*both, sizes, buffers, kept)
+    call = cpp.compiled(NAME).layers
 
     def function(x):
         buffers[0].copy_(x)
@@ -163,12 +147,48 @@ def layers(model, state):
     return function
 
 
-def takes(layer, state, shapes, of_state):
-    """
-    Whether C++ takes over a layer with its state: all has to have the shapes that it reads.
-    shapes: {name: shape} of the parameters of the mixer.  of_state: those of the state.
-    """
-    b, conv = layer.mixer, getattr(state, "conv", None)
+def as_c(layer, state, sizes, buffers, kept):
+    """A layer with its state as a Layer; `kept` holds the tensors that it points to."""
+    b, config, gated, turning = layer.mixer, layer.mixer.config, Norm(), Turning()
+    of_heads, is_mamba3 = config.layer != "mamba", config.layer == "mamba3"
+
+    def number(t):
+        """Its address in float32."""
+        kept.append(None if t is None else t.detach().float().contiguous())
+        return address(kept[-1])
+
+    def norm(module, groups=1):
+        return Norm(number(module.weight), module.eps, groups)
+
+    has_norm = "norm.weight" in sizes.shapes
+    if has_norm:
+        gated = norm(b.norm, b.norm.groups)
+    convolution, conv, width = [None] * 3, None, 0
+    if is_mamba3:
+        turning = Turning(config.n_angles, config.A_floor, norm(b.B_norm), norm(b.C_norm),
+                          number(b.B_bias), number(b.C_bias),
+                          *map(address, (state.theta, state.k, state.x)))
+    else:
+        A2 = -torch.exp(b.A_log.float()) / math.log(2)
+        convolution = (b.conv1d.weight[:, 0].t(), b.conv1d.bias,
+                       F.pad(A2.flatten(), (0, cpp.WIDTH)))
+        conv, width = state.conv, config.d_conv
+    of_kind = config.dt_rank, 0, 1
+    if of_heads:
+        of_kind = 0, config.headdim, config.ngroups
+    matrices = (Matrix.of(getattr(b, name), kept) if f"{name}.weight" in sizes.shapes else Matrix()
+                for name in ("in_proj", "x_proj", "dt_proj", "out_proj"))
+    return Layer(
+        len(state.h), config.d_model, config.d_inner, config.d_state, width, sizes.channels,
+        *of_kind, norm(layer.norm), gated, has_norm and bool(b.norm.norm_before_gate),
+        *(config.dt_limit if of_heads else (0, math.inf)),
+        *map(number, (*convolution, b.D, b.dt_bias if of_heads else None)), *matrices, turning,
+        0 if conv is None else TYPES[conv.dtype], *map(address, (conv, state.h, *buffers)))
+
+
+def takes(layer, state, sizes):
+    """Whether C++ takes over a layer with its state: all has to have the shapes that it reads."""
+    b, conv, shapes = layer.mixer, getattr(state, "conv", None), sizes.shapes
     there = {name: attrgetter(name)(b) for name in shapes}
     there = {name: t for name, t in there.items() if t is not None or name not in OPTIONAL}
     linears = (getattr(b, name.partition(".")[0]) for name in shapes if "proj.weight" in name)
@@ -178,4 +198,4 @@ def takes(layer, state, shapes, of_state):
             and ("norm.weight" not in shapes or b.config.d_inner % b.norm.groups == 0)
             and all(t.shape == shape and t.device.type == "cpu" and t.is_contiguous()
                     and (t.dtype == torch.float32 or (t is conv and t.dtype == torch.bfloat16))
-                for t, shape in zip(state, of_state)))
+                for t, shape in zip(state, sizes.of_state)))
