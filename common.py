@@ -64,7 +64,8 @@ def run(main, Config, interrupt=signal.default_int_handler):
         if nobody_reads(error):
             message, status = None, 141  # as a program that SIGPIPE ends
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):  # torch's words for it
+        lack = "out of memory", "not enough memory", "allocate memory"  # torch's words for it
+        if isinstance(error, MemoryError) or any(words in str(error) for words in lack):
             message = "not enough memory; try a smaller model, --batch_size or --block_size"
         elif "by peer" in str(error):  # gloo's words for a process at the other end that is gone
             message = is_first_here() and "another process of this run has ended"

@@ -59,12 +59,12 @@ class MambaConfig:
     d_conv: int = 4                     # width of the causal convolution in front of the scan
     expand: int = 2                     # d_inner = expand * d_model
     dt_rank: int | str = "auto"         # of the projection that makes delta; auto: d_model / 16
-    dt_min: float = 0.001               # softplus of delta's first bias: in [dt_min, dt_max] ...
+    dt_min: float = 0.001               # the first delta is drawn from [dt_min, dt_max] ...
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4         # ... and never below this
     conv_bias: bool = True
     bias: bool = False                  # biases in in_proj and out_proj
-    dropout: float = 0.0                # on the embedding, a mixer's input, its or an MLP's output
+    dropout: float = 0.0                # on the embedding, mixers' inputs, their and MLPs' outputs
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     pad_vocab_size_multiple: int = 8    # rows of the embedding are rounded up, for matrix units
@@ -91,6 +91,8 @@ class MambaConfig:
             value, least = getattr(self, f.name), 0 if f.name == "d_intermediate" else 1
             if f.type.startswith("int") and (type(value) is not int or value < least):
                 raise ValueError(f"{f.name} must be a whole number from {least} on, not {value!r}")
+            if f.type == "float" and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ValueError(f"{f.name} must be a finite number, not {value!r}")
         for name, right, need in (
                 ("dropout", 0 <= self.dropout < 1, "at least 0 and below 1"),
                 ("dt_min", 0 < self.dt_min <= self.dt_max, f"above 0 and up to {self.dt_max}"),
@@ -137,28 +139,32 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         if tensor is not None and (tensor.shape != shape or tensor.is_complex()):
             raise ValueError(f"{name} must be {shape} to fit u {wide}, and real, not "
                              f"{tuple(tensor.shape)} {tensor.dtype}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, not {mask.dtype}")
     tiny = batch == 0 or (method == "auto" and length == 1)
     method = "sequential" if tiny else scan_method(method, u, d_state)
     if fast and mask is None and seq_idx is None and (all_at_once := fast.scan(
             method, u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)):
         return all_at_once if return_last_state else all_at_once[0]
-    dtype, number = u.dtype, torch.promote_types(u.dtype, torch.float32)
     if state is None:
+        number = torch.promote_types(u.dtype, torch.float32)
         state = u.new_zeros(batch, d_inner, d_state, dtype=number)
+    begins = None if seq_idx is None else beginnings(seq_idx, mask)
     part = 2048 if u.device.type == "cpu" else 2 ** 15
-    at_once = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if method == "chunked" and not at_once and length > part:
+    at_once = torch.is_grad_enabled() or torch.compiler.is_compiling() or length <= part
+    of_steps, others = (u, delta, B, C, z, mask, begins), (A, D, delta_bias, delta_softplus)
+    if method == "chunked" and not at_once:
         y = torch.empty_like(u)     # part by part, so that memory does not grow with the length
-        begins = None if seq_idx is None else beginnings(seq_idx, mask)
         for i in range(0, length, part):
-            u_p, delta_p, B_p, C_p, z_p, mask_p, seq_p = (
-                None if t is None else t[:, i:i + part] for t in (u, delta, B, C, z, mask, seq_idx))
-            if begins is not None:
-                state = state * ~begins[:, i, None, None]
-            y[:, i:i + part], state = selective_scan(
-                u_p, delta_p, A, B_p, C_p, D, z_p, delta_bias, delta_softplus, state, True, method,
-                mask_p, seq_p)
-        return (y, state) if return_last_state else y
+            of_part = (None if t is None else t[:, i:i + part] for t in of_steps)
+            y[:, i:i + part], state = scan_of_part(method, state, *others, *of_part)
+    else:
+        y, state = scan_of_part(method, state, *others, *of_steps)
+    return (y, state) if return_last_state else y
+
+def scan_of_part(method, state, A, D, delta_bias, delta_softplus, u, delta, B, C, z, mask, begins):
+    """selective_scan once all is checked; begins as of beginnings. Returns y, the last state."""
+    dtype, number = u.dtype, torch.promote_types(u.dtype, torch.float32)
     with torch.autocast(u.device.type, enabled=False):      # it would run the products in 16 bits
         u, delta, A, B, C, state = (t.to(number) for t in (u, delta, A, B, C, state))
         if delta_bias is not None:
@@ -169,8 +175,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         if mask is not None:
             delta = delta.masked_fill(~mask[..., None], 0)
         x = u
-        if seq_idx is not None:     # FOREVER leaves nothing of the state; x makes up for it in x B
-            begins = beginnings(seq_idx, mask)[..., None]                   # (B, L, 1)
+        if begins is not None:      # delta = FOREVER forgets the state; delta x stays what it was
+            begins = begins[..., None]                                      # (B, L, 1)
             x = torch.where(begins, delta * u / FOREVER, u)
             delta = delta.masked_fill(begins, FOREVER)
         recurrence = one_by_one         # or a function that does the same sooner
@@ -181,12 +187,15 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
             y = y + D * u
         if z is not None:
             y = ours.gated(y, z.to(number)) if ours else y * F.silu(z.to(number))
-    return (y.to(dtype), h) if return_last_state else y.to(dtype)
+    return y.to(dtype), h
 
 def beginnings(seq_idx: Tensor, mask: Maybe) -> Tensor:
-    """(B, L) bool: where seq_idx (B, L) is another than at the step before, but not in padding."""
+    """(B, L) bool: the tokens whose seq_idx (B, L) is another than that of the token before."""
+    if mask is not None:        # padding is no token: it goes to the end of each row, and back
+        order = (~mask).byte().argsort(dim=1, stable=True)
+        seq_idx = seq_idx.take_along_dim(order, 1)
     begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-    return begins if mask is None else begins & mask
+    return begins if mask is None else begins.take_along_dim(order.argsort(1), 1) & mask
 
 def scan_method(method: str, u: Tensor, d_state: int, headdim=0) -> str:
     """The method for u, with "auto" resolved; headdim: of layers with heads. ValueError: none."""
@@ -239,7 +248,7 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Maybe = None, state: Maybe = None
     """silu of a causal convolution, silu(bias + sum_k weight[:, 0, k] x_{t - (d_conv - 1) + k}).
     x: (B, L, D).  weight: (D, 1, d_conv).  bias: (D,).  state: (B, d_conv - 1, D), the inputs
     before x, or None for zeros.  mask, seq_idx: as in selective_scan, with all padding at the end.
-    scan: its method.  Returns (B, L, D) and the last d_conv - 1 inputs."""
+    scan: the method of the scan behind it.  Returns (B, L, D), the last d_conv - 1 inputs."""
     (batch, length, d_inner), past, document = x.shape, weight.shape[2] - 1, None
     if state is not None and state.shape != (batch, past, d_inner):
         raise ValueError(f"the conv state must be {[batch, past, d_inner]}, not {[*state.shape]}")
@@ -282,7 +291,7 @@ class MambaState(NamedTuple):
     h: torch.Tensor         # (B, D, N), the state of the scan, in float32
 
 class Mixer(nn.Module):
-    """What all kinds of blocks share: all but mix, which is called with the padding at the end.
+    """What all kinds of blocks share. Each has a mix of its own, to which padding comes at the end.
     block(x) -> y, both (B, L, d_model). Stands alone: put it where a Transformer has attention.
     block(x, state) -> (y, state after x) continues where the call ended that returned the state;
     block.init_state(batch) is the first one. Gradients flow through it.
@@ -302,7 +311,7 @@ class Mixer(nn.Module):
         self.exact_parameters()
 
     def exact_parameters(self) -> list[nn.Parameter]:
-        """Those, with flags that other code bases honour, so that they leave them as they are."""
+        """Those parameters, with flags for other code not to set them anew or let them decay."""
         parameters = [attrgetter(name)(self) for name in self.exact]
         for parameter in parameters:
             parameter._no_reinit = parameter._no_weight_decay = True
@@ -310,11 +319,13 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, state: tuple | None = None, mask: Maybe = None,
                 seq_idx: Maybe = None) -> Tensor | tuple[Tensor, tuple]:
-        """(B, L, d_model) -> it; with a state, (it, the state after). ValueError: wrong shapes."""
-        shapes = [tuple(t.shape) for t in (x, mask, seq_idx) if t is not None]
-        if x.dim() != 3 or x.is_complex() or any(shape != shapes[0][:2] for shape in shapes[1:]):
-            raise ValueError("x must be (B, L, d_model) and real, mask and seq_idx (B, L), not "
-                             f"{x.dtype} and {', '.join(map(str, shapes))}")
+        """(B, L, d_model) -> y, the same; with a state (y, the next one). ValueError: no fit."""
+        given = [t for t in (x, mask, seq_idx) if t is not None]
+        if (x.dim() != 3 or x.shape[1] == 0 or x.is_complex()
+                or any(t.shape != x.shape[:2] for t in given[1:])
+                or (mask is not None and mask.dtype != torch.bool)):
+            raise ValueError("x must be (B, L, d_model), L > 0, and real, mask and seq_idx (B, L), "
+                             "mask bool, not " + str([(t.dtype, *t.shape) for t in given]))
         if mask is not None:    # padding goes to the end of each row, and its content has no effect
             order = (~mask).byte().argsort(dim=1, stable=True)              # (B, L)
             mask, x = mask.take_along_dim(order, 1), x.take_along_dim(order[..., None], 1)
@@ -373,11 +384,11 @@ class MambaBlock(Mixer):
 
     def mix(self, x, state, mask, seq_idx):
         if fast and (at_once := fast.mix(self, x, (state, mask, seq_idx), is_plain, PLAIN)):
-            return at_once      # what follows, in training; if you edit that, take this out
+            return at_once      # what follows; if you edit that, take the class out of PLAIN
         conv, h = (None, None) if state is None else state
-        x, z = self.in_proj(x).chunk(2, dim=-1)                             # (B, L, D) each
-        x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, conv, self.scan, mask, seq_idx)
-        dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        u, z = self.in_proj(x).chunk(2, dim=-1)                             # (B, L, D) each
+        u, conv = conv_silu(u, self.conv1d.weight, self.conv1d.bias, conv, self.scan, mask, seq_idx)
+        dt, B, C = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         if eps := self.config.mixer_rms_eps:
             dt, B, C = (F.rms_norm(t, t.shape[-1:], eps=eps) for t in (dt, B, C))
         if is_plain(self.dt_proj):      # then its bias is added in the scan, in float32
@@ -385,7 +396,7 @@ class MambaBlock(Mixer):
         else:       # its bias is in float32: with an input of 16 bits only autocast can take both
             with torch.autocast(dt.device.type, dt.dtype, enabled=dt.element_size() == 2):
                 delta, bias = self.dt_proj(dt), None
-        y, h = selective_scan(x, delta, -torch.exp(self.A_log), B, C, self.D, z, bias, True, h,
+        y, h = selective_scan(u, delta, -torch.exp(self.A_log), B, C, self.D, z, bias, True, h,
                               True, self.scan, mask, seq_idx)
         return self.out_proj(y), MambaState(conv, h)
 
@@ -464,7 +475,7 @@ class Mamba(nn.Module):
 
     def hidden(self, idx: Tensor, state: list | None = None, mask: Maybe = None,
                seq_idx: Maybe = None) -> Tensor | tuple[Tensor, list]:
-        """(B, L, d_model) of token ids (B, L), for the head; with a state, (it, the next state)."""
+        """x (B, L, d_model) of token ids (B, L), for the head; with a state (x, the next state)."""
         layers = self.backbone["layers"]
         states = [None] * len(layers) if state is None else state
         if idx.dim() != 2 or len(states) != len(layers):
@@ -486,7 +497,8 @@ class Mamba(nn.Module):
         plain, vocab_size = is_plain(self.lm_head), self.config.vocab_size
         loss = fast and fast.cross_entropy(x, self.lm_head, plain, targets, vocab_size)
         if loss is None:
-            logits = self.lm_head(x)[:, :vocab_size].float()
+            logits = self.lm_head(x)[:, :vocab_size]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = F.cross_entropy(logits, targets, reduction="sum")
         return loss / (targets >= 0).sum().clamp(min=1)
 
@@ -592,7 +604,7 @@ class Mamba(nn.Module):
         torch.save(weights, Path(folder, "pytorch_model.bin"))
         Path(folder, "config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
 
-# what mamba_fast/ may take over: take out a class that you edit, or it may run as it was before
+# what mamba_fast/ takes over: take out a class that you edit, or it may run as it was before
 PLAIN = {c: (c.forward, getattr(c, "mix", None)) for c in (Mamba, Layer, MambaBlock, GatedMLP)}
 
 def read_folder(folder, _):
@@ -609,13 +621,15 @@ class Stream(Iterator):
     """An iterator over the next tokens of some prompts, (B,) each, in constant time and memory. Its
     state is what has been read so far, all but the last token. It ends when all rows have made a
     stop token, on a GPU up to 16 tokens later: asking makes it wait.  Arguments: as of generate;
-    state, which the prompts continue; seen, (B, vocab_size) bool, as of sample, is added to."""
+    state, which the prompts continue; seen, (B, vocab_size) bool, as of sample: updated."""
     def __init__(self, model, prompts, max_new_tokens, state=None, stop=(), seen=None,
                  compile=False, **sampling):
         check_sampling(**sampling)
         vocab_size, device = model.config.vocab_size, model.device
         stop, *prompts = (torch.as_tensor(ids, dtype=torch.long, device=device)
                           for ids in (stop, *prompts))
+        if any(p.dim() != 1 for p in prompts):
+            raise ValueError("prompts must be (B, L), or a list: put one prompt in a list")
         if min(map(len, prompts), default=0) == 0:
             raise ValueError("each prompt needs at least one token")
         if (ids := torch.cat([stop, *prompts])).min() < 0 or ids.max() >= vocab_size:
@@ -633,8 +647,12 @@ class Stream(Iterator):
 
     @torch.no_grad()
     def _make(self, model, prompts, max_new_tokens, draw, stop, seen, compile):
-        for module in (training := [m for m in model.modules() if m.training]):
-            module.training = False
+        training = [m for m in model.modules() if m.training]
+
+        def train(mode):
+            for module in training:
+                module.training = mode
+        train(False)
         try:
             self._step = model.decoder(prompts, self.state, compile)
             token, ended = torch.stack([p[-1] for p in prompts]), None
@@ -645,14 +663,15 @@ class Stream(Iterator):
                 token = new if ended is None else torch.where(ended, token, new)
                 if seen is not None:
                     seen.scatter_(1, token[:, None], True)
+                train(True)     # between two tokens the model is as it was
                 yield token
+                train(False)
                 if len(stop) > 0:
                     ended = (token[:, None] == stop).any(1)   # isin may wait for a GPU
                     if (token.device.type == "cpu" or left % 16 == 0) and ended.all():
                         return
         finally:
-            for module in training:
-                module.training = True
+            train(True)
 
 def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None,
                    generator=None):

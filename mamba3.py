@@ -94,7 +94,8 @@ def chunked(x, k, q, gamma, late, a, h, x_before, k_before, kq, scan):
     weight = gamma + F.pad(late[:, 1:], (0, 0, 0, 1))                       # (B, L, H)
     # what the step before the first one adds late decays with the first
     h = h + late[:, 0, :, None, None] * outer(x_before, k_before)
-    # of the R steps the first one alone decays, and each reads those before it, with their weight
+    # The R ranks of a step are R steps here. The first alone decays; each reads those before it,
+    # by their weights.
     a = F.pad(a[:, :, None], (0, 0, 0, rank - 1))                           # (B, L, R, H)
     weights = weight[:, :, None].expand(a.shape)
     own = gamma[:, :, None] * kq                                            # (B, L, R, H)
@@ -120,19 +121,19 @@ def turned(t, theta, pairs_apart):
     return torch.stack([one * cos - other * sin, one * sin + other * cos],
                        dim=-2 if pairs_apart else -1).flatten(-2)
 
-def angles_since(begins, turns, first):
-    """Sums of turns (B, L, H, S) since the document began, in [0, 1); first: (B, H, S), that of the
-    tokens before. Split as in mamba2.py: sums of multiples of 1/1024 are exact, also without their
-    whole turns, so that long sums stay precise."""
+def angles_since(begins, turns, entering):
+    """Sums of turns (B, L, H, S) since the document began, in [0, 1). entering: (B, H, S), the sum
+    over the tokens before. Split as in mamba2.py: sums of multiples of 1/1024 are exact, also
+    without their whole turns, so that long sums stay precise."""
     coarse = (turns.detach() * 1024).round() / 1024
     rest, coarse = (turns - coarse).cumsum(1), coarse.cumsum(1).remainder(1)
     if begins is None:
-        return (first[:, None] + coarse + rest).remainder(1)
+        return (entering[:, None] + coarse + rest).remainder(1)
     steps = torch.arange(turns.shape[1], device=turns.device)
     start = torch.where(begins, steps, 0).cummax(1).values[..., None, None]         # (B, L, 1, 1)
     before = [F.pad(t, (0, 0, 0, 0, 1, 0)).take_along_dim(start, 1) for t in (rest, coarse)]
-    first = torch.where(start > 0, 0, first[:, None])
-    return (first + (coarse - before[1]) + (rest - before[0])).remainder(1)
+    entering = torch.where(start > 0, 0, entering[:, None])
+    return (entering + (coarse - before[1]) + (rest - before[0])).remainder(1)
 
 # ---- The block -----------------------------------------------------------------------------------
 
@@ -193,7 +194,7 @@ class Mamba3Block(Mixer):
     def mix(self, x, state, mask, seq_idx):
         fast, others = mamba.fast, (state, mask, seq_idx)
         if fast and (at_once := fast.mix3(self, x, others, mamba.is_plain, PLAIN)):
-            return at_once      # what follows, in training; if you edit that, take this out
+            return at_once      # what follows; if you edit that, take the class out of PLAIN
         batch = x.shape[0]      # not len(x), which torch.export would take for a constant
         before = self.init_state(batch) if state is None else state
         c = self.config
@@ -225,11 +226,11 @@ class Mamba3Block(Mixer):
         turns = torch.tanh(angles)[:, :, None] * delta[..., None] / 2       # (B, L, H, S)
         tiny = x.shape[0] == 0 or (self.scan == "auto" and x.shape[1] == 1)
         method = "sequential" if tiny else scan_method(self.scan, parts[0], c.d_state, c.headdim)
-        first, sums = state.theta / (2 * math.pi), None
+        entering, sums = state.theta / (2 * math.pi), None
         # where mamba.fast has no faster way it returns None, here as in _keys_and_queries
         if mamba.fast and method != "sequential" and begins is None:
-            sums = mamba.fast.angles_since(method, turns, first)
-        theta = (angles_since(begins, turns, first) if sums is None else sums) * (2 * math.pi)
+            sums = mamba.fast.angles_since(method, turns, entering)
+        theta = (angles_since(begins, turns, entering) if sums is None else sums) * (2 * math.pi)
         k, q, kq = self._keys_and_queries(B, C, theta, method, parts[0].dtype)
         x = torch.unflatten(x, -1, (c.nheads, -1))                          # (B, L, H, P)
         z = torch.unflatten(z, -1, (c.nheads, -1))
@@ -249,8 +250,8 @@ class Mamba3Block(Mixer):
         y = y[:, :, 0] if c.mimo_rank == 1 else (y * self.mimo_o.transpose(0, 1).to(number)).sum(2)
         # the last real token of each row, or what was before
         last = None if mask is None else mask.sum(1)
-        keep = lambda t, first: (t[:, -1].clone() if last is None else torch.cat(
-            [first[:, None], t], 1).take_along_dim(last.view(-1, *[1] * (t.dim() - 1)), 1)[:, 0])
+        keep = lambda t, before: (t[:, -1].clone() if last is None else torch.cat(
+            [before[:, None], t], 1).take_along_dim(last.view(-1, *[1] * (t.dim() - 1)), 1)[:, 0])
         k = keep(k, state.k).to(number)     # of kernels it may have 16 bits
         after = Mamba3State(keep(theta, state.theta), h, k, keep(x, state.x))
         return y.flatten(2), after

@@ -61,18 +61,18 @@ def prepare(cfg, block_size=0, tokenizer=None, again=True):
     folder = Path(cfg.data_dir) / name
     if Path(name).name != name or name == "..":
         raise Problem(f"--name takes the name of a folder, not '{name}'")
-    given = tokenizer
-    tokenizer = given or open_tokenizer(cfg.tokenizer, cfg.cache_dir, cfg.vocab_size)
+    given_one = tokenizer
+    tokenizer = given_one or open_tokenizer(cfg.tokenizer, cfg.cache_dir, cfg.vocab_size)
     noticed = {}
     sources = find_text(cfg.dataset, Path(cfg.data_dir, "downloads"), cfg.cache_dir, noticed)
     with alone_in(folder) as new:
         if not again and is_prepared(folder, cfg.dataset):
             return folder  # by another process, while this one waited
         meta = {"name": name, "source": cfg.dataset, "sha256": sha256_of(*sources),
-                **write_tokens(new, cfg, sources, tokenizer, given, noticed)}
+                **write_tokens(new, cfg, sources, tokenizer, given_one, noticed)}
         # of this folder alone, and not for the checkpoint of a run
         flags = {key: str(v) for key, v in vars(cfg).items() if v != getattr(Config, key)}
-        meta["here"] = {"flags": None if given else flags, "checked": stamps(new)}
+        meta["here"] = {"flags": None if given_one else flags, "checked": stamps(new)}
         write_meta(new, meta)
         load_data(new, block_size)  # a text that is too short ends here
         verb = "replaced" if (folder / "meta.json").exists() else "wrote"
@@ -83,7 +83,7 @@ def prepare(cfg, block_size=0, tokenizer=None, again=True):
         f"vocabulary {meta['vocab_size']:,} ({meta['dtype']})\n{verb} {folder}")
     return folder
 
-def write_tokens(folder, cfg, sources, tokenizer, given, noticed):
+def write_tokens(folder, cfg, sources, tokenizer, given_one, noticed):
     """Writes train.bin and val.bin into a folder and returns what meta.json says of them."""
     # one that is made for this text is not there yet
     has_end = tokenizer.end_of_text is not None if tokenizer else cfg.tokenizer == "bpe"
@@ -137,18 +137,18 @@ def write_tokens(folder, cfg, sources, tokenizer, given, noticed):
                 meta[f"{name}_tokens"] = file.tell() // dtype.itemsize
             meta[f"{name}_sha256"] = digest.hexdigest()
     if not spelled and (of_all := lost["train"] + lost["val"]):
-        say_or_refuse(cfg, given, of_all, count)
+        say_or_refuse(cfg, given_one, of_all, count)
         meta["val_bytes"] -= sum(len(c.encode()) * n for c, n in lost["val"].items())
     return meta
 
-def say_or_refuse(cfg, given, lost, count):
-    """Says which of `count` characters are lost to a tokenizer that was given. Problem: these are
-    more than half, or the tokenizer is one that a person chose."""
+def say_or_refuse(cfg, given_one, lost, count):
+    """Says which of `count` characters are lost to given_one, the tokenizer of some weights.
+    Problem: these are more than half; or it is None, for a person chose the tokenizer."""
     total = sum(lost.values())
     share = f"{total:,} of its {count:,} characters ({total / count:.2%})"
     most = ", ".join(f"{char!r} ({n:,})" for char, n in lost.most_common(10))
     most += ", ..." * (len(lost) > 10)
-    if not given:
+    if not given_one:
         raise Problem(f"--tokenizer={cfg.tokenizer} cannot spell {cfg.dataset}: {share} do not "
                       f"come back when its tokens are decoded: {most}; --tokenizer=bpe spells all")
     if total > count / 2:
@@ -197,10 +197,10 @@ def alone_in(folder):
 
 def leftovers(folder):
     """The unfinished folders of killed runs: those in folder, and what earlier versions left beside
-    it. A folder that holds anything else is not one of them."""
+    it. A folder that is empty or holds anything else is not one of them."""
     for place, known in ((folder, {*FILES, "lock"}), (folder.parent, set(FILES[:2]))):
         for path in place.glob("tmp????????"):
-            if path.is_dir() and known.issuperset(os.listdir(path)):
+            if path.is_dir() and known.issuperset(names := os.listdir(path)) and names:
                 yield path
 
 # Prepared data
@@ -273,7 +273,7 @@ class Data(NamedTuple):
 
 def open_data(dataset, data_dir, block_size=0, may_prepare=True, tokenizer=None):
     """The Data of a dataset (as for --dataset, or the name of a folder in data_dir). It is prepared
-    by characters if it is missing or its text has changed, unless not may_prepare.
+    by characters if it is missing or, by characters too, of another text; unless not may_prepare.
     tokenizer: what it must be prepared with instead; this has a folder of its own.
     Problem: it cannot be prepared, is damaged, or has not block_size + 1 tokens in each part."""
     folder = Path(data_dir, dataset_name(dataset))
@@ -284,6 +284,11 @@ def open_data(dataset, data_dir, block_size=0, may_prepare=True, tokenizer=None)
             with alone_in(folder):
                 pass  # they are gone
         if not is_prepared(folder, dataset):
+            if tokenizer is None and (folder / "meta.json").exists():
+                meta = read_meta(folder, dataset)
+                if meta["tokenizer"]["type"] != "char":
+                    raise Problem(f"{dataset} is not the text that {folder} was made of; "
+                                  + how_to_make(folder, dataset, meta))
             cfg = Config(dataset, data_dir=data_dir, name=folder.name if tokenizer else "")
             prepare(cfg, block_size, tokenizer, again=False)
     return load_data(folder, block_size, dataset)

@@ -1,6 +1,6 @@
 """
 Writes text with a model that train.py has trained, or with released weights.
-Needs nothing but its checkpoint.
+Needs only the checkpoint: the tokenizer is in it.
 
 python sample.py                                      # the newest model under out/
 python sample.py --start="ROMEO:" --temperature=0.7
@@ -11,7 +11,7 @@ python sample.py --interactive --stop="\\nYou:"        # in turns; the model rem
 python sample.py --start=FILE:text.txt --show=delta   # which tokens it takes in
 python sample.py --start=FILE:text.txt --show=loss --html=loss.html     # which surprise it
 python sample.py --start=FILE:text.txt --show=delta --html=picture.svg
-python sample.py --start=FILE:text.txt --show=attention --html=page.html   # from where each does
+python sample.py --start=FILE:text.txt --show=attention --html=page.html   # of which tokens before
 python sample.py --export=folder --format=onnx        # writes the model for other programs
 """
 from __future__ import annotations
@@ -142,6 +142,7 @@ def check(cfg):
     run_dir, page, folder = Path(cfg.out_dir), Path(cfg.html), Path(cfg.export)
     for wrong, message in (
             (cfg.quantize and not fast, "--quantize=int8 needs the folder mamba_fast/"),
+            (cfg.compile and not fast, "--compile needs the folder mamba_fast/"),
             (run_dir.is_file(),
              f"--out_dir takes the folder of a run, {run_dir.parent}, not a file in it"),
             (cfg.out_dir and cfg.pretrained, "--out_dir and --pretrained are two models; give one"),

@@ -405,7 +405,8 @@ def hub(server, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("bad", [{"d_model": 0}, {"n_layer": -1}, {"d_state": 1.5}, {"vocab_size": "many"}, {"dropout": 1.0},
                                  {"dt_min": 0.2}, {"scan": "fast"}, {"dt_rank": "big"}, {"norm_eps": 0.0}, {"expand": True},
-                                 {"d_intermediate": -1}, {"d_conv": 0}, {"dt_init_floor": 0.0}])
+                                 {"d_intermediate": -1}, {"d_conv": 0}, {"dt_init_floor": 0.0}, {"dropout": "0.1"},
+                                 {"dt_max": math.inf}, {"norm_eps": math.nan}, {"mixer_rms_eps": None}])
 def test_bad_config(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         MambaConfig(**bad)
@@ -537,6 +538,34 @@ def test_documents_of_a_long_scan_without_gradients(padded):
     with torch.no_grad():
         in_parts = run()
     assert same(in_parts, run(), 1e-5)
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_a_document_begins_with_its_first_token(method):
+    """Also if seq_idx becomes another in the padding before it; and what padding has of its own says nothing."""
+    mask = at_random(torch.rand, (2, 4200), seed=5) < 0.6
+    mask[:, 2030:2060] = False      # where the second part of a long scan begins
+    seq_idx = (torch.arange(4200) // 700 * 2).expand(2, -1).clone()
+    seq_idx[:, 2040:2100] = 5       # a document that begins in this padding, and ends after it
+    before = torch.where(mask, seq_idx, at_random(torch.randint, 9, (2, 4200), seed=6))
+    inputs = scan_inputs(2, 4200, 3, 4, ("D", "state"))
+    of_heads = ssd_inputs(2, 300, 4, 3, 2, 5)
+    more = {"delta_softplus": True, "return_last_state": True, "method": method}
+    scan, heads = functools.partial(selective_scan, **inputs, **more), functools.partial(ssd, **of_heads, **more)
+    for run, first, last in ((scan, 0, 4200), (heads, 1950, 2250)):
+        m, s = mask[:, first:last], seq_idx[:, first:last]
+        y, h = run(mask=m, seq_idx=before[:, first:last])
+        for row in range(2):        # each document alone
+            state = run.keywords["state"][row:row + 1]
+            for number in s[row, m[row]].unique_consecutive():
+                at = (m[row] & (s[row] == number)).nonzero()[:, 0]
+                alone = {k: t[row:row + 1, at] if t.shape[:2] == y.shape[:2] else t for k, t in run.keywords.items() if torch.is_tensor(t)}
+                own, state_after = run(**{**alone, "state": state})
+                assert relative(y[row:row + 1, at], own) < 1e-5
+                state = torch.zeros_like(state)
+            assert relative(h[row:row + 1], state_after) < 1e-5
+        with torch.no_grad():       # in parts, if it is long
+            assert same(run(mask=m, seq_idx=before[:, first:last]), (y, h), 1e-5)
 
 
 @pytest.fixture
@@ -907,7 +936,8 @@ def test_documents_in_a_row(scan, padding):
 def test_what_a_block_refuses():
     block, x = MambaBlock(MambaConfig(d_model=16)), torch.randn(2, 9, 16)
     for wrong, words in (((x[0],), "x must be"), ((x, block.init_state(3)), "must be"), ((x, None, torch.ones(2, 8) > 0), "mask and seq_idx"),
-                         ((x, None, None, torch.zeros(9)), "mask and seq_idx"), ((x.to(torch.complex64),), "real")):
+                         ((x, None, None, torch.zeros(9)), "mask and seq_idx"), ((x.to(torch.complex64),), "real"),
+                         ((x, None, torch.ones(2, 9, dtype=torch.long)), "mask bool"), ((x[:, :0],), "L > 0")):
         with pytest.raises(ValueError, match=words):
             block(*wrong)
     assert block(torch.empty(0, 9, 16)).shape == (0, 9, 16)
@@ -1135,6 +1165,9 @@ def test_loss():
     assert nothing is None
     expected = -logits.double().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0][targets >= 0].mean()
     assert abs(loss.item() - expected.item()) < 1e-5
+    loss = model.double()(idx, targets)[1]
+    expected = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.masked_fill(targets < 0, -100).flatten())
+    assert loss.dtype == torch.float64 and abs(loss.item() - expected.item()) < 1e-12
 
 
 def test_padding_of_the_vocabulary_is_never_seen():
@@ -1339,6 +1372,9 @@ def test_generate_settings():
     for nothing in ([[]], [[1], []], []):
         with pytest.raises(ValueError, match="at least one token"):
             model.generate(nothing, 1)
+    for flat in ([1, 2], torch.arange(2), [[[1]]]):
+        with pytest.raises(ValueError, match="one prompt in a list"):
+            model.generate(flat, 1)
 
 
 def test_sampling_follows_the_probabilities():
@@ -1613,9 +1649,15 @@ def test_every_module_keeps_its_mode():
         model.generate(prompts, 8, top_k=0)
     stream = model.stream(prompts, 8)
     next(stream)
+    assert modes == {name: module.training for name, module in model.named_modules()}     # also between two tokens
+    other = torch.stack([*model.stream(prompts, 3, temperature=0)], 1)      # which ends before the first one
+    assert torch.equal(other, generated[:, 5:8])
     del stream
     gc.collect()
     assert modes == {name: module.training for name, module in model.named_modules()}
+    both = [model.stream(prompts, n, temperature=0) for n in (3, 8)]
+    both = [*itertools.zip_longest(*both)]
+    assert torch.equal(torch.stack([b for _, b in both], 1), generated[:, 5:])
     assert torch.equal(generated, model.eval().generate(prompts, 8, temperature=0))      # without dropout in any case
 
 
@@ -5722,10 +5764,15 @@ def test_one_process_of_a_machine_tells(tmp_path, call, monkeypatch, capsys):
         result = call("train.py", "--bach_size=3", cwd=tmp_path)
         assert result.returncode == 2 and result.stderr.count("\n") == lines
         for error, told in ((RuntimeError("Connection closed by peer"), lines), (KeyboardInterrupt(), lines),
-                            (MemoryError(), 1), (OSError(28, "No space left on device"), 1)):
+                            (MemoryError(), 1), (OSError(28, "No space left on device"), 1),
+                            (RuntimeError("CUDA out of memory. Tried to allocate"), 1),
+                            (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"), 1)):
             monkeypatch.setattr(train, "main", lambda *_, error=error: fails(error))
             result = call("train.py", cwd=tmp_path)
             assert result.returncode in (2, 130) and result.stderr.count("\n") == told, error
+        monkeypatch.setattr(train, "main", lambda *_: torch.zeros(1).expand(3).add_(1))
+        with pytest.raises(RuntimeError, match="memory"):   # which is no lack of it
+            common.run(train.main, train.Config)
         monkeypatch.undo()
         monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -6155,6 +6202,14 @@ def test_open_data(tmp_path, monkeypatch, capsys):
         whole = data.tokenizer.decode(data.train[:].tolist() + data.val[:].tolist())
         assert whole == (tmp_path / "x.txt").read_text()
     assert prepare_data.open_data("x", "data").meta == data.meta       # by the name of its folder
+    prepare_data.prepare(prepare_data.Config("x.txt", tokenizer="bpe", vocab_size=300, name="x"))
+    (tmp_path / "x.txt").write_text(whole + "more")     # tokens of another kind are not replaced by characters
+    with pytest.raises(common.Problem, match="x.txt is not the text .* --tokenizer=bpe --vocab_size=300 --name=x"):
+        prepare_data.open_data("x.txt", "data", 20)
+    prepare_data.prepare(prepare_data.Config("x.txt"))
+    (tmp_path / "x.txt").write_text(whole)
+    assert prepare_data.open_data("x.txt", "data").meta["vocab_size"] == data.meta["vocab_size"]
+    capsys.readouterr()
     with pytest.raises(common.Problem, match="too few for --block_size=65"):
         prepare_data.open_data("x.txt", "data", 65)
     with pytest.raises(common.Problem, match="No such file or directory; make it with: python prepare_data.py "
@@ -6446,7 +6501,8 @@ def test_what_killed_runs_left_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.txt").write_text("some text " * 50)
     left = {"x/tmp_prepare": ["lock", "train.bin"], "x/tmpabcd_123": ["train.bin", "val.bin", "meta.json"], "tmp00000000": ["train.bin"]}
-    own = {"x/tmpmy_notes": ["a.txt"], "tmpcorpus01": ["train.bin", "val.bin", "meta.json"], "x/tmp": ["train.bin"]}
+    own = {"x/tmpmy_notes": ["a.txt"], "tmpcorpus01": ["train.bin", "val.bin", "meta.json"], "x/tmp": ["train.bin"], "tmp_of_mine": []}
+    (tmp_path / "data" / "tmp_of_mine").mkdir(parents=True)
     for again in (False, True):
         for folder, names in {**left, **own}.items():
             lay_out(tmp_path / "data" / folder, dict.fromkeys(names, "x"))
@@ -9492,11 +9548,12 @@ for name, flags, typed in json.loads(sys.argv[1]):
     print(end="\\0", flush=True)
     common.run(module.main, module.Config)
 assert "mamba_fast" not in sys.modules
-try:
-    sys.argv = ["sample.py", "--out_dir=run", "--quantize=int8"]
-    common.run(module.main, module.Config)
-except SystemExit as end:
-    print(end=f"\\0{end.code}")
+for flag in ("--compile", "--quantize=int8"):
+    try:
+        sys.argv = ["sample.py", "--out_dir=run", flag]
+        common.run(module.main, module.Config)
+    except SystemExit as end:
+        print(end=f"\\0{end.code}")
 """
 
 
@@ -9514,8 +9571,9 @@ def test_all_of_it_without_mamba_fast(corpus, work, call):
     result = subprocess.run([sys.executable, "-c", ONE_BY_ONE, json.dumps(calls)], cwd=work, capture_output=True, text=True,
                             check=False, env=environment(PYTHONPATH=str(copy)))
     assert result.returncode == 0, result.stdout + result.stderr
-    *without, status = result.stdout.split("\0")[1:]
-    assert status == "2" and "--quantize=int8 needs the folder mamba_fast/" in result.stderr.splitlines()[-1]
+    *without, compiled, quantized = result.stdout.split("\0")[1:]
+    assert compiled == quantized == "2" and [line.partition(": ")[2] for line in result.stderr.splitlines()[-2:]] == [
+        "--compile needs the folder mamba_fast/", "--quantize=int8 needs the folder mamba_fast/"]
     (work / "run").rename(work / "without")
     shown = [succeeded(call(f"{name}.py", *flags, cwd=work, stdin=typed.encode())).stdout for name, flags, typed in calls]
     assert without[2:4] == shown[2:4]       # the greedy text

@@ -195,6 +195,7 @@ def cut_between_words(blocks):
         yield rest
 
 TRAIN_BPE_ON = 1 << 24  # bytes of text that a vocabulary is trained on, at most
+MOST_TOKENS = 1 << 24   # of a vocabulary
 DIFFERENT = 1 << 22  # bytes of different words in it, at most: each takes 100 times as much memory
 WORD = re.compile(r"[^\W\d_]+|\d+|(?:[^\w\s]|_)+")  # GPT-2's pattern, near enough to count words
 
@@ -234,9 +235,9 @@ def open_tokenizer(tokenizer: str, cache_dir=None, vocab_size=4096):
     path = Path(tokenizer)
     if tokenizer == "bpe":
         import tokenizers  # noqa: F401 (if it is missing, that is said before minutes of reading)
-        if not 257 <= vocab_size <= TRAIN_BPE_ON:
+        if not 257 <= vocab_size <= MOST_TOKENS:
             raise Problem(f"--vocab_size={vocab_size} must be at least 257 (256 bytes and "
-                          f"{END_OF_TEXT}) and at most {TRAIN_BPE_ON:,}")
+                          f"{END_OF_TEXT}) and at most {MOST_TOKENS:,}")
     if tokenizer in ("char", "bpe"):
         return None
     if tokenizer == "gpt-neox":

@@ -22,7 +22,7 @@ if __name__ == "__main__":
         # Until main begins Ctrl-C ends it, without a traceback: importing torch takes long.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))   # python -P leaves it out
-    # All three are read once. Large pages, on Linux, make fresh memory cost a CPU less.
+    # Each of the three is read once. Large pages, on Linux, make fresh memory cost a CPU less.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # A thread that waits for others checks this many times whether they are done, then sleeps.
     # 300,000 are usual: where other programs use the cores too, threads would do little else.
@@ -89,7 +89,7 @@ class Config:
     block_size: int | None = flag(None, "tokens in a sequence", 1)
     gradient_accumulation_steps: int = flag(1, "batches whose gradients make one step", 1)
     max_iters: int | None = flag(None, "steps in all", 1)
-    learning_rate: float | None = flag(None, "the highest", 0)
+    learning_rate: float | None = flag(None, "the highest, reached after warmup_iters", 0)
     min_lr: float | None = flag(0.0, "the last learning rate; None is learning_rate / 10", 0)
     warmup_iters: int = flag(100, "steps until the learning rate has risen", 0)
     lr_decay_iters: int | None = flag(None, "steps until it has fallen; max_iters by default", 1)
@@ -223,15 +223,15 @@ def learning_rate(step, cfg):
     return low + (cfg.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 def main(cfg, given):
-    """Trains as cfg, a Config, says. given: {name: value} of the flags that the person gave: these
-    a run that goes on takes over; what else it needs is as in its checkpoint, but for what belongs
-    to the machine, as device and dtype. Returns the status to exit with: 0, or 128 and the number
+    """Trains as cfg, a Config, says. given: {name: value} of the flags that the person gave. A run
+    that goes on takes these, and all others from its checkpoint, but for those of the machine, as
+    device and dtype. Returns the status to exit with: 0, or 128 and the number
     of the signal that stopped it."""
     with contextlib.ExitStack() as at_end:
         return train(cfg, given, at_end)
 
 def train(cfg, given, at_end):
-    """What main does. at_end gives back what it holds: the folder, the number of threads."""
+    """What main does. at_end: unlocks the folder and sets the number of threads back."""
     threads = torch.get_num_threads()
     at_end.callback(torch.set_num_threads, threads)
     # Who am I? Under torchrun one of several processes (world), each with a number (rank) and on a
