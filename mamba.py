@@ -23,9 +23,10 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
+from numbers import Real
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,7 +92,7 @@ class MambaConfig:
             value, least = getattr(self, f.name), 0 if f.name == "d_intermediate" else 1
             if f.type.startswith("int") and (type(value) is not int or value < least):
                 raise ValueError(f"{f.name} must be a whole number from {least} on, not {value!r}")
-            if f.type == "float" and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            if f.type == "float" and not (isinstance(value, Real) and abs(value) < math.inf):
                 raise ValueError(f"{f.name} must be a finite number, not {value!r}")
         for name, right, need in (
                 ("dropout", 0 <= self.dropout < 1, "at least 0 and below 1"),
@@ -125,8 +126,9 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     float32 (float64 if u is float64) whatever the inputs are. Differentiable in every tensor.
     method: "sequential" (the loop) | "chunked" (tiles) | "triton" (kernels of mamba_fast/, on
     CUDA) | "auto", the fastest that can run.  mask: (B, L) bool, False is padding, which leaves the
-    state as it is.  seq_idx: (B, L) int; where it changes within a call, at a real token, the state
-    begins anew.  ValueError: what does not fit, or cannot run here. Names are as in mamba_ssm."""
+    state as it is.  seq_idx: (B, L) int; where it is another than at the real token before, in this
+    call, the state begins anew.  ValueError: what does not fit, or cannot run here. Names are as in
+    mamba_ssm."""
     if u.dim() != 3 or A.dim() != 2 or u.shape[1] == 0:
         raise ValueError(f"u must be (B, L, D), L > 0, A (D, N), not {[*u.shape]}, {[*A.shape]}")
     wide, (batch, length, d_inner), d_state = tuple(u.shape), u.shape, A.shape[1]
@@ -164,6 +166,9 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
 def scan_of_part(method, state, A, D, delta_bias, delta_softplus, u, delta, B, C, z, mask, begins):
     """selective_scan once all is checked; begins as of beginnings. Returns y, the last state."""
+    if fast and mask is None and begins is None and (all_at_once := fast.scan(
+            method, u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)):
+        return all_at_once
     dtype, number = u.dtype, torch.promote_types(u.dtype, torch.float32)
     with torch.autocast(u.device.type, enabled=False):      # it would run the products in 16 bits
         u, delta, A, B, C, state = (t.to(number) for t in (u, delta, A, B, C, state))
@@ -291,12 +296,14 @@ class MambaState(NamedTuple):
     h: torch.Tensor         # (B, D, N), the state of the scan, in float32
 
 class Mixer(nn.Module):
-    """What all kinds of blocks share. Each has a mix of its own, to which padding comes at the end.
+    """What all kinds of blocks share. Each has its own mix, which gets x with the padding moved to
+    the end of each row.
     block(x) -> y, both (B, L, d_model). Stands alone: put it where a Transformer has attention.
     block(x, state) -> (y, state after x) continues where the call ended that returned the state;
     block.init_state(batch) is the first one. Gradients flow through it.
     mask: (B, L) bool, False is padding, anywhere: real tokens get what they get without it.
-    seq_idx: (B, L) int; where it changes a document begins, which sees nothing of those before."""
+    seq_idx: (B, L) int; where it is another than at the real token before, a document begins, which
+    sees nothing of those before."""
     exact = ()      # names of the parameters that stay float32 in a model of 16 bits
     def reset_steps(self, bias: Tensor) -> None:
         """The first values of delta's bias, and zeros for those of the projections."""
@@ -311,7 +318,7 @@ class Mixer(nn.Module):
         self.exact_parameters()
 
     def exact_parameters(self) -> list[nn.Parameter]:
-        """Those parameters, with flags for other code not to set them anew or let them decay."""
+        """The parameters that `exact` names, flagged: other code is not to reset or decay them."""
         parameters = [attrgetter(name)(self) for name in self.exact]
         for parameter in parameters:
             parameter._no_reinit = parameter._no_weight_decay = True
@@ -319,7 +326,7 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, state: tuple | None = None, mask: Maybe = None,
                 seq_idx: Maybe = None) -> Tensor | tuple[Tensor, tuple]:
-        """(B, L, d_model) -> y, the same; with a state (y, the next one). ValueError: no fit."""
+        """x (B, L, d_model) -> y, shaped as x; with a state (y, next state). ValueError: bad x."""
         given = [t for t in (x, mask, seq_idx) if t is not None]
         if (x.dim() != 3 or x.shape[1] == 0 or x.is_complex()
                 or any(t.shape != x.shape[:2] for t in given[1:])
@@ -544,13 +551,16 @@ class Mamba(nn.Module):
     def decoder(self, prompts: list[Tensor], state: list, compile=False) -> Callable:
         """step(token) -> logits, (B,) -> (B, vocab_size), to be called with the last tokens of the
         prompts first; step.state is what it has read."""
-        if step := fast and fast.decoder(self, prompts, state, compile, PLAIN):
-            return step
+        with evaluating(self):
+            if step := fast and fast.decoder(self, prompts, state, compile, PLAIN):
+                return step
+            state = self.prefill(prompts, state)
 
         def step(token):        # by the model itself, so that hooks, adapters and all in it act
-            logits, _, step.state = self(token[:, None], state=step.state)
+            with evaluating(self):
+                logits, _, step.state = self(token[:, None], state=step.state)
             return logits[:, 0]                                             # (B, vocab_size)
-        step.state = self.prefill(prompts, state)
+        step.state = state
         return step
 
     def stream(self, prompts: Tensor | list, max_new_tokens: int, **settings) -> Stream:
@@ -604,6 +614,18 @@ class Mamba(nn.Module):
         torch.save(weights, Path(folder, "pytorch_model.bin"))
         Path(folder, "config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
 
+@contextmanager
+def evaluating(model):
+    """All of the model is in eval mode in here; then each module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
 # what mamba_fast/ takes over: take out a class that you edit, or it may run as it was before
 PLAIN = {c: (c.forward, getattr(c, "mix", None)) for c in (Mamba, Layer, MambaBlock, GatedMLP)}
 
@@ -647,31 +669,20 @@ class Stream(Iterator):
 
     @torch.no_grad()
     def _make(self, model, prompts, max_new_tokens, draw, stop, seen, compile):
-        training = [m for m in model.modules() if m.training]
-
-        def train(mode):
-            for module in training:
-                module.training = mode
-        train(False)
-        try:
-            self._step = model.decoder(prompts, self.state, compile)
-            token, ended = torch.stack([p[-1] for p in prompts]), None
-            greedy = draw.keywords.get("temperature") == 0 and seen is None
-            likeliest = greedy and getattr(self._step, "likeliest", None)   # a GPU knows it already
-            for left in reversed(range(max_new_tokens)):
-                new = likeliest(token) if likeliest else draw(self._step(token))
-                token = new if ended is None else torch.where(ended, token, new)
-                if seen is not None:
-                    seen.scatter_(1, token[:, None], True)
-                train(True)     # between two tokens the model is as it was
-                yield token
-                train(False)
-                if len(stop) > 0:
-                    ended = (token[:, None] == stop).any(1)   # isin may wait for a GPU
-                    if (token.device.type == "cpu" or left % 16 == 0) and ended.all():
-                        return
-        finally:
-            train(True)
+        self._step = model.decoder(prompts, self.state, compile)
+        token, ended = torch.stack([p[-1] for p in prompts]), None
+        greedy = draw.keywords.get("temperature") == 0 and seen is None
+        likeliest = greedy and getattr(self._step, "likeliest", None)   # a GPU knows it already
+        for left in reversed(range(max_new_tokens)):
+            new = likeliest(token) if likeliest else draw(self._step(token))
+            token = new if ended is None else torch.where(ended, token, new)
+            if seen is not None:
+                seen.scatter_(1, token[:, None], True)
+            yield token
+            if len(stop) > 0:
+                ended = (token[:, None] == stop).any(1)   # isin may wait for a GPU
+                if (token.device.type == "cpu" or left % 16 == 0) and ended.all():
+                    return
 
 def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None,
                    generator=None):

@@ -119,6 +119,8 @@ def ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe = No
         if tensor is not None and (tensor.shape != shape or tensor.is_complex()):
             raise ValueError(f"{name} must be {tuple(shape)} to fit u {tuple(u.shape)}, and real, "
                              f"not {tuple(tensor.shape)} {tensor.dtype}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, not {mask.dtype}")
     if not 1 <= chunk_size <= 256:
         raise ValueError(f"chunk_size must be 1 to 256, not {chunk_size}")
     tiny = batch == 0 or (method == "auto" and length == 1)

@@ -273,7 +273,8 @@ class Data(NamedTuple):
 
 def open_data(dataset, data_dir, block_size=0, may_prepare=True, tokenizer=None):
     """The Data of a dataset (as for --dataset, or the name of a folder in data_dir). It is prepared
-    by characters if it is missing or, by characters too, of another text; unless not may_prepare.
+    by characters if it is missing, or was by characters and its text has changed; unless not
+    may_prepare.
     tokenizer: what it must be prepared with instead; this has a folder of its own.
     Problem: it cannot be prepared, is damaged, or has not block_size + 1 tokens in each part."""
     folder = Path(data_dir, dataset_name(dataset))
@@ -287,6 +288,9 @@ def open_data(dataset, data_dir, block_size=0, may_prepare=True, tokenizer=None)
             if tokenizer is None and (folder / "meta.json").exists():
                 meta = read_meta(folder, dataset)
                 if meta["tokenizer"]["type"] != "char":
+                    flags = meta.get("here", {}).get("flags")
+                    flags = {**flags, "dataset": dataset} if flags else flags
+                    meta = {**meta, "source": dataset, "here": {"flags": flags}}
                     raise Problem(f"{dataset} is not the text that {folder} was made of; "
                                   + how_to_make(folder, dataset, meta))
             cfg = Config(dataset, data_dir=data_dir, name=folder.name if tokenizer else "")

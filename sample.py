@@ -11,7 +11,7 @@ python sample.py --interactive --stop="\\nYou:"        # in turns; the model rem
 python sample.py --start=FILE:text.txt --show=delta   # which tokens it takes in
 python sample.py --start=FILE:text.txt --show=loss --html=loss.html     # which surprise it
 python sample.py --start=FILE:text.txt --show=delta --html=picture.svg
-python sample.py --start=FILE:text.txt --show=attention --html=page.html   # of which tokens before
+python sample.py --start=FILE:text.txt --show=attention --html=page.html  # which each looks back to
 python sample.py --export=folder --format=onnx        # writes the model for other programs
 """
 from __future__ import annotations
@@ -119,7 +119,7 @@ def main(cfg, given):
           f"scan {scan}{seed}", file=sys.stderr)
     if cfg.show:
         return show.show(cfg, model, prompt, as_text(tokenizer, prompt))
-    if cfg.compile and fast and device.type == "cpu":
+    if cfg.compile and device.type == "cpu":
         compile_step(model)
     if cfg.interactive:
         if hasattr(sys.stdin, "reconfigure"):  # that of a notebook has not

@@ -80,11 +80,11 @@ def in_chunks(u, delta, a, B, C, state, own):
     return ssd_cpu.ssd(u, delta, a, B, C, state, own)
 
 
-def angles_since(method, turns, first):
+def angles_since(method, turns, entering):
     """That of mamba3.py for one document."""
     if torch.compiler.is_compiling() or turns.numel() == 0:
         return None
-    return (turn_triton if method == "triton" else turn_cpu).angles_since(turns, first)
+    return (turn_triton if method == "triton" else turn_cpu).angles_since(turns, entering)
 
 
 def keys_and_queries(method, B, C, B_bias, C_bias, theta, dtype):

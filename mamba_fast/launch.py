@@ -80,7 +80,7 @@ class Kernel:
 
 class Threads(ThreadPoolExecutor):
     """Where Triton compiles kernels side by side; and beside each of them its launcher, which is C
-    until Triton 3.6. The next one who asks for that finds it on the disk."""
+    until Triton 3.6: when Triton wants the launcher it finds it on the disk."""
 
     def submit(self, work, *inputs):
         source = getattr(work, "__closure__", None) and getclosurevars(work).nonlocals.get("src")

@@ -148,7 +148,7 @@ def layers(model, state):
 
 
 def as_c(layer, state, sizes, buffers, kept):
-    """A layer with its state as a Layer; `kept` holds the tensors that it points to."""
+    """A layer with its state as a Layer; `kept` holds the tensors that are made for it."""
     b, config, gated, turning = layer.mixer, layer.mixer.config, Norm(), Turning()
     of_heads, is_mamba3 = config.layer != "mamba", config.layer == "mamba3"
 
