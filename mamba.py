@@ -65,7 +65,7 @@ class MambaConfig:
     dt_init_floor: float = 1e-4         # ... and never below this
     conv_bias: bool = True
     bias: bool = False                  # biases in in_proj and out_proj
-    dropout: float = 0.0                # on the embedding, mixers' inputs, their and MLPs' outputs
+    dropout: float = 0.0                # after the embedding and MLPs, before and after mixers
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     pad_vocab_size_multiple: int = 8    # rows of the embedding are rounded up, for matrix units
@@ -126,9 +126,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     float32 (float64 if u is float64) whatever the inputs are. Differentiable in every tensor.
     method: "sequential" (the loop) | "chunked" (tiles) | "triton" (kernels of mamba_fast/, on
     CUDA) | "auto", the fastest that can run.  mask: (B, L) bool, False is padding, which leaves the
-    state as it is.  seq_idx: (B, L) int; where it is another than at the real token before, in this
-    call, the state begins anew.  ValueError: what does not fit, or cannot run here. Names are as in
-    mamba_ssm."""
+    state as it is.  seq_idx: (B, L) int; where it differs from that of the real token before, the
+    state begins anew.  ValueError: what does not fit, or cannot run here. Names as in mamba_ssm."""
     if u.dim() != 3 or A.dim() != 2 or u.shape[1] == 0:
         raise ValueError(f"u must be (B, L, D), L > 0, A (D, N), not {[*u.shape]}, {[*A.shape]}")
     wide, (batch, length, d_inner), d_state = tuple(u.shape), u.shape, A.shape[1]
@@ -153,9 +152,9 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         state = u.new_zeros(batch, d_inner, d_state, dtype=number)
     begins = None if seq_idx is None else beginnings(seq_idx, mask)
     part = 2048 if u.device.type == "cpu" else 2 ** 15
-    at_once = torch.is_grad_enabled() or torch.compiler.is_compiling() or length <= part
+    whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or length <= part
     of_steps, others = (u, delta, B, C, z, mask, begins), (A, D, delta_bias, delta_softplus)
-    if method == "chunked" and not at_once:
+    if method == "chunked" and not whole:
         y = torch.empty_like(u)     # part by part, so that memory does not grow with the length
         for i in range(0, length, part):
             of_part = (None if t is None else t[:, i:i + part] for t in of_steps)
@@ -166,9 +165,6 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
 def scan_of_part(method, state, A, D, delta_bias, delta_softplus, u, delta, B, C, z, mask, begins):
     """selective_scan once all is checked; begins as of beginnings. Returns y, the last state."""
-    if fast and mask is None and begins is None and (all_at_once := fast.scan(
-            method, u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)):
-        return all_at_once
     dtype, number = u.dtype, torch.promote_types(u.dtype, torch.float32)
     with torch.autocast(u.device.type, enabled=False):      # it would run the products in 16 bits
         u, delta, A, B, C, state = (t.to(number) for t in (u, delta, A, B, C, state))
@@ -180,7 +176,7 @@ def scan_of_part(method, state, A, D, delta_bias, delta_softplus, u, delta, B, C
         if mask is not None:
             delta = delta.masked_fill(~mask[..., None], 0)
         x = u
-        if begins is not None:      # delta = FOREVER forgets the state; delta x stays what it was
+        if begins is not None:      # FOREVER forgets the state; x shrinks, so delta x is as before
             begins = begins[..., None]                                      # (B, L, 1)
             x = torch.where(begins, delta * u / FOREVER, u)
             delta = delta.masked_fill(begins, FOREVER)
@@ -195,8 +191,8 @@ def scan_of_part(method, state, A, D, delta_bias, delta_softplus, u, delta, B, C
     return y.to(dtype), h
 
 def beginnings(seq_idx: Tensor, mask: Maybe) -> Tensor:
-    """(B, L) bool: the tokens whose seq_idx (B, L) is another than that of the token before."""
-    if mask is not None:        # padding is no token: it goes to the end of each row, and back
+    """(B, L) bool: real tokens whose seq_idx (B, L) differs from that of the real token before."""
+    if mask is not None:        # padding goes to the end of each row, and back
         order = (~mask).byte().argsort(dim=1, stable=True)
         seq_idx = seq_idx.take_along_dim(order, 1)
     begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
@@ -302,7 +298,7 @@ class Mixer(nn.Module):
     block(x, state) -> (y, state after x) continues where the call ended that returned the state;
     block.init_state(batch) is the first one. Gradients flow through it.
     mask: (B, L) bool, False is padding, anywhere: real tokens get what they get without it.
-    seq_idx: (B, L) int; where it is another than at the real token before, a document begins, which
+    seq_idx: (B, L) int; where it differs from that of the real token before, a document begins. It
     sees nothing of those before."""
     exact = ()      # names of the parameters that stay float32 in a model of 16 bits
     def reset_steps(self, bias: Tensor) -> None:

@@ -14,6 +14,7 @@ from .operators import Context, as_operator, differentiable_once
 
 NAME = "scan_cpu"
 TILE, GROUP = 16, 128   # steps of a tile and channels of a task, as in scan_cpu.cpp
+PART = 2048             # steps of a long scan for whose inputs memory is filled up at once
 
 
 def scan(u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softplus=False):
@@ -26,8 +27,14 @@ def scan(u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softpl
     if state is None:
         state = u.new_zeros(u.shape[0], *A.shape)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not (torch.is_grad_enabled() or compiling) and u.shape[2] % cpp.WIDTH and u.shape[1] > 2048:
-        return None     # filled up in whole they would take much memory, part by part they do not
+    if not (torch.is_grad_enabled() or compiling) and u.shape[2] % cpp.WIDTH and u.shape[1] > PART:
+        y = torch.empty_like(u)     # filled up in whole the inputs would take much memory
+        for i in range(0, u.shape[1], PART):
+            u_p, delta_p, B_p, C_p, z_p = (
+                None if t is None else t[:, i:i + PART] for t in (u, delta, B, C, z))
+            y[:, i:i + PART], state = scan(u_p, delta_p, A, B_p, C_p, state, D, z_p, delta_bias,
+                                           delta_softplus)
+        return y, state
     inputs = u, delta, A, B, C, state, keep, D, z, delta_bias, delta_softplus
     return operator(*inputs) if compiling else NativeScan.apply(*inputs)
 
