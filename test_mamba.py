@@ -3965,7 +3965,30 @@ def results_of_block(block, x, gy):
     x = x.detach().requires_grad_()
     y = block(x)
     y.backward(gy.to(y.dtype))
-    return [y, x.grad, *(p.grad for p in block.parameters())], type(y.grad_fn).__name__
+    return [y, x.grad, *(p.grad for p in block.parameters())], made_by(y)
+
+
+def made_by(y):
+    """The autograd.Function, here or in C++, that y comes from."""
+    return "ByPlan" if "ByPlan" in y.grad_fn.name() else type(y.grad_fn).__name__
+
+
+@pytest.fixture(params=[False, True], ids=["in Python", "in C++"])
+def nodes(request, monkeypatch):
+    """Whether plans are nodes of autograd in Python or in C++, for which it waits."""
+    launch = importlib.import_module("mamba_fast.launch")
+    if not request.param:
+        monkeypatch.setattr(launch, "NODE", {"module": None})
+        return
+    launch.find_node()
+    wait_for(launch.node)
+
+
+def wait_for(condition, seconds=200):
+    while not condition():
+        assert seconds > 0
+        seconds -= 0.1
+        time.sleep(0.1)
 
 
 def block_of(changes):
@@ -3996,7 +4019,7 @@ def check_block(changes, length=70, dtype=torch.float32, cast=None, frozen=(), d
             patch.setattr(mamba.fast, "mix3", lambda *_: None)
             parts, other = results_of_block(block, x, gy)
     if device == "cuda":        # with a bias, whose gradient PyTorch sums up, there is no plan
-        expected = "AtOnceBackward" if changes.get("bias") else "ByPlanBackward"
+        expected = "AtOnceBackward" if changes.get("bias") else "ByPlan"
     else:
         expected = AT_ONCE[changes.get("layer", "mamba")]
     assert made == expected != other and same([t for t in ours if t is not None], [t for t in again if t is not None])
@@ -4033,7 +4056,7 @@ def test_block_at_once_with_frozen_parameters(frozen, changes):
 @on_gpu
 @pytest.mark.parametrize("dtype, cast", [
     (torch.float32, None), (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, None), (torch.float16, None)])
-def test_block_at_once_on_a_gpu(dtype, cast):
+def test_block_at_once_on_a_gpu(dtype, cast, nodes):
     for changes in (*OF_BLOCK, *OF_BLOCK2, *OF_BLOCK3):
         check_block(changes, dtype=dtype, cast=cast, device="cuda")
     check_block({}, 1, dtype, cast, device="cuda")
@@ -4073,7 +4096,7 @@ def test_compiled_block_is_the_block_at_once(monkeypatch, cast, changes):
 @on_gpu
 @pytest.mark.parametrize("cast", [None, torch.bfloat16])
 @pytest.mark.parametrize("changes", [{"d_state": 5}, OF_BLOCK2[0], OF_BLOCK3[0]])
-def test_block_by_plan_is_the_block_at_once(monkeypatch, cast, changes):
+def test_block_by_plan_is_the_block_at_once(monkeypatch, nodes, cast, changes):
     """The same bits: whatever is asked for, again and again, twice before backward, in a checkpoint, in a graph that is
     captured, on another stream, with parameters that begin anywhere; and where plans cannot be used it goes without."""
     launch, config = importlib.import_module("mamba_fast.launch"), MambaConfig(d_model=72, **{"expand": 4, **changes})
@@ -4084,16 +4107,18 @@ def test_block_by_plan_is_the_block_at_once(monkeypatch, cast, changes):
             y = f(x)
         return [y, *torch.autograd.grad(y.float().square().sum(), wanted or [x, *block.parameters()])]
     twice = lambda x: block(block(x))
-    made = lambda: type(block(x).grad_fn).__name__
+    made = lambda: made_by(block(x))
     with monkeypatch.context() as patch:
         patch.setattr(launch, "can_repeat", lambda: False)
         expected, expected_twice = results(block), results(twice)
-        assert made() != "ByPlanBackward"
-    assert made() == "ByPlanBackward"
+        assert made() != "ByPlan"
+    assert made() == "ByPlan"
     for _ in range(3):
         assert same(results(block), expected) and same(results(twice), expected_twice)
-    plans = results(block)[0].grad_fn.plan.plans_back
-    assert plans and all(plans.values())        # none is missing: it would only take longer
+    with monkeypatch.context() as patch:        # none is missing: it would only take longer
+        patch.setattr(launch.Plan, "all_kept", None)
+        patch.setattr(launch.ByPlan, "backward", None if launch.node() else launch.ByPlan.backward)
+        assert same(results(block), expected)
     name = "dt_bias" if config.layer == "mamba3" else "A_log"
     assert same(results(block, x, getattr(block, name)), [*expected[:2], expected[2 + [*dict(block.named_parameters())].index(name)]])
     checkpointed = lambda x: block(torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False))
@@ -4115,18 +4140,18 @@ def test_block_by_plan_is_the_block_at_once(monkeypatch, cast, changes):
     with torch.no_grad():
         for p in block.parameters():
             p.data = torch.cat([p.new_zeros(1), p.flatten()])[1:].view(p.shape)
-    assert all(relative(one, other) < 1e-2 for one, other in zip(results(block), expected)) and made() == "ByPlanBackward"
+    assert all(relative(one, other) < 1e-2 for one, other in zip(results(block), expected)) and made() == "ByPlan"
     expected = results(block)
     block.D.data = torch.stack([block.D.data, -block.D.data], dim=1)[:, 0]
     assert all(relative(one, other) < 5e-2 for one, other in zip(results(block), expected))
     block.D.data = block.D.data.contiguous()
-    assert made() == "ByPlanBackward"
+    assert made() == "ByPlan"
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
-    assert made() != "ByPlanBackward"
+    assert made() != "ByPlan"
 
 
 @on_gpu
-def test_scan_by_plan_is_the_scan(monkeypatch):
+def test_scan_by_plan_is_the_scan(monkeypatch, nodes):
     launch, inputs = importlib.import_module("mamba_fast.launch"), scan_inputs(2, 300, 16, 5)
     inputs = {k: t.detach().cuda().requires_grad_() for k, t in inputs.items()}
 
@@ -4138,6 +4163,7 @@ def test_scan_by_plan_is_the_scan(monkeypatch):
             patch.setattr(launch, "can_repeat", lambda: False)
             expected = results(last)
         assert same(results(last), expected) and same(results(last), expected)
+        assert made_by(results(last)[0]) == "ByPlan"
 
 
 class StandIn:
@@ -4148,6 +4174,162 @@ class StandIn:
         self.src = SimpleNamespace(signature=signature)
         self.metadata = SimpleNamespace(num_ctas=1, num_warps=2, shared=7, launch_cooperative_grid=False,
                                         launch_pdl=False, global_scratch_size=0)
+
+
+def on_a_cpu(monkeypatch, launch, start, multiply):
+    """Puts these two in the places of cuLaunchKernel and cublasGemmEx; the stream is 5, the handle of cuBLAS 6."""
+    address = ctypes.c_void_p
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(address))
+    def stream_of(device, stream):
+        stream[0] = 5
+        return 0
+    repeat, places = importlib.import_module("mamba_fast.cpp").compiled("repeat").repeat, (start, multiply, stream_of)
+    repeat.argtypes = (address, ctypes.c_int64, *[address] * 5)
+    monkeypatch.setattr(launch, "entry_points", lambda: (repeat, *(ctypes.cast(f, address) for f in places)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: 6)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentBlasHandle", lambda: 6, raising=False)
+    monkeypatch.setattr(on_a_cpu, "places", places, raising=False)      # as long as C++ may call them
+
+
+@in_cpp
+def test_plan_as_a_node_of_autograd(monkeypatch):
+    """node.cpp, with a CPU in the place of the GPU: what ByPlan of launch.py does, in a pass like one before without Python."""
+    pytest.importorskip("triton")
+    launch, number, address = importlib.import_module("mamba_fast.launch"), ctypes.c_int, ctypes.c_void_p
+
+    def memory(at, count):
+        return torch.frombuffer((ctypes.c_float * count).from_address(at), dtype=torch.float32)
+
+    def scale(x, y, n, factor):
+        with torch.no_grad():
+            memory(y, n)[:] = memory(x, n) * factor
+        return 0
+
+    @ctypes.CFUNCTYPE(number, ctypes.c_int64, *[ctypes.c_uint] * 7, address, ctypes.POINTER(address), address)
+    def start(function, *others):
+        *_, stream, arguments, _ = others
+        return scale(*(ctypes.c_int64.from_address(arguments[i]).value for i in range(4))) if stream == 5 else 1
+
+    @ctypes.CFUNCTYPE(number, address, *[number] * 5, address, address, number, number, address, number, number, address,
+                      address, *[number] * 4)
+    def multiply(blas, turned_a, turned_b, m, n, k, one, a, a_type, a_step, b, b_type, b_step, beta, c, c_type, c_step, _, __):
+        assert (blas, turned_a, turned_b) == (6, 0, 0)
+        with torch.no_grad():   # column by column: c^T = b^T a^T
+            memory(c, m * n).view(n, m)[:] = memory(b, n * k).view(n, k) @ memory(a, k * m).view(k, m)
+        return 0
+
+    on_a_cpu(monkeypatch, launch, start, multiply)
+    monkeypatch.setattr(launch, "parameters_of", lambda function: 4)
+    monkeypatch.setattr(launch, "NODE", {})
+    launch.find_node()
+    wait_for(launch.node)
+    kernel, compiled = launch.Kernel(None), StandIn(4, x="*fp32", y="*fp32", n="i32", factor="i32")
+    compiled.run = lambda *arguments: scale(*arguments[-4:])
+    kernel.add("version", compiled)
+
+    def scaled(x, factor):
+        y = x.new_empty(x.shape)
+        kernel((1, 1, 1), "version", (x, y), x.numel(), factor)
+        return y
+
+    def function(a, absent, b, w):
+        pair = a.new_empty(2, *a.shape)
+        kernel((1, 1, 1), "version", (a, pair[1]), a.numel(), 3)
+        kernel((1, 1, 1), "version", (a, pair[0]), a.numel(), 3)
+        return (launch.product(pair[1], w), scaled(b, 5)), (pair[0], w)
+
+    passes = []
+
+    def back(needs, gradients, a3, w):      # of w it is a3^T g, which has no product that multiply knows
+        passes.append(needs)
+        (g, gb), (needs_a, _, needs_b, _) = gradients, needs
+        if g is not None and bool(needs[3]):
+            raise KeyError("w")
+        zeros = torch.zeros_like        # a plan cannot do that
+        return (launch.product(scaled(zeros(a3) if g is None else g, 3), w) if needs_a else None, None,
+                (zeros(a3) if gb is None else scaled(gb, 5)) if needs_b else None, None)
+
+    plans = {}
+
+    def run(*inputs):
+        def make():
+            plan = launch.Plan(lambda: function(*inputs), inputs)
+            plan.back = back
+            return plan.as_node()
+        return launch.node().run(launch.found(plans, "key", inputs, make), inputs)
+    a, b, w = (torch.randn(4, 4).round().requires_grad_() for _ in range(3))
+    w.data = (w + w.t()).detach()       # so that w^T is w, for back
+
+    def check(*wanted, only=None, f=run, **settings):
+        y, z = f(a, None, b, w)
+        assert torch.equal(y, 3 * a @ w) and torch.equal(z, 5 * b)
+        loss = {None: y.square().sum() + z.sum(), 0: y.square().sum(), 1: z.sum()}[only]
+        grads = torch.autograd.grad(loss, wanted, **settings)
+        expected = torch.autograd.grad({None: (3 * a @ w).square().sum() + 5 * b.sum(), 0: (3 * a @ w).square().sum(),
+                                        1: 5 * b.sum() + 0 * a.sum()}[only], wanted)
+        assert same(grads, expected)
+        return loss
+    for _ in range(3):
+        check(a, b)
+    assert passes == [(True, False, True, False)] and len(plans) == 1
+    for _ in range(2):
+        check(a)
+        check(b)
+    assert passes[1:] == [(True, False, False, False), (False, False, True, False)]
+    for _ in range(2):
+        check(b, only=1)
+    assert passes[3:] == [(False, False, True, False)]          # with other gradients another plan
+    for _ in range(2):
+        check(a, b, only=1)
+    assert len(passes) == 7             # zeros are not for plans: the first time it is called twice
+    loss = check(a, b, retain_graph=True)
+    torch.autograd.grad(loss, [a])
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, [a])
+    y, _ = run(a, None, b, w)
+    g, = torch.autograd.grad(y.square().sum(), [a], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        g.sum().backward()
+    y, _ = run(a, None, b, w)
+    with pytest.raises(KeyError, match="w"):
+        y.sum().backward()
+    check(a, b, f=functools.partial(torch.utils.checkpoint.checkpoint, run, use_reentrant=False))
+    with torch.autograd.graph.save_on_cpu():
+        check(a, b)
+    passes.clear()
+    check(a, b)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "deterministic", True)      # which means nothing here
+        check(a, b)
+    assert not passes
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(a, b)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(passes) == 1
+    y, _ = run(a, None, b, w)
+    with torch.no_grad():
+        w.add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), [a])
+    # a gradient that lies otherwise, or begins anywhere
+    for gy in (torch.randn(4, 8).round()[:, 1:5], torch.randn(17).round()[1:].view(4, 4), torch.ones(1, 1).expand(4, 4)):
+        y, _ = run(a, None, b, w)
+        assert same(torch.autograd.grad(y, [a], gy), [3 * gy @ w.t()])
+    assert run(a.detach(), None, b.detach(), w.detach())[0].grad_fn is None
+    # nothing is left of a plan whose nodes are gone
+    plan = weakref.ref(next(iter(plans.values())))
+    del loss, y, g
+    plans.clear()
+    gc.collect()
+    assert plan() is None
+    assert launch.node().form((a, None, a)) == launch.node().form((b, None, b)) != launch.node().form((a, None, b))
+    for other in (a.double(), a[:2], a.t(), torch.randn(17)[1:].view(4, 4), None):
+        assert launch.node().form((a,)) != launch.node().form((other,))
 
 
 @in_cpp
@@ -4181,13 +4363,8 @@ def test_plan_repeats_its_calls_with_other_memory(monkeypatch):
         c[:] = a @ b + (c if ctypes.c_float.from_address(beta).value else 0)
         return 0
 
-    repeat = importlib.import_module("mamba_fast.cpp").compiled("repeat").repeat
-    repeat.argtypes = (address, ctypes.c_int64, *[address] * 5)
-    monkeypatch.setattr(launch, "entry_points", lambda: (repeat, *(ctypes.cast(f, address) for f in (start, multiply))))
+    on_a_cpu(monkeypatch, launch, start, multiply)
     monkeypatch.setattr(launch, "parameters_of", lambda function: 6)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: 6)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
     kernel = launch.Kernel(None)
     kernel.add("version", StandIn(4, x="*fp32", y="*fp32", none="constexpr", n="i32", shift="i32", large="i64", SIZE="constexpr"))
 

@@ -26,7 +26,14 @@ from .kernels import (
     ssd_triton,
     turn_triton,
 )
-from .operators import COMPILES, differentiable_once, is_exporting, is_traced
+from .operators import (
+    COMPILES,
+    AtOnce,
+    differentiable_once,
+    is_exporting,
+    is_traced,
+    without_autocast,
+)
 
 CASTS = {torch.float32, torch.bfloat16, torch.float16}      # what autocast makes 16 bits of
 OPTIONAL = {"in_proj.bias", "conv1d.bias", "out_proj.bias"}
@@ -74,30 +81,28 @@ def mix(block, x, others, is_plain, plain):
 def at_once(forward, back, dtype, x, parameters, *settings):
     """
     The result of a block as one operation, on a GPU by a plan if there can be one.
-    forward(dtype, x, *parameters) returns it, and a list of what back needs. back(needs, type of
-    x, type of weights, gout, *that list) returns the gradients of x and parameters, or None for
-    those of which needs says False.
+    forward(dtype, x, *parameters) returns it, and a list of what back needs, first of all x in its
+    type. back(needs, type of x, type of weights, gout, *that list) returns the gradients of x and
+    parameters, or None for those of which needs says False.
     settings: all else on which forward and back depend.
     """
+    dtypes = x.dtype, parameters[0].dtype
+    key = dtype, *dtypes, len(parameters), *settings    # which tells what block it is
+
+    def prepare():
+        def function(*inputs):
+            out, saved = forward(dtype, *inputs)
+            return (out,), saved
+
+        def gradients_of(needs, gradients, x, *saved):
+            (gout,) = gradients     # out and x are of one shape
+            gout = torch.zeros_like(x) if gout is None else gout
+            return back(needs, *dtypes, gout, x, *saved)
+        shapes = tuple(None if t is None else t.shape for t in parameters)
+        return function, gradients_of, (key, shapes)
     if not x.is_cuda:
-        return AtOnce.apply(forward, back, dtype, x, *parameters)
-    inputs = x.contiguous(), *parameters
-
-    def compute():
-        out, kept = forward(dtype, *inputs)
-        return (out,), kept
-
-    def rehearse():
-        with torch.autocast("cuda", enabled=False):
-            (out,), kept = compute()    # out has the shape and type of its gradient
-            back([True] * len(inputs), x.dtype, parameters[0].dtype, out, *kept)
-    key = dtype, len(parameters), *settings     # which tells what block it is
-    forms = (None if t is None else (t.shape, t.dtype) for t in parameters)
-    launch.compile_ahead((key, x.device, x.dtype, *forms), rehearse)
-    plan = launch.Plan.of(PLANS, key, compute, inputs) if launch.can_repeat() else None
-    if plan is None:
-        return AtOnce.apply(forward, back, dtype, *inputs)
-    return ByPlan.apply(plan, back, *inputs)
+        return AtOnce.apply(*prepare()[:2], x, *parameters)[0]
+    return launch.at_once(PLANS, key, (x.contiguous(), *parameters), prepare)[0]
 
 
 def shapes_of(c):
@@ -207,19 +212,6 @@ def prepared(block, x, others, shapes, linears, is_plain, plain):
     return torch.get_autocast_dtype(device.type) if cast else dtype, parameters
 
 
-def without_autocast(backward):
-    """Decorator of a backward pass that computes in the types of what was saved, wherever it is
-    called."""
-    @functools.wraps(backward)
-    def run(ctx, gout):
-        kind = gout.device.type
-        if not torch.is_autocast_enabled(kind):
-            return backward(ctx, gout)
-        with torch.autocast(kind, enabled=False):
-            return backward(ctx, gout)
-    return run
-
-
 def mixed(parts, dtype, x, w_in, b_in, w_conv, b_conv, w_x, w_dt, b_dt, A_log, D, w_out, b_out):
     """The result of a MambaBlock, and what gradients needs."""
     D_inner, N = A_log.shape
@@ -266,51 +258,6 @@ def gradients(parts, needs, x_dtype, weight_dtype, gout, x, xz, u, dtBC, delta, 
     return (gx.view(x.shape) if needs_x else None, gw_in, gxz.sum(0) if needs_b_in else None,
             gw_conv, gb_conv, gw_x, gw_dt, gb_dt, gA_log, gD, gw_out,
             gout.sum(0) if needs_b_out else None)
-
-
-class AtOnce(torch.autograd.Function):
-    """A block as one operation; forward and back as in at_once."""
-
-    @staticmethod
-    def forward(ctx, forward, back, dtype, x, *parameters):
-        ctx.back, ctx.dtypes = back, (x.dtype, parameters[0].dtype)
-        out, saved = forward(dtype, x, *parameters)
-        ctx.save_for_backward(*saved)
-        return out
-
-    @staticmethod
-    @differentiable_once
-    @without_autocast
-    def backward(ctx, gout):
-        grads = ctx.back(ctx.needs_input_grad[3:], *ctx.dtypes, gout, *ctx.saved_tensors)
-        return None, None, None, *grads
-
-
-class ByPlan(torch.autograd.Function):
-    """A block on a GPU, all of forward and mostly all of backward by one call each."""
-
-    @staticmethod
-    def forward(ctx, plan, back, x, *parameters):
-        inputs = x, *parameters
-        (out,), memory = plan.repeat(inputs)
-        ctx.plan, ctx.back, ctx.dtypes = plan, back, (x.dtype, parameters[0].dtype)
-        ctx.save_for_backward(memory, *(inputs[i] for i in plan.kept_inputs))
-        return out
-
-    @staticmethod
-    @differentiable_once
-    @without_autocast
-    def backward(ctx, gout):
-        inputs = gout.contiguous(), *ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:]
-
-        def compute():
-            gout, *saved = inputs
-            return ctx.back(needs, *ctx.dtypes, gout, *ctx.plan.all_kept(*saved)), ()
-        plan = None
-        if launch.can_repeat():
-            plan = launch.Plan.of(ctx.plan.plans_back, needs, compute, inputs)
-        return None, None, *(compute() if plan is None else plan.repeat(inputs))[0]
 
 
 class Sizes(NamedTuple):

@@ -8,12 +8,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -23,6 +27,7 @@ from .operators import is_traced
 
 WIDTH = 16      # numbers of the widest vector: a multiple of it has no rest
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast")
+FLAGS_OF_MODULES = ("-O2", "-w", "-std=c++20", "-shared", "-fPIC")
 NARROW = 4      # numbers of a vector that any CPU has
 CPUS = {    # by what PyTorch itself uses: numbers of a vector, and what the compiler may use
     "AVX512": (16, ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")),
@@ -33,26 +38,77 @@ CPUS = {    # by what PyTorch itself uses: numbers of a vector, and what the com
 @functools.cache
 def compiled(name):
     """The functions of {name}.cpp, or None where there is no compiler. If one fails, it is said."""
+    command = command_for(name, *FLAGS, *flags_for_cpu())
+    return command and loaded(name, command, ctypes.CDLL)
+
+
+def with_module(name, then):
+    """Calls then with {name}.cpp as a module of Python: at once where it has been compiled before,
+    or else in a thread when it is, for with PyTorch's headers that takes half a minute."""
+    command = command_for(name, *FLAGS_OF_MODULES, *flags_for_torch())
+
+    def load():
+        if module := loaded(name, command, functools.partial(imported, name)):
+            then(module)
+    if command and path_of(name, command).exists():
+        load()
+    elif command:
+        threading.Thread(target=load, daemon=True).start()
+
+
+def imported(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command_for(name, *flags):
+    """What compiles {name}.cpp, or None."""
     # Apple's compiler has no OpenMP, by which the threads of PyTorch itself do the work
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if sys.platform != "linux" or not compiler:
         return None
-    source = Path(__file__).with_name(f"{name}.cpp")
+    return [*compiler.split(), str(Path(__file__).with_name(f"{name}.cpp")), *flags]
+
+
+def flags_for_cpu():
     width, flags = CPUS.get(torch.backends.cpu.get_cpu_capability(), (NARROW, ()))
-    command = [*compiler.split(), *FLAGS, *flags, f"-DW={width}", str(source)]
+    return *flags, f"-DW={width}"
+
+
+def flags_for_torch():
+    """To compile with the headers of PyTorch and Python, and to find their functions."""
+    of_torch = Path(torch.__file__).parent
+    headers = (of_torch / "include", of_torch / "include/torch/csrc/api/include",
+               sysconfig.get_path("include"))
+    return (*(f"-I{folder}" for folder in headers), f"-L{of_torch / 'lib'}",
+            *(f"-l{name}" for name in ("torch", "torch_cpu", "torch_python", "c10")),
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+            f"-DTORCH=\"{torch.__version__}\"")     # another one, another file
+
+
+def path_of(name, command):
+    """Where the file is that this command makes."""
+    made_of = repr((command, platform.machine(), platform.libc_ver())).encode()
+    around = Path(__file__).parent
+    for file in (around / f"{name}.cpp", around / "repeat.cpp", *sorted(around.glob("*.h"))):
+        made_of += file.read_bytes()
+    return folder() / f"{name}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+
+
+def loaded(name, command, load):
+    """load(path) of what the command makes, or None."""
     try:
-        made_of = repr((command, platform.machine(), platform.libc_ver())).encode()
-        for file in (source, *sorted(source.parent.glob("*.h"))):
-            made_of += file.read_bytes()
-        path = folder() / f"{name}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+        path = path_of(name, command)
         if not path.exists():
             compile_to(path, command)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
+        return load(path)
+    except (OSError, ImportError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in said if "error" in line), said[0] if said else error)
-        warnings.warn(f"{source} cannot be compiled or loaded; what it does takes longer: {reason}",
-                      stacklevel=2)
+        warnings.warn(f"{name}.cpp cannot be compiled or loaded; what it does takes longer: "
+                      f"{reason}", stacklevel=3)
         return None
 
 
@@ -77,17 +133,24 @@ def of_this_process():
     return tempfile.TemporaryDirectory(prefix="mamba_fast-")
 
 
+# another name first, for two processes may do so at once
+COMPILE = 'new=$0; to=$1; shift; "$@" -o "$new" && exec mv -f "$new" "$to"; rm -f "$new"; exit 1'
+
+
 def compile_to(path, command):
-    """Compiles under another name first: two processes may do so at once."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as file:
+    """It goes on, and is there for the next process, where this one ends before it. Ctrl-C is for
+    the program that waits."""
+    new = path.with_suffix(f".{os.getpid()}")
+    with subprocess.Popen(["sh", "-c", COMPILE, new, path, *command], stderr=subprocess.PIPE,
+                          text=True, errors="replace", start_new_session=True) as shell:
         try:
-            # in a session of its own: Ctrl-C is for the program that waits
-            subprocess.run([*command, "-o", file.name], check=True, timeout=120, text=True,
-                           errors="replace", capture_output=True, start_new_session=True)
-            os.replace(file.name, path)
+            _, said = shell.communicate(timeout=300)
         except BaseException:
-            os.unlink(file.name)
+            os.killpg(shell.pid, signal.SIGKILL)
+            new.unlink(missing_ok=True)
             raise
+    if shell.returncode:
+        raise subprocess.CalledProcessError(shell.returncode, command, stderr=said)
 
 
 def is_float32_on_cpu(t):

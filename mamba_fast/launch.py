@@ -22,9 +22,11 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import cpp
+from .operators import AtOnce, Context, differentiable_once, without_autocast
 
 taker = ContextVar("taker", default=None)   # who gets kernels instead of the GPU: see take below
 thread = threading.local()      # in gpus those on which it has repeated a plan
+NODE = {}       # its module, from find_node on
 REHEARSED = set()       # keys of what has been compiled ahead
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}    # their numbers in cuBLAS
 ALIGNED = 512           # bytes, as PyTorch's own allocator has it
@@ -161,28 +163,12 @@ class Plan(TorchDispatchMode):
     def of(cls, plans, key, call, tensors):
         """The plan in the dict plans for this key and for tensors like these, or None where there
         can be none."""
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        # Triton compiles other versions for addresses that 16 does not divide
-        like = [None if t is None else (t.shape, t.stride(), t.dtype, address % 16)
-                for t, address in zip(tensors, addresses)]
-        # which of them are the same: for a plan they would be the same always
-        there, same = [address for address in addresses if address], None
-        if len(set(there)) < len(there):
-            same = tuple(map(addresses.index, addresses))
-        key = key, tensors[0].device, same, *like
-        if (plan := plans.get(key, NOT_TRIED)) is not NOT_TRIED:
-            return plan
-        try:
-            plan = cls(call, tensors)
-        except CannotBeWritten:
-            plan = None
-        if len(plans) >= MOST_PLANS:
-            plans.clear()
-        plans[key] = plan
-        return plan
+        return found(plans, key, tensors, lambda: cls(call, tensors))
 
     def __init__(self, call, tensors):
         super().__init__()
+        if entry_points() is None:
+            raise CannotBeWritten("there is nothing that could repeat it")
         self.inputs, self.ranges = tensors, [range_of(t) for t in tensors]
         # storages by their addresses, all of them until the end, so that no two have the same one;
         # and of each the first and the last request that it is in
@@ -339,6 +325,22 @@ class Plan(TorchDispatchMode):
                 numbers.append(int(n))
         return numbers
 
+    def in_cpp(self, back=None):
+        """The same in node.cpp, which asks back for a backward pass that it does not know."""
+        return node().plan(self.numbers, self.count, self.multiplies, self.to_allocate,
+                           self.results, self.kept_inputs, back)
+
+    def as_node(self):
+        """What node.cpp runs as ByPlan does."""
+        def back(in_cpp, needs, gradients, saved):
+            ctx = Context(plan=self, needs_input_grad=(None, *needs))
+            ctx.save_for_backward(*saved)
+            _, *results = ByPlan.backward(ctx, *gradients)
+            if ctx.plan_back is not None:   # from now on without Python
+                in_cpp.add_back(needs, gradients, ctx.plan_back.in_cpp())
+            return results
+        return self.in_cpp(back)
+
     def repeat(self, tensors):
         """The results for tensors like those of the plan, and the memory of what is kept."""
         first = tensors[0]
@@ -352,7 +354,7 @@ class Plan(TorchDispatchMode):
                      torch.empty_like(of, memory_format=torch.contiguous_format)
                      for of in self.to_allocate]
         addresses = packed([0 if t is None else t.data_ptr() for t in (*tensors, *allocated)])
-        run_list, launch, multiply = entry_points()
+        run_list, launch, multiply, _ = entry_points()
         stream, blas = torch._C._cuda_getCurrentRawStream(first.device.index), None
         if self.multiplies:     # asked for each time: PyTorch then sets its stream and precision
             blas = torch.cuda.current_blas_handle()
@@ -402,19 +404,20 @@ def packed(numbers):
     return struct.pack(f"{len(numbers)}q", *numbers)
 
 
-def with_plans(function, count):
-    """function by plans. Its first inputs are count tensors or None, the others settings; it
-    returns a tuple of tensors."""
-    plans = {}
-
-    @functools.wraps(function)
-    def run(*inputs):
-        if not can_repeat():
-            return function(*inputs)
-        tensors, settings = inputs[:count], inputs[count:]
-        plan = Plan.of(plans, settings, lambda: (function(*inputs), ()), tensors)
-        return function(*inputs) if plan is None else tuple(plan.repeat(tensors)[0])
-    return run
+def found(plans, key, tensors, make):
+    """What make returns for this key and for tensors like these, from the dict plans if it is
+    there already; None where there can be no plan."""
+    key = key, (node().form if node() else form_of_all)(tensors)
+    if (plan := plans.get(key, NOT_TRIED)) is not NOT_TRIED:
+        return plan
+    try:
+        plan = make()
+    except CannotBeWritten:
+        plan = None
+    if len(plans) >= MOST_PLANS:
+        plans.clear()
+    plans[key] = plan
+    return plan
 
 
 def can_repeat():
@@ -425,14 +428,99 @@ def can_repeat():
             and not torch.are_deterministic_algorithms_enabled()
             and matmul.allow_bf16_reduced_precision_reduction
             and matmul.allow_fp16_reduced_precision_reduction
-            and not getattr(matmul, "allow_fp16_accumulation", False)
-            and entry_points() is not None)
+            and not getattr(matmul, "allow_fp16_accumulation", False))
+
+
+def form_of_all(tensors):
+    """All of tensors on which a plan depends."""
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    # Triton compiles other versions for addresses that 16 does not divide
+    like = [None if t is None else (t.shape, t.stride(), t.dtype, t.device, address % 16)
+            for t, address in zip(tensors, addresses)]
+    # which of them are the same: for a plan they would be the same always
+    there, same = [address for address in addresses if address], None
+    if len(set(there)) < len(there):
+        same = tuple(map(addresses.index, addresses))
+    return same, *like
+
+
+def node():
+    """node.cpp, or None as long as it is not compiled."""
+    return NODE.get("module")
+
+
+def find_node():
+    """Has it compiled, if it is not yet."""
+    def use(module):
+        module.use(*(address.value for address in entry_points()[1:]))
+        NODE["module"] = module
+    if not NODE:
+        NODE["module"] = None
+        cpp.with_module("node", use)
+
+
+def at_once(plans, key, inputs, prepare):
+    """
+    The results of a function of inputs as one operation of autograd, by a plan if there can be one.
+    key: all on which it depends but inputs, in the dict plans.  prepare() returns function and
+    back as in AtOnce of operators.py, and all that its kernels depend on but inputs' types.
+    """
+    def rehearsed():
+        function, back, of_kernels = prepare()
+
+        def rehearse():
+            results, saved = function(*inputs)
+            with torch.autocast("cuda", enabled=False):     # a result is like its gradient
+                back([True] * len(inputs), (results[0], *[None] * (len(results) - 1)), *saved)
+        if inputs[0].is_cuda:       # in Triton's interpreter it is not
+            types = [None if t is None else t.dtype for t in inputs]
+            compile_ahead((inputs[0].device, *types, of_kernels), rehearse)
+        return function, back
+
+    def make():
+        function, back = rehearsed()
+        plan = Plan(lambda: function(*inputs), inputs)
+        plan.back = back
+        find_node()
+        return plan.as_node() if node() else plan
+    plan = found(plans, key, inputs, make) if inputs[0].is_cuda and can_repeat() else None
+    if plan is None:
+        return AtOnce.apply(*rehearsed(), *inputs)
+    return ByPlan.apply(plan, *inputs) if type(plan) is Plan else node().run(plan, inputs)
+
+
+class ByPlan(torch.autograd.Function):
+    """AtOnce by a plan: all of forward and mostly all of backward by one call each."""
+
+    @staticmethod
+    def forward(ctx, plan, *inputs):
+        results, memory = plan.repeat(inputs)
+        ctx.plan = plan
+        ctx.save_for_backward(memory, *(inputs[i] for i in plan.kept_inputs))
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @differentiable_once
+    @without_autocast
+    def backward(ctx, *gradients):
+        needs, saved, plan = ctx.needs_input_grad[1:], ctx.saved_tensors, ctx.plan
+        gradients = [g if g is None else g.contiguous() for g in gradients]
+        inputs = *saved, *gradients
+
+        def compute():
+            return plan.back(needs, gradients, *plan.all_kept(*saved)), ()
+        ctx.plan_back = None
+        if can_repeat():
+            ctx.plan_back = Plan.of(plan.plans_back, needs, compute, inputs)
+        results = compute()[0] if ctx.plan_back is None else ctx.plan_back.repeat(inputs)[0]
+        return None, *results
 
 
 @functools.cache
 def entry_points():
-    """repeat of repeat.cpp, and the addresses of cuLaunchKernel and cublasGemmEx, which it calls;
-    or None if one of them is missing."""
+    """repeat of repeat.cpp, the addresses of cuLaunchKernel and cublasGemmEx, which it calls, and
+    that of what tells PyTorch's stream; or None if one of them is missing."""
     if (compiled := cpp.compiled("repeat")) is None:
         return None
     address = ctypes.c_void_p
@@ -440,10 +528,11 @@ def entry_points():
     try:    # the cuBLAS that PyTorch is linked with; there may be others
         cuda = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cuda.so"))
         # the last one, which parameters_of calls, came with CUDA 12.4
-        needed = driver().cuLaunchKernel, cuda.cublasGemmEx, driver().cuFuncGetParamInfo
+        needed = (driver().cuLaunchKernel, cuda.cublasGemmEx,
+                  cuda.aoti_torch_get_current_cuda_stream, driver().cuFuncGetParamInfo)
     except (OSError, AttributeError):
         return None
-    return compiled.repeat, *(ctypes.cast(function, address) for function in needed[:2])
+    return compiled.repeat, *(ctypes.cast(function, address) for function in needed[:3])
 
 
 @functools.cache

@@ -91,6 +91,19 @@ def as_operator(name, function, schema, results):
     return operator
 
 
+def without_autocast(backward):
+    """Decorator of a backward pass that computes in the types of what was saved, wherever it is
+    called."""
+    @functools.wraps(backward)
+    def run(ctx, *gradients):
+        kind = next((g.device.type for g in gradients if g is not None), "cpu")
+        if not torch.is_autocast_enabled(kind):
+            return backward(ctx, *gradients)
+        with torch.autocast(kind, enabled=False):
+            return backward(ctx, *gradients)
+    return run
+
+
 def differentiable_once(backward):
     """Decorator of a backward pass: to differentiate what it returns is an error. PyTorch's own,
     once_differentiable, is silent where only what was saved depends on a parameter."""
@@ -108,6 +121,30 @@ def differentiable_once(backward):
         results = results if isinstance(results, tuple) else (results,)
         return tuple(t if t is None else NoSecond.apply(t, *inputs) for t in results)
     return run
+
+
+class AtOnce(torch.autograd.Function):
+    """
+    function(*inputs) as one operation.
+    function returns a tuple of results and a tuple of what back needs.  back(needs, gradients,
+    *that) returns the gradients of inputs, or None for those of which needs says False; gradients:
+    those of the results, or None.
+    """
+
+    @staticmethod
+    def forward(ctx, function, back, *inputs):
+        results, saved = function(*inputs)
+        ctx.back = back
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    @differentiable_once
+    @without_autocast
+    def backward(ctx, *gradients):
+        needs, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
+        return None, None, *ctx.back(needs, gradients, *saved)
 
 
 class NoSecond(torch.autograd.Function):

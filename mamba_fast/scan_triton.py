@@ -47,8 +47,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import constexpr, gather
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .launch import Kernel, compile_ahead, with_plans
-from .operators import Context, differentiable_once
+from .launch import Kernel, at_once
+from .operators import differentiable_once
 
 S, LANES = constexpr(4), constexpr(8)       # a warp: segments of a tile, and channels
 WARPS, BD = constexpr(4), constexpr(32)     # a program: warps, and channels
@@ -871,6 +871,9 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False
     other.
     log_A: A is log(-A).
     """
+    inputs = u, delta, A, B, C, D, z, delta_bias, state
+    if any(t is not None and t.device != u.device for t in inputs):
+        raise ValueError(f"all inputs must be on {u.device}, as u is")
     (batch, L, d_inner), N = u.shape, A.shape[1]
     tiles, per_chunk, chunks, blocks = _cuts(batch, L, d_inner, FILL)
     (u, u_b, u_l), (delta, delta_b, delta_l) = _aligned(u), _aligned(delta)
@@ -964,24 +967,32 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
 
 
 def _setup(ctx, inputs, output):
-    u, delta, A, B, C, D, z, delta_bias, state, ctx.softplus, _keep = inputs
-    ctx.has_state, ctx.N = state is not None, A.shape[1]
-    # autograd makes gradients of the types of the inputs
-    ctx.BC_dtype = B.dtype if B.dtype == C.dtype else torch.float32
+    u, delta, A, B, C, D, z, delta_bias, state, softplus, _keep = inputs
+    ctx.settings = _settings(A, B, C, state, softplus)
     ctx.save_for_backward(output[2], u, delta, D, z, delta_bias)
     ctx.set_materialize_grads(False)
 
 
-def _gradients_of(back, ctx, gy, glast, _gkept=None):
-    saved = ctx.saved_tensors       # taken once: a checkpoint computes them for one taking
-    _, u, _, D, z, delta_bias = saved
+def _settings(A, B, C, state, softplus):
+    """What _run_back has to know of them. Autograd makes gradients of the types of the inputs."""
+    BC_dtype = B.dtype if B.dtype == C.dtype else torch.float32
+    return A.shape[1], softplus, state is not None, BC_dtype
+
+
+def _gradients_by(back, settings, _needs, gradients, *saved):
+    """Those of all inputs of the scan. gradients: of y and of the last state, or None."""
+    (gy, glast), (_, u, _, D, z, delta_bias) = gradients, saved
     gy = torch.zeros_like(u) if gy is None else gy
-    gu, gdelta, gz, gB, gC, gA, gDw, gstate = back(
-        gy, glast, *saved, ctx.N, ctx.softplus, ctx.has_state, ctx.BC_dtype)
+    gu, gdelta, gz, gB, gC, gA, gDw, gstate = back(gy, glast, *saved, *settings)
     gD, gbias = gDw.unbind()
+    _, _, has_state, _ = settings
     return (gu, gdelta, gA, gB, gC, None if D is None else gD, None if z is None else gz,
-            None if delta_bias is None else gbias,
-            gstate.transpose(1, 2) if ctx.has_state else None, None, None)
+            None if delta_bias is None else gbias, gstate.transpose(1, 2) if has_state else None)
+
+
+def _gradients_of(ctx, gy, glast, _gkept):
+    return *_gradients_by(torch.ops.selective_scan.backward, ctx.settings, None, (gy, glast),
+                          *ctx.saved_tensors), None, None
 
 
 def _as_function(run, setup, gradients, results=2):
@@ -998,12 +1009,11 @@ def _as_function(run, setup, gradients, results=2):
     return Operator
 
 
-_Scan = _as_function(with_plans(_run, 9), _setup, partial(_gradients_of, with_plans(_run_back, 8)))
+PLANS = {}      # of the scan
 _forward = library.custom_op("selective_scan::forward", _run, mutates_args=(), schema=FORWARD)
 _backward = library.custom_op("selective_scan::backward", _run_back, mutates_args=(),
                               schema=BACKWARD)
-_forward.register_autograd(partial(_gradients_of, torch.ops.selective_scan.backward),
-                           setup_context=_setup)
+_forward.register_autograd(_gradients_of, setup_context=_setup)
 
 
 @_forward.register_fake
@@ -1038,10 +1048,15 @@ def runs_on(device):
 runs_on._dynamo_marked_constant = True
 
 
-def _rehearse(*inputs):
-    context = Context()
-    y, _ = _Scan.forward(context, *inputs, True)
-    _Scan.backward(context, y, None)
+def _prepared(softplus, inputs):
+    """The scan for launch.at_once."""
+    _, _, A, B, C, _, _, _, state = inputs
+    settings = _settings(A, B, C, state, softplus)
+
+    def function(u, delta, A, B, C, D, z, delta_bias, state):
+        y, last, kept = _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, True)
+        return (y, last), (kept, u, delta, D, z, delta_bias)
+    return function, partial(_gradients_by, _run_back, settings), (settings, A.shape)
 
 
 def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, log_A=False):
@@ -1051,22 +1066,21 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
     gradients are the same bits each time.
     log_A: A is log(-A); only where no gradients are asked for.
     """
-    A, D, delta_bias, state = (t if t is None else t.float() for t in (A, D, delta_bias, state))
+    A, D, delta_bias, state = (t if t is None or t.dtype == torch.float32 else t.float()
+                               for t in (A, D, delta_bias, state))
     d_inner = u.shape[2]
     if more := -d_inner % 8:        # the kernels copy 8 channels at once
         pad = lambda t, *last: t if t is None else F.pad(t, (*last, 0, more))
         u, delta, z, D, delta_bias = pad(u), pad(delta), pad(z), pad(D), pad(delta_bias)
         A, state = pad(A, 0, 0), pad(state, 0, 0)
     inputs = u, delta, A, B, C, D, z, delta_bias, state
-    if any(t is not None and t.device != u.device for t in inputs):
-        raise ValueError(f"all inputs must be on {u.device}, as u is")
     keep = _wants_gradients(*inputs)
-    if keep and u.is_cuda and not torch.compiler.is_compiling():
-        compile_ahead((u.device, *_dtypes(u, delta, B, z), A.shape),
-                      partial(_rehearse, *inputs, delta_softplus))
-    run = _Scan.apply if keep else partial(_run, log_A=log_A)
-    scan = torch.ops.selective_scan.forward if torch.compiler.is_compiling() else run
-    y, last, *_ = scan(*inputs, delta_softplus, keep)
+    if torch.compiler.is_compiling():
+        y, last, _ = torch.ops.selective_scan.forward(*inputs, delta_softplus, keep)
+    elif keep:
+        y, last = at_once(PLANS, delta_softplus, inputs, partial(_prepared, delta_softplus, inputs))
+    else:
+        y, last, _ = _run(*inputs, delta_softplus, keep, log_A)
     last_state = last.transpose(1, 2)
     return (y[..., :d_inner], last_state[:, :d_inner]) if more else (y, last_state)
 
