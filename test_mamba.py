@@ -4190,7 +4190,6 @@ def on_a_cpu(monkeypatch, launch, start, multiply):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: 6)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentBlasHandle", lambda: 6, raising=False)
     monkeypatch.setattr(on_a_cpu, "places", places, raising=False)      # as long as C++ may call them
 
 

@@ -1,6 +1,6 @@
 """
-C++ for the CPU. A file of this folder is compiled when it is first asked for, which takes a second
-or two, and what comes out is kept for the next process. Where that cannot be done, PyTorch's own
+How the C++ of this folder is compiled: a file when it is first asked for, which takes a second or
+two, and what comes out is kept for the next process. Where that cannot be done, PyTorch's own
 operations do the work.
 """
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .operators import is_traced
 
 WIDTH = 16      # numbers of the widest vector: a multiple of it has no rest
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast")
-FLAGS_OF_MODULES = ("-O2", "-w", "-std=c++20", "-shared", "-fPIC")
+FLAGS_OF_MODULES = ("-O2", "-w", "-std=c++2a", "-shared", "-fPIC")
 NARROW = 4      # numbers of a vector that any CPU has
 CPUS = {    # by what PyTorch itself uses: numbers of a vector, and what the compiler may use
     "AVX512": (16, ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")),
@@ -85,7 +85,7 @@ def flags_for_torch():
     return (*(f"-I{folder}" for folder in headers), f"-L{of_torch / 'lib'}",
             *(f"-l{name}" for name in ("torch", "torch_cpu", "torch_python", "c10")),
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-            f"-DTORCH=\"{torch.__version__}\"")     # another one, another file
+            f"-DTORCH={torch.__version__}")     # nobody reads it: for path_of, another command
 
 
 def path_of(name, command):
@@ -133,14 +133,14 @@ def of_this_process():
     return tempfile.TemporaryDirectory(prefix="mamba_fast-")
 
 
-# another name first, for two processes may do so at once
+# under another name first, for two processes may do so at once
 COMPILE = 'new=$0; to=$1; shift; "$@" -o "$new" && exec mv -f "$new" "$to"; rm -f "$new"; exit 1'
 
 
 def compile_to(path, command):
     """It goes on, and is there for the next process, where this one ends before it. Ctrl-C is for
     the program that waits."""
-    new = path.with_suffix(f".{os.getpid()}")
+    new = path.with_suffix(f".{os.urandom(8).hex()}")
     with subprocess.Popen(["sh", "-c", COMPILE, new, path, *command], stderr=subprocess.PIPE,
                           text=True, errors="replace", start_new_session=True) as shell:
         try:

@@ -3,7 +3,8 @@ How the kernels start. Kernel starts one of them within a few microseconds. Plan
 that ask the GPU for many: the first time, the function runs without starting anything, and what it
 would ask for, kernels and products of matrices, is written down. Then, and from then on, repeat.cpp
 asks for the same with other tensors. For a small block the host takes longer to ask in Python than
-the GPU to compute.
+the GPU to compute. at_once makes an operation of autograd of it: ByPlan, and once it is compiled
+that of node.cpp, whose backward pass needs no Python.
 """
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import cpp
-from .operators import AtOnce, Context, differentiable_once, without_autocast
+from .operators import AtOnce, Context, differentiable_once, is_traced, without_autocast
 
 taker = ContextVar("taker", default=None)   # who gets kernels instead of the GPU: see take below
 thread = threading.local()      # in gpus those on which it has repeated a plan
-NODE = {}       # its module, from find_node on
+NODE = {}       # the module of node.cpp or None, from the first find_node on
 REHEARSED = set()       # keys of what has been compiled ahead
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}    # their numbers in cuBLAS
 ALIGNED = 512           # bytes, as PyTorch's own allocator has it
@@ -167,8 +168,8 @@ class Plan(TorchDispatchMode):
 
     def __init__(self, call, tensors):
         super().__init__()
-        if entry_points() is None:
-            raise CannotBeWritten("there is nothing that could repeat it")
+        if tensors[0] is None or entry_points() is None:
+            raise CannotBeWritten("nothing tells the GPU, or could repeat it there")
         self.inputs, self.ranges = tensors, [range_of(t) for t in tensors]
         # storages by their addresses, all of them until the end, so that no two have the same one;
         # and of each the first and the last request that it is in
@@ -424,7 +425,7 @@ def can_repeat():
     """Whether plans can be used now: nobody looks on, and nobody has asked PyTorch for other
     products than it makes by default."""
     matmul = torch.backends.cuda.matmul
-    return (taker.get() is None and torch._C._len_torch_dispatch_stack() == 0
+    return (taker.get() is None and torch._C._len_torch_dispatch_stack() == 0 and not is_traced()
             and not torch.are_deterministic_algorithms_enabled()
             and matmul.allow_bf16_reduced_precision_reduction
             and matmul.allow_fp16_reduced_precision_reduction
@@ -445,14 +446,15 @@ def form_of_all(tensors):
 
 
 def node():
-    """node.cpp, or None as long as it is not compiled."""
+    """The module of node.cpp, or None as long as it is not compiled."""
     return NODE.get("module")
 
 
 def find_node():
-    """Has it compiled, if it is not yet."""
+    """Has it compiled, if that has not begun yet. Until it is there ByPlan does the same."""
     def use(module):
-        module.use(*(address.value for address in entry_points()[1:]))
+        addresses = (address.value for address in entry_points()[1:])
+        module.use(*addresses, torch.cuda.current_blas_handle)
         NODE["module"] = module
     if not NODE:
         NODE["module"] = None

@@ -21,6 +21,7 @@ using StreamOf = int(int device, void** stream);
 static Launch* launch;
 static Product* product;
 static StreamOf* stream_of;
+static PyObject* blas_handle;       // torch.cuda.current_blas_handle
 
 struct Memory {
     Numbers shape;
@@ -61,12 +62,10 @@ static int64_t address_of(const Tensor& t) {
     return t.defined() ? reinterpret_cast<int64_t>(t.data_ptr()) : 0;
 }
 
-// The handle of cuBLAS for this thread and stream.
-static void* blas_handle() {
+// cuBLAS for this thread, with PyTorch's stream and precision.
+static void* blas() {
     py::gil_scoped_acquire gil;
-    static const py::handle handle = py::object(
-        py::module_::import("torch").attr("_C").attr("_cuda_getCurrentBlasHandle")).release();
-    return reinterpret_cast<void*>(handle().cast<int64_t>());
+    return reinterpret_cast<void*>(py::handle(blas_handle)().cast<int64_t>());
 }
 
 // Plan.repeat of launch.py: the results, and the memory of what is kept.
@@ -81,13 +80,14 @@ static std::pair<Tensors, Tensor> repeated(const Plan& plan, const Tensors& inpu
     Numbers addresses;
     for (const Tensor& t : inputs) addresses.push_back(address_of(t));
     for (const auto& memory : plan.to_allocate) {
-        allocated.push_back(memory ? at::empty(memory->shape, there.dtype(memory->dtype)) : Tensor());
+        allocated.emplace_back();
+        if (memory) allocated.back() = at::empty(memory->shape, there.dtype(memory->dtype));
         addresses.push_back(address_of(allocated.back()));
     }
     void* stream = nullptr;
     stream_of(device.index(), &stream);
     const int error = repeat(reinterpret_cast<const int64_t*>(plan.numbers.data()), plan.count,
-                             addresses.data(), stream, plan.multiplies ? blas_handle() : nullptr,
+                             addresses.data(), stream, plan.multiplies ? blas() : nullptr,
                              launch, product);
     TORCH_CHECK(!error, "the GPU has refused a call: error ", error, " of CUDA or cuBLAS");
     for (const Result& r : plan.results)
@@ -116,7 +116,8 @@ static py::tuple to_python(const Tensors& tensors) {
 
 static Tensors from_python(const py::sequence& all) {
     Tensors tensors;
-    for (const auto t : all) tensors.push_back(t.is_none() ? Tensor() : THPVariable_Unpack(t.ptr()));
+    for (const auto t : all)
+        tensors.push_back(t.is_none() ? Tensor() : THPVariable_Unpack(t.ptr()));
     return tensors;
 }
 
@@ -186,9 +187,12 @@ static py::tuple run(const c10::intrusive_ptr<Plan>& plan, const py::tuple& inpu
     Tensors there, results;
     std::copy_if(all.begin(), all.end(), std::back_inserter(there),
                  [](const Tensor& t) { return t.defined(); });
-    {
+    try {
         const py::gil_scoped_release no_gil;
         results = ByPlan::apply(plan, &all, at::TensorList(there));
+    } catch (python_error& error) {     // from what saves tensors in the user's way
+        error.restore();
+        throw py::error_already_set();
     }
     return to_python(results);
 }
@@ -243,10 +247,11 @@ static void add_back(Plan& plan, const std::vector<bool>& needs, const py::tuple
 }
 
 // The addresses of cuLaunchKernel, cublasGemmEx and aoti_torch_get_current_cuda_stream.
-static void use(int64_t launches, int64_t multiplies, int64_t gets_stream) {
+static void use(int64_t launches, int64_t multiplies, int64_t gets_stream, py::object gets_blas) {
     launch = reinterpret_cast<Launch*>(launches);
     product = reinterpret_cast<Product*>(multiplies);
     stream_of = reinterpret_cast<StreamOf*>(gets_stream);
+    blas_handle = gets_blas.release().ptr();
 }
 
 PYBIND11_MODULE(node, module) {
