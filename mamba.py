@@ -182,7 +182,7 @@ def scan_of_part(method, state, A, D, delta_bias, delta_softplus, u, delta, B, C
             delta = delta.masked_fill(begins, FOREVER)
         recurrence = one_by_one         # or a function that does the same sooner
         if method != "sequential":
-            recurrence = fast.recurrence(method, u, A) if fast else in_tiles
+            recurrence = (fast and fast.recurrence(method, u, A)) or in_tiles
         y, h = recurrence(x, delta, A, B, C, state)
         if D is not None:
             y = y + D * u
@@ -387,7 +387,7 @@ class MambaBlock(Mixer):
 
     def mix(self, x, state, mask, seq_idx):
         if fast and (at_once := fast.mix(self, x, (state, mask, seq_idx), is_plain, PLAIN)):
-            return at_once      # what follows; if you edit that, take the class out of PLAIN
+            return at_once      # what follows, sooner; not if it has been edited
         conv, h = (None, None) if state is None else state
         u, z = self.in_proj(x).chunk(2, dim=-1)                             # (B, L, D) each
         u, conv = conv_silu(u, self.conv1d.weight, self.conv1d.bias, conv, self.scan, mask, seq_idx)
@@ -622,8 +622,9 @@ def evaluating(model):
         for module in training:
             module.training = True
 
-# what mamba_fast/ takes over: take out a class that you edit, or it may run as it was before
+# what mamba_fast/ takes over, and what is left of it where you have edited this file
 PLAIN = {c: (c.forward, getattr(c, "mix", None)) for c in (Mamba, Layer, MambaBlock, GatedMLP)}
+fast = fast and fast.unedited("mamba", globals())
 
 def read_folder(folder, _):
     """What save_pretrained wrote: options of a MambaConfig, and a function that gives tensors."""

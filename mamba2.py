@@ -307,7 +307,7 @@ class Mamba2Block(Mixer):
     def mix(self, x, state, mask, seq_idx):
         fast, others = mamba.fast, (state, mask, seq_idx)
         if fast and (at_once := fast.mix2(self, x, others, mamba.is_plain, PLAIN, GatedRMSNorm)):
-            return at_once      # what follows; if you edit that, take the class out of PLAIN
+            return at_once      # what follows, sooner; not if it has been edited
         config, (conv, h) = self.config, (None, None) if state is None else state
         d_inner, shared = config.d_inner, config.ngroups * config.d_state
         z, u, delta = self.in_proj(x).split((d_inner, d_inner + 2 * shared, config.nheads), dim=-1)
@@ -323,3 +323,4 @@ class Mamba2Block(Mixer):
 
 Mamba2Config.block = Mamba2Block
 PLAIN.update({c: (c.forward, getattr(c, "mix", None)) for c in (Mamba2Block, GatedRMSNorm)})
+mamba.fast = mamba.fast and mamba.fast.unedited("mamba2", globals())

@@ -194,7 +194,7 @@ class Mamba3Block(Mixer):
     def mix(self, x, state, mask, seq_idx):
         fast, others = mamba.fast, (state, mask, seq_idx)
         if fast and (at_once := fast.mix3(self, x, others, mamba.is_plain, PLAIN)):
-            return at_once      # what follows; if you edit that, take the class out of PLAIN
+            return at_once      # what follows, sooner; not if it has been edited
         batch = x.shape[0]      # not len(x), which torch.export would take for a constant
         before = self.init_state(batch) if state is None else state
         c = self.config
@@ -275,3 +275,4 @@ class Mamba3Block(Mixer):
 
 Mamba3Config.block = Mamba3Block
 PLAIN[Mamba3Block] = Mamba3Block.forward, Mamba3Block.mix
+mamba.fast = mamba.fast and mamba.fast.unedited("mamba3", globals())

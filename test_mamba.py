@@ -4166,6 +4166,91 @@ def test_scan_by_plan_is_the_scan(monkeypatch, nodes):
         assert made_by(results(last)[0]) == "ByPlan"
 
 
+EDITS = (   # file, what is there, what a student writes, in which function
+    ("mamba", "# The states of all steps", "# All the states", ""),
+    ("mamba", "return (C[..., None] *", "return (2 * C[..., None] *", "one_tile"),
+    ("mamba", "h = decay * h + (", "h = 0.5 * decay * h + (", "one_by_one"),
+    ("mamba", "        if D is not None:\n            y = y + D * u", "        if D is not None:\n            y = y - D * u", "scan_of_part"),
+    ("mamba", "y = F.silu(y.to(x.dtype))", "y = F.relu(y.to(x.dtype))", "conv_silu"),
+    ("mamba", "return self.out_proj(y), MambaState", "return self.out_proj(y.tanh()), MambaState", "MambaBlock.mix"),
+    ("mamba", "        x = x + self.dropout(y)\n", "        x = x + 2 * self.dropout(y)\n", "Layer.forward"),
+    ("mamba", "value * F.silu(gate)", "value * F.gelu(gate)", "GatedMLP.forward"),
+    ("mamba", "x = normed(self.backbone[\"norm_f\"], x)", "x = 2 * normed(self.backbone[\"norm_f\"], x)", "Mamba.hidden"),
+    ("mamba", 'targets, reduction="sum")', 'targets, reduction="sum", label_smoothing=0.1)', "Mamba._loss"),
+    ("mamba", "logits, _, state = self(idx[:, i:i + part]", "logits, _, state = self(idx[:, i:i + part] // 2", "Mamba.read"),
+    ("mamba2", "return self.out_proj(y), Mamba", "return self.out_proj(y), Mamba", ""),
+    ("mamba2", "y, Mamba2State(conv, h)", "y.tanh(), Mamba2State(conv, h)", "Mamba2Block.mix"),
+    ("mamba2", "return y + u * own[..., None], h", "return y - u * own[..., None], h", "in_chunks"),
+    ("mamba2", "h = torch.exp(a_t)", "h = 0.5 * torch.exp(a_t)", "one_by_one"),
+    ("mamba2", "delta = F.softplus(delta)", "delta = F.relu(delta)", "ssd"),
+    ("mamba3", "A = -torch.where(", "A = -2 * torch.where(", "Mamba3Block.mix_parts"),
+    ("mamba3", "return y.flatten(2), after", "return y.flatten(2).tanh(), after", "Mamba3Block.mix_parts"),
+)
+OF_EDITED = """
+import json, re, sys, warnings
+sys.path[:0] = sys.argv[1:]
+import torch
+results = []
+for file, old, new, _ in [("mamba", "", "", ""), *json.load(sys.stdin)]:
+    for name in ("mamba", "mamba2", "mamba3"):
+        text = open(f"{sys.argv[-1]}/{name}.py.txt").read()
+        if file == name and old:
+            assert text.count(old) == 1 or old == new, (file, old, text.count(old))
+            text = text.replace(old, new)
+        open(f"{name}.py", "w").write(text)
+        sys.modules.pop(name, None)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        from mamba import Mamba, MambaConfig
+        results.append([])
+        for layer in ("mamba", "mamba2", "mamba3"):
+            if layer >= file:       # each uses those before
+                torch.manual_seed(0)
+                model = Mamba(MambaConfig(50, 64, 2, 16, layer=layer, d_intermediate=32))
+                idx = torch.randint(50, (2, 81))
+                loss = model(idx[:, :-1], idx[:, 1:])[1]
+                loss.backward()
+                made = [loss, *(p.grad for p in model.parameters())]
+                with torch.no_grad():
+                    step = model.decoder([*idx], model.init_state(2))
+                    made += [model(idx)[0], *(step(t) for t in idx[:, -3:].t())]
+                results[-1].append((layer, [t.detach() for t in made]))
+    results[-1].append([str(w.message) for w in said if "edited" in str(w.message)])
+torch.save(results, "results.pt")
+"""
+
+
+@in_cpp
+def test_what_is_edited_is_what_runs(tmp_path):
+    """Each edit gives what it gives without mamba_fast/, which says so, and knows our files."""
+    edits = importlib.import_module("mamba_fast.edits")
+    for name in ("mamba", "mamba2", "mamba3"):
+        assert edits.digests(name, vars(importlib.import_module(name))) == edits.KNOWN[name], "write these into edits.py"
+    results = []
+    for fast in (True, False):
+        work = tmp_path / str(fast)
+        work.mkdir()
+        for name in ("mamba", "mamba2", "mamba3"):
+            shutil.copy(ROOT / f"{name}.py", work / f"{name}.py.txt")
+        if fast:
+            os.symlink(ROOT / "mamba_fast", work / "mamba_fast")
+        subprocess.run([sys.executable, "-c", OF_EDITED, str(work)], check=True, cwd=work, text=True, input=json.dumps(EDITS),
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+        results.append(torch.load(work / "results.pt"))
+    (as_it_is, *ours), (_, *plain) = results
+    before, ever = dict(as_it_is[:-1]), set()
+    assert as_it_is[-1] == []
+    for (file, _, _, function), one, other in zip(EDITS, ours, plain, strict=True):
+        said, without = one[-1], other[-1]
+        assert not without and len(said) == (function != ""), (function, said)
+        for (layer, made), (_, expected) in zip(one[:-1], other[:-1], strict=True):
+            assert same(made, expected, 2e-4), (function, layer)
+            ever.add((function, same(made, before[layer], 1e-3)))
+        if function:
+            assert f"{file}.py has been edited: {function}." in said[0] and (function, False) in ever
+    assert ("", True) in ever and ("", False) not in ever
+
+
 class StandIn:
     """What a Plan asks of a kernel that Triton has compiled; function: its number."""
 

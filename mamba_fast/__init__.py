@@ -14,7 +14,7 @@ mamba.py does it in its own way:
     angles_since, keys_and_queries  None where neither Triton's kernels nor C++ can run, and in what
                        torch.compile compiles, for it fuses the plain way: keys_and_queries only
                        without Triton
-    recurrence(...)    a function, never None
+    recurrence(...)    a function; None only where in_tiles has been edited
     softplus, gated    never None: the same with backward passes that keep less
     conv_silu(...)     None for the sequential scan, which can be differentiated twice, in what
                        torch.export exports, and in what torch.compile compiles where there are
@@ -23,18 +23,21 @@ mamba.py does it in its own way:
     gated_norm(...)    None for the sequential scan, and where its kernels cannot run, which they
                        do not in what torch.compile compiles for a GPU
     decoder(...)       None if a module of the model is not just as our files made it
+    unedited(...)      the same doors, but None behind those whose functions have been edited
 
 What scripts use: quantize_int8 (of int8.py), recorded and replayed (CUDA graphs, of decode.py).
 """
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 
 from . import layers, norm_cpu, scan_cpu, scan_side_by_side, ssd_cpu, turn_cpu
 from .block import mix, mix2, mix3
 from .decode import decoder, recorded, replayed
+from .edits import left_of
 from .int8 import quantize_int8
 from .kernels import can_run, rows_triton, scan_triton, ssd_triton, turn_triton
 from .layers import Linear, cross_entropy, gated, softplus
@@ -42,7 +45,16 @@ from .norm_cpu import RMSNorm
 
 __all__ = ["Linear", "RMSNorm", "angles_since", "conv_silu", "cross_entropy", "decoder", "gated",
            "gated_norm", "has_triton", "in_chunks", "keys_and_queries", "mix", "mix2", "mix3",
-           "quantize_int8", "recorded", "recurrence", "replayed", "scan", "softplus", "ssd"]
+           "quantize_int8", "recorded", "recurrence", "replayed", "scan", "softplus", "ssd",
+           "unedited"]
+
+
+def unedited(file, place):
+    """
+    These doors, but closed where what they do the work of has been edited.
+    file: "mamba", "mamba2" or "mamba3".  place: its globals().
+    """
+    return left_of(sys.modules[__name__], file, place)
 
 
 def has_triton(u, d_state, headdim=0):
