@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import ast
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -3980,7 +3981,7 @@ def nodes(request, monkeypatch):
     if not request.param:
         monkeypatch.setattr(launch, "NODE", {"module": None})
         return
-    launch.find_node()
+    launch.begin_node()
     wait_for(launch.node)
 
 
@@ -4283,6 +4284,7 @@ def test_plan_as_a_node_of_autograd(monkeypatch):
     """node.cpp, with a CPU in the place of the GPU: what ByPlan of launch.py does, in a pass like one before without Python."""
     pytest.importorskip("triton")
     launch, number, address = importlib.import_module("mamba_fast.launch"), ctypes.c_int, ctypes.c_void_p
+    refused = []
 
     def memory(at, count):
         return torch.frombuffer((ctypes.c_float * count).from_address(at), dtype=torch.float32)
@@ -4295,20 +4297,24 @@ def test_plan_as_a_node_of_autograd(monkeypatch):
     @ctypes.CFUNCTYPE(number, ctypes.c_int64, *[ctypes.c_uint] * 7, address, ctypes.POINTER(address), address)
     def start(function, *others):
         *_, stream, arguments, _ = others
-        return scale(*(ctypes.c_int64.from_address(arguments[i]).value for i in range(4))) if stream == 5 else 1
+        x, y, n, factor = (ctypes.c_int64.from_address(arguments[i]).value for i in range(4))
+        if refused or stream != 5 or x % 16:
+            return 700
+        return scale(x, y, n, factor)
 
     @ctypes.CFUNCTYPE(number, address, *[number] * 5, address, address, number, number, address, number, number, address,
                       address, *[number] * 4)
     def multiply(blas, turned_a, turned_b, m, n, k, one, a, a_type, a_step, b, b_type, b_step, beta, c, c_type, c_step, _, __):
         assert (blas, turned_a, turned_b) == (6, 0, 0)
-        with torch.no_grad():   # column by column: c^T = b^T a^T
-            memory(c, m * n).view(n, m)[:] = memory(b, n * k).view(n, k) @ memory(a, k * m).view(k, m)
+        columns = lambda t, rows, columns, step: memory(t, (columns - 1) * step + rows).as_strided((rows, columns), (1, step))
+        with torch.no_grad():
+            columns(c, m, n, c_step)[:] = columns(a, m, k, a_step) @ columns(b, k, n, b_step)
         return 0
 
     on_a_cpu(monkeypatch, launch, start, multiply)
     monkeypatch.setattr(launch, "parameters_of", lambda function: 4)
     monkeypatch.setattr(launch, "NODE", {})
-    launch.find_node()
+    launch.begin_node()
     wait_for(launch.node)
     kernel, compiled = launch.Kernel(None), StandIn(4, x="*fp32", y="*fp32", n="i32", factor="i32")
     compiled.run = lambda *arguments: scale(*arguments[-4:])
@@ -4320,21 +4326,23 @@ def test_plan_as_a_node_of_autograd(monkeypatch):
         return y
 
     def function(a, absent, b, w):
-        pair = a.new_empty(2, *a.shape)
+        pair = a.new_empty(2, *a.shape)     # of which a part is kept
         kernel((1, 1, 1), "version", (a, pair[1]), a.numel(), 3)
-        kernel((1, 1, 1), "version", (a, pair[0]), a.numel(), 3)
-        return (launch.product(pair[1], w), scaled(b, 5)), (pair[0], w)
+        fives = b.new_empty(2, *b.shape)    # and one a result
+        kernel((1, 1, 1), "version", (b, fives[1]), b.numel(), 5)
+        return (launch.product(pair[1], w), fives[1]), (pair[1], w)
 
     passes = []
 
-    def back(needs, gradients, a3, w):      # of w it is a3^T g, which has no product that multiply knows
+    def back(needs, gradients, a3, w):      # the gradients of a and b
         passes.append(needs)
-        (g, gb), (needs_a, _, needs_b, _) = gradients, needs
-        if g is not None and bool(needs[3]):
+        g, gb = gradients
+        if needs[3]:
             raise KeyError("w")
-        zeros = torch.zeros_like        # a plan cannot do that
-        return (launch.product(scaled(zeros(a3) if g is None else g, 3), w) if needs_a else None, None,
-                (zeros(a3) if gb is None else scaled(gb, 5)) if needs_b else None, None)
+        if g is None and needs[0]:
+            g = torch.zeros_like(a3)        # a plan cannot do that
+        gb = torch.zeros_like(a3) if gb is None and needs[2] else gb
+        return launch.product(scaled(g, 3), w) if needs[0] else None, None, scaled(gb, 5) if needs[2] else None, None
 
     plans = {}
 
@@ -4345,36 +4353,57 @@ def test_plan_as_a_node_of_autograd(monkeypatch):
             return plan.as_node()
         return launch.node().run(launch.found(plans, "key", inputs, make), inputs)
     a, b, w = (torch.randn(4, 4).round().requires_grad_() for _ in range(3))
-    w.data = (w + w.t()).detach()       # so that w^T is w, for back
+    wide = torch.randn(4, 8).round()
+    w.data = (wide[:, 4:] + wide[:, 4:].t()).detach()       # so that w^T is w, for back
 
-    def check(*wanted, only=None, f=run, **settings):
-        y, z = f(a, None, b, w)
-        assert torch.equal(y, 3 * a @ w) and torch.equal(z, 5 * b)
-        loss = {None: y.square().sum() + z.sum(), 0: y.square().sum(), 1: z.sum()}[only]
-        grads = torch.autograd.grad(loss, wanted, **settings)
-        expected = torch.autograd.grad({None: (3 * a @ w).square().sum() + 5 * b.sum(), 0: (3 * a @ w).square().sum(),
-                                        1: 5 * b.sum() + 0 * a.sum()}[only], wanted)
-        assert same(grads, expected)
-        return loss
-    for _ in range(3):
+    def losses(y, z):
+        return {"both": y.square().sum() + z.sum(), "y": y.square().sum(), "z": z.sum(), "same": (y + z).square().sum()}
+
+    def check(*wanted, loss="both", f=run, **settings):
+        made = f(a, None, b, w)
+        expected = 3 * a @ w + 0 * b.sum(), 5 * b + 0 * a.sum()
+        assert same(made, expected)
+        ours = losses(*made)[loss]
+        assert same(torch.autograd.grad(ours, wanted, **settings),
+                    torch.autograd.grad(losses(*expected)[loss], wanted))
+        return ours
+
+    def known(*wanted, **settings):
+        """How often Python is asked in two passes."""
+        del passes[:]
+        check(*wanted, **settings)
+        check(*wanted, **settings)
+        return len(passes)
+    assert known(a, b) == 1 and known(a, b) == 0 and len(plans) == 1
+    assert known(a) == known(b) == 1 and known(a) == known(b) == 0      # others are asked for
+    assert known(b, loss="z") == 1 and known(b, loss="z") == 0          # others are given
+    assert known(a, b, loss="y") == 3   # zeros are not for plans: the first time they are tried, too
+    assert known(a, b, loss="same") == 1 and known(a, b) == 0           # given twice in one memory
+    gy = a.detach()                     # of which a kernel of forward has read
+    for grads in ((gy, gy + 1), (gy + 1, gy), (gy + 2, gy + 3)):
+        assert same(torch.autograd.grad(run(a, None, b, w), (a, b), grads), (3 * grads[0] @ w, 5 * grads[1]))
+    shared = torch.randn(8, 4).round()  # gradient and w in one memory: another plan
+    w.data, gy = (shared[:4] + shared[:4].t()), torch.ones(4, 4)
+    for g in (w.detach(), gy, w.detach(), gy):
+        y, _ = run(a, None, b, w)
+        assert same(torch.autograd.grad(y, [a], g), [3 * g @ w])
+    # what is saved comes back in other strides, or anywhere
+    narrow = torch.randn(4, 8).round()[:, 4:]
+    narrow = (narrow + narrow.t()).detach()
+    w.data = F.pad(narrow, (0, 4))[:, :4]
+    assert w.stride() == (8, 1)
+    anywhere = lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+    for change in (torch.clone, lambda t: t, anywhere, lambda t: t.contiguous()):
+        pack = lambda t, change=change: t if t.dtype == torch.uint8 else change(t)      # not the memory of what is kept
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            check(a, b)
         check(a, b)
-    assert passes == [(True, False, True, False)] and len(plans) == 1
-    for _ in range(2):
-        check(a)
-        check(b)
-    assert passes[1:] == [(True, False, False, False), (False, False, True, False)]
-    for _ in range(2):
-        check(b, only=1)
-    assert passes[3:] == [(False, False, True, False)]          # with other gradients another plan
-    for _ in range(2):
-        check(a, b, only=1)
-    assert len(passes) == 7             # zeros are not for plans: the first time it is called twice
     loss = check(a, b, retain_graph=True)
     torch.autograd.grad(loss, [a])
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, [a])
-    y, _ = run(a, None, b, w)
-    g, = torch.autograd.grad(y.square().sum(), [a], create_graph=True)
+    assert known(a, loss="y") < 2 and known(a, loss="y") == 0
+    g, = torch.autograd.grad(run(a, None, b, w)[0].square().sum(), [a], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         g.sum().backward()
     y, _ = run(a, None, b, w)
@@ -4383,37 +4412,68 @@ def test_plan_as_a_node_of_autograd(monkeypatch):
     check(a, b, f=functools.partial(torch.utils.checkpoint.checkpoint, run, use_reentrant=False))
     with torch.autograd.graph.save_on_cpu():
         check(a, b)
-    passes.clear()
-    check(a, b)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.backends.cudnn, "deterministic", True)      # which means nothing here
-        check(a, b)
+    # where plans cannot be used any more
+    assert known(a, b) == 0
+
+    def gradient():
+        return torch.autograd.grad(run(a, None, b, w)[0], [a], torch.ones(4, 4))
+    gradient()
+    del passes[:]
+    gradient_of_y = gradient()
     assert not passes
+    y, _ = run(a, None, b, w)
     torch.use_deterministic_algorithms(True)
     try:
-        check(a, b)
+        assert same(torch.autograd.grad(y, [a], torch.ones(4, 4)), gradient_of_y)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(passes) == 1
+    y, _ = run(a, None, b, w)
+    with monkeypatch.context() as patch:        # as where PyTorch is asked for other products
+        patch.setattr(launch, "can_repeat", lambda: False)
+        assert same(torch.autograd.grad(y, [a], torch.ones(4, 4)), gradient_of_y)
+    y, _ = run(a, None, b, w)
+    with importlib.import_module("torch.utils.flop_counter").FlopCounterMode(display=False):
+        assert same(torch.autograd.grad(y, [a], torch.ones(4, 4)), gradient_of_y)
+    assert len(passes) == 3
+    refused.append(True)
+    with pytest.raises(RuntimeError, match="error 700 of CUDA"):
+        run(a, None, b, w)
+    refused.clear()
+    y, _ = run(a, None, b, w)
+    refused.append(True)
+    with pytest.raises(RuntimeError, match="error 700 of CUDA"):
+        torch.autograd.grad(y, [a], torch.ones(4, 4))
+    refused.clear()
     y, _ = run(a, None, b, w)
     with torch.no_grad():
         w.add_(0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(y.sum(), [a])
     # a gradient that lies otherwise, or begins anywhere
-    for gy in (torch.randn(4, 8).round()[:, 1:5], torch.randn(17).round()[1:].view(4, 4), torch.ones(1, 1).expand(4, 4)):
+    for gy in (torch.randn(4, 8).round()[:, 1:5], anywhere(torch.randn(4, 4).round()), torch.ones(1, 1).expand(4, 4)):
         y, _ = run(a, None, b, w)
-        assert same(torch.autograd.grad(y, [a], gy), [3 * gy @ w.t()])
+        assert same(torch.autograd.grad(y, [a], gy), [3 * gy @ w])
     assert run(a.detach(), None, b.detach(), w.detach())[0].grad_fn is None
+    # threads that run a node themselves, and find and add plans at once
+    def in_a_thread(_):
+        with torch.autograd.set_multithreading_enabled(False):
+            for wanted in ([a], [b], [a, b]) * 5:
+                y, z = run(a, None, b, w)
+                assert len(torch.autograd.grad(y.sum() + z.sum(), wanted)) == len(wanted)
+        return True
+    plans.clear()
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(in_a_thread, range(4)))
     # nothing is left of a plan whose nodes are gone
     plan = weakref.ref(next(iter(plans.values())))
     del loss, y, g
     plans.clear()
     gc.collect()
     assert plan() is None
-    assert launch.node().form((a, None, a)) == launch.node().form((b, None, b)) != launch.node().form((a, None, b))
-    for other in (a.double(), a[:2], a.t(), torch.randn(17)[1:].view(4, 4), None):
-        assert launch.node().form((a,)) != launch.node().form((other,))
+    form = launch.node().form
+    assert form((a, None, a)) == form((b, None, b)) != form((a, None, b))
+    for other in (a.double(), a[:2], a.t(), anywhere(a.detach()), None):
+        assert form((a,)) != form((other,))
 
 
 @in_cpp
@@ -5105,7 +5165,7 @@ def test_what_is_compiled_is_kept(tmp_path, monkeypatch):
     from mamba_fast import cpp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     commands, compile_to = [], cpp.compile_to
-    monkeypatch.setattr(cpp, "compile_to", lambda path, command: commands.append(command) or compile_to(path, command))
+    monkeypatch.setattr(cpp, "compile_to", lambda path, command, lock=None: commands.append(command) or compile_to(path, command))
     for flags in (cpp.FLAGS, cpp.FLAGS, (*cpp.FLAGS, "-DANOTHER")):
         monkeypatch.setattr(cpp, "FLAGS", flags)
         assert cpp.compiled.__wrapped__("scan_cpu") is not None

@@ -27,7 +27,7 @@ from .operators import is_traced
 
 WIDTH = 16      # numbers of the widest vector: a multiple of it has no rest
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast")
-FLAGS_OF_MODULES = ("-O2", "-w", "-std=c++2a", "-shared", "-fPIC")
+FLAGS_OF_MODULES = ("-O2", "-w", "-std=c++2a", "-shared", "-fPIC", "-fvisibility=hidden")
 NARROW = 4      # numbers of a vector that any CPU has
 CPUS = {    # by what PyTorch itself uses: numbers of a vector, and what the compiler may use
     "AVX512": (16, ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")),
@@ -44,16 +44,30 @@ def compiled(name):
 
 def with_module(name, then):
     """Calls then with {name}.cpp as a module of Python: at once where it has been compiled before,
-    or else in a thread when it is, for with PyTorch's headers that takes half a minute."""
-    command = command_for(name, *FLAGS_OF_MODULES, *flags_for_torch())
+    or else in a thread when it is, for with PyTorch's headers that takes half a minute; not at all
+    in the other processes that want it meanwhile."""
+    if (command := command_for(name, *FLAGS_OF_MODULES, *flags_for_torch())) is None:
+        return
 
-    def load():
-        if module := loaded(name, command, functools.partial(imported, name)):
+    def load(lock=None):
+        load_it = functools.partial(imported, name)
+        if module := loaded(name, command, load_it, lock):
             then(module)
-    if command and path_of(name, command).exists():
+
+    def compile_if_first():
+        import fcntl  # Windows has none, and does not come to here
+        lock = os.open(folder(), os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            load(lock)
+        except OSError:     # another compiles it, or there are no locks here
+            pass
+        finally:
+            os.close(lock)
+    if path_of(name, command).exists():
         load()
-    elif command:
-        threading.Thread(target=load, daemon=True).start()
+    else:
+        threading.Thread(target=compile_if_first, daemon=True).start()
 
 
 def imported(name, path):
@@ -97,12 +111,12 @@ def path_of(name, command):
     return folder() / f"{name}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
 
 
-def loaded(name, command, load):
-    """load(path) of what the command makes, or None."""
+def loaded(name, command, load, lock=None):
+    """load(path) of what the command makes, or None.  lock: as in compile_to."""
     try:
         path = path_of(name, command)
         if not path.exists():
-            compile_to(path, command)
+            compile_to(path, command, lock)
         return load(path)
     except (OSError, ImportError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
@@ -137,12 +151,16 @@ def of_this_process():
 COMPILE = 'new=$0; to=$1; shift; "$@" -o "$new" && exec mv -f "$new" "$to"; rm -f "$new"; exit 1'
 
 
-def compile_to(path, command):
-    """It goes on, and is there for the next process, where this one ends before it. Ctrl-C is for
-    the program that waits."""
-    new = path.with_suffix(f".{os.urandom(8).hex()}")
-    with subprocess.Popen(["sh", "-c", COMPILE, new, path, *command], stderr=subprocess.PIPE,
-                          text=True, errors="replace", start_new_session=True) as shell:
+def compile_to(path, command, lock=None):
+    """
+    Where this process ends before the compiler, that goes on, and the next process finds its file.
+    Ctrl-C is for the program that waits.
+    lock: a file descriptor that stays open until the compiler has ended.
+    """
+    new, nothing = path.with_suffix(f".{os.urandom(8).hex()}"), subprocess.DEVNULL
+    with subprocess.Popen(["sh", "-c", COMPILE, new, path, *command], stdin=nothing, stdout=nothing,
+                          stderr=subprocess.PIPE, text=True, errors="replace",
+                          start_new_session=True, pass_fds=[lock] if lock else []) as shell:
         try:
             _, said = shell.communicate(timeout=300)
         except BaseException:

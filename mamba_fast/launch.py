@@ -4,13 +4,14 @@ that ask the GPU for many: the first time, the function runs without starting an
 would ask for, kernels and products of matrices, is written down. Then, and from then on, repeat.cpp
 asks for the same with other tensors. For a small block the host takes longer to ask in Python than
 the GPU to compute. at_once makes an operation of autograd of it: ByPlan, and once it is compiled
-that of node.cpp, whose backward pass needs no Python.
+that of node.cpp, whose backward pass does not wait for Python.
 """
 from __future__ import annotations
 
 import ctypes
 import functools
 import struct
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -27,7 +28,7 @@ from .operators import AtOnce, Context, differentiable_once, is_traced, without_
 
 taker = ContextVar("taker", default=None)   # who gets kernels instead of the GPU: see take below
 thread = threading.local()      # in gpus those on which it has repeated a plan
-NODE = {}       # the module of node.cpp or None, from the first find_node on
+NODE = {}       # the module of node.cpp or None, from begin_node on
 REHEARSED = set()       # keys of what has been compiled ahead
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}    # their numbers in cuBLAS
 ALIGNED = 512           # bytes, as PyTorch's own allocator has it
@@ -326,21 +327,23 @@ class Plan(TorchDispatchMode):
                 numbers.append(int(n))
         return numbers
 
-    def in_cpp(self, back=None):
-        """The same in node.cpp, which asks back for a backward pass that it does not know."""
-        return node().plan(self.numbers, self.count, self.multiplies, self.to_allocate,
-                           self.results, self.kept_inputs, back)
+    def in_cpp(self, in_python):
+        """The same in node.cpp. in_python: a function for backward passes that it does not know; of
+        a plan of a backward pass the plan itself, which is to stay."""
+        calls = tuple(address.value for address in entry_points()[1:])
+        return NODE["module"].plan(self.numbers, self.count, self.multiplies, self.to_allocate,
+                                   self.results, self.kept_inputs, calls, blas_handle, in_python)
 
     def as_node(self):
         """What node.cpp runs as ByPlan does."""
-        def back(in_cpp, needs, gradients, saved):
+        def in_python(in_cpp, needs, gradients, saved):
             ctx = Context(plan=self, needs_input_grad=(None, *needs))
             ctx.save_for_backward(*saved)
             _, *results = ByPlan.backward(ctx, *gradients)
-            if ctx.plan_back is not None:   # from now on without Python
-                in_cpp.add_back(needs, gradients, ctx.plan_back.in_cpp())
+            if ctx.plan_back is not None:   # from now on C++ knows it
+                in_cpp.add_back(needs, (*saved, *gradients), ctx.plan_back.in_cpp(ctx.plan_back))
             return results
-        return self.in_cpp(back)
+        return self.in_cpp(in_python)
 
     def repeat(self, tensors):
         """The results for tensors like those of the plan, and the memory of what is kept."""
@@ -446,19 +449,22 @@ def form_of_all(tensors):
 
 
 def node():
-    """The module of node.cpp, or None as long as it is not compiled."""
-    return NODE.get("module")
+    """The module of node.cpp, or None as long as it is not compiled, and for compiled autograd,
+    which does not take it."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return None if dynamo and dynamo.config.compiled_autograd else NODE.get("module")
 
 
-def find_node():
-    """Has it compiled, if that has not begun yet. Until it is there ByPlan does the same."""
-    def use(module):
-        addresses = (address.value for address in entry_points()[1:])
-        module.use(*addresses, torch.cuda.current_blas_handle)
-        NODE["module"] = module
+def begin_node():
+    """Lets it be compiled, unless that has begun. Until it is there ByPlan does the same."""
     if not NODE:
         NODE["module"] = None
-        cpp.with_module("node", use)
+        cpp.with_module("node", functools.partial(NODE.__setitem__, "module"))
+
+
+def blas_handle():
+    """For node.cpp: that of cuBLAS for this thread, or 0 if plans cannot be used now."""
+    return torch.cuda.current_blas_handle() if can_repeat() else 0
 
 
 def at_once(plans, key, inputs, prepare):
@@ -467,7 +473,7 @@ def at_once(plans, key, inputs, prepare):
     key: all on which it depends but inputs, in the dict plans.  prepare() returns function and
     back as in AtOnce of operators.py, and all that its kernels depend on but inputs' types.
     """
-    def rehearsed():
+    def prepare_and_compile():
         function, back, of_kernels = prepare()
 
         def rehearse():
@@ -480,15 +486,17 @@ def at_once(plans, key, inputs, prepare):
         return function, back
 
     def make():
-        function, back = rehearsed()
+        function, back = prepare_and_compile()
         plan = Plan(lambda: function(*inputs), inputs)
         plan.back = back
-        find_node()
+        begin_node()
         return plan.as_node() if node() else plan
     plan = found(plans, key, inputs, make) if inputs[0].is_cuda and can_repeat() else None
     if plan is None:
-        return AtOnce.apply(*rehearsed(), *inputs)
-    return ByPlan.apply(plan, *inputs) if type(plan) is Plan else node().run(plan, inputs)
+        return AtOnce.apply(*prepare_and_compile(), *inputs)
+    if type(plan) is Plan:
+        return ByPlan.apply(plan, *inputs)
+    return NODE["module"].run(plan, inputs)
 
 
 class ByPlan(torch.autograd.Function):

@@ -1,5 +1,5 @@
-// A plan of launch.py as an operation of PyTorch's autograd, ByPlan there, without Python: in the
-// time that PyTorch takes to come to a backward pass in Python, this one has asked for all of it.
+// A plan of launch.py as an operation of PyTorch's autograd, as ByPlan there is one. PyTorch calls
+// this without waiting for Python; for products alone Python is asked for the handle of cuBLAS.
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -10,18 +10,19 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <mutex>
+
 #include "repeat.cpp"
 
 namespace py = pybind11;
 using at::Tensor;
+using Flags = std::vector<bool>;
 using Numbers = std::vector<int64_t>;
 using Tensors = torch::autograd::variable_list;     // an undefined one is Python's None
 using StreamOf = int(int device, void** stream);
+using torch::autograd::AutogradContext;
 
-static Launch* launch;
-static Product* product;
-static StreamOf* stream_of;
-static PyObject* blas_handle;       // torch.cuda.current_blas_handle
+constexpr size_t MOST_PLANS = 1000;     // as in launch.py
 
 struct Memory {
     Numbers shape;
@@ -30,12 +31,12 @@ struct Memory {
 
 struct Result {
     int64_t from;       // the number of its memory, -1 for None
-    bool is_all;        // of this memory; or else it lies there so
+    bool is_all;        // it is all of its memory, or else it has this shape and stride from start
     Numbers shape, stride;
     int64_t start;
 };
 
-// What a Plan of launch.py has after its requests are written down.
+// What a Plan of launch.py has once its requests are written down.
 struct Plan : torch::CustomClassHolder {
     std::string numbers;
     int64_t count;
@@ -43,18 +44,23 @@ struct Plan : torch::CustomClassHolder {
     std::vector<std::optional<Memory>> to_allocate;     // the last but one for what is kept
     std::vector<Result> results;
     Numbers kept_inputs;
-    // By which gradients are asked for and given. They are added by the thread that reads them,
-    // the one of PyTorch's autograd for this GPU.
-    std::map<std::pair<uint64_t, uint64_t>, c10::intrusive_ptr<Plan>> plans_back;
-    py::object back;    // the backward pass in Python; it keeps the kernels, too
+    Launch* launch;
+    Product* product;
+    StreamOf* stream_of;
+    py::object blas_handle;     // Python's function
+    py::object in_python;       // the backward pass there; or what keeps the kernels loaded
+    // of backward passes, by the gradients that are asked for and the form of what is read
+    std::map<std::pair<Flags, Numbers>, c10::intrusive_ptr<Plan>> plans_back;
+    std::mutex of_plans_back;
 
     ~Plan() override {
         if (!Py_IsInitialized()) {
-            back.release();
+            blas_handle.release();
+            in_python.release();
             return;
         }
-        py::gil_scoped_acquire gil;
-        back = py::object();
+        const py::gil_scoped_acquire gil;
+        blas_handle = in_python = py::object();
     }
 };
 
@@ -62,33 +68,34 @@ static int64_t address_of(const Tensor& t) {
     return t.defined() ? reinterpret_cast<int64_t>(t.data_ptr()) : 0;
 }
 
-// cuBLAS for this thread, with PyTorch's stream and precision.
-static void* blas() {
-    py::gil_scoped_acquire gil;
-    return reinterpret_cast<void*>(py::handle(blas_handle)().cast<int64_t>());
+// cuBLAS for this thread, with PyTorch's stream and precision; null if plans cannot be used now.
+static void* blas_for(const Plan& plan, at::Device device) {
+    if (!plan.multiplies) return nullptr;
+    const c10::DeviceGuard guard(device);
+    const py::gil_scoped_acquire gil;
+    return reinterpret_cast<void*>(plan.blas_handle().cast<int64_t>());
 }
 
 // Plan.repeat of launch.py: the results, and the memory of what is kept.
-static std::pair<Tensors, Tensor> repeated(const Plan& plan, const Tensors& inputs) {
+static std::pair<Tensors, Tensor> repeated(const Plan& plan, const Tensors& inputs, void* blas) {
     const at::Device device = inputs[0].device();
-    const at::TensorOptions there(device);
+    const at::TensorOptions options(device);
     const c10::DeviceGuard guard(device);
     const at::AutoDispatchBelowADInplaceOrView without_autograd;
     thread_local std::set<int> known;       // GPUs of which CUDA knows that this thread uses them
-    if (known.insert(device.index()).second) at::zeros({1}, there);
+    if (known.insert(device.index()).second) at::zeros({1}, options);
     Tensors allocated, results;
     Numbers addresses;
     for (const Tensor& t : inputs) addresses.push_back(address_of(t));
     for (const auto& memory : plan.to_allocate) {
         allocated.emplace_back();
-        if (memory) allocated.back() = at::empty(memory->shape, there.dtype(memory->dtype));
+        if (memory) allocated.back() = at::empty(memory->shape, options.dtype(memory->dtype));
         addresses.push_back(address_of(allocated.back()));
     }
     void* stream = nullptr;
-    stream_of(device.index(), &stream);
+    plan.stream_of(device.index(), &stream);
     const int error = repeat(reinterpret_cast<const int64_t*>(plan.numbers.data()), plan.count,
-                             addresses.data(), stream, plan.multiplies ? blas() : nullptr,
-                             launch, product);
+                             addresses.data(), stream, blas, plan.launch, plan.product);
     TORCH_CHECK(!error, "the GPU has refused a call: error ", error, " of CUDA or cuBLAS");
     for (const Result& r : plan.results)
         results.push_back(r.from < 0 ? Tensor() : r.is_all ? allocated[r.from]
@@ -96,16 +103,21 @@ static std::pair<Tensors, Tensor> repeated(const Plan& plan, const Tensors& inpu
     return {results, allocated[allocated.size() - 2]};
 }
 
-static uint64_t bits(const std::vector<bool>& flags) {
-    uint64_t all = 0;
-    for (size_t i = 0; i < flags.size(); i++) all |= uint64_t(flags[i]) << i;
-    return all;
-}
-
-static std::vector<bool> are_there(const Tensors& tensors) {
-    std::vector<bool> there;
-    for (const Tensor& t : tensors) there.push_back(t.defined());
-    return there;
+// form_of_all of launch.py
+static Numbers form_of(const Tensors& tensors) {
+    Numbers numbers, addresses;
+    for (const Tensor& t : tensors) {
+        const int64_t address = address_of(t);
+        const auto same = std::find(addresses.begin(), addresses.end(), address);
+        numbers.push_back(address ? same - addresses.begin() : -1);
+        addresses.push_back(address);
+        if (!t.defined()) continue;
+        numbers.insert(numbers.end(), {t.dim(), static_cast<int64_t>(t.scalar_type()),
+                                       t.device().index(), address % 16});
+        numbers.insert(numbers.end(), t.sizes().begin(), t.sizes().end());
+        numbers.insert(numbers.end(), t.strides().begin(), t.strides().end());
+    }
+    return numbers;
 }
 
 static py::tuple to_python(const Tensors& tensors) {
@@ -121,59 +133,81 @@ static Tensors from_python(const py::sequence& all) {
     return tensors;
 }
 
+// A plan of a backward pass, or null if there is none for inputs like these.
+static c10::intrusive_ptr<Plan> plan_back(Plan& plan, const Flags& needs, const Tensors& inputs) {
+    const std::lock_guard<std::mutex> lock(plan.of_plans_back);
+    const auto found = plan.plans_back.find({needs, form_of(inputs)});
+    return found == plan.plans_back.end() ? c10::intrusive_ptr<Plan>() : found->second;
+}
+
+static void add_back(Plan& plan, const Flags& needs, const py::tuple& inputs,
+                     const c10::intrusive_ptr<Plan>& back) {
+    decltype(plan.plans_back) dropped;      // once the lock is open: their ends wait for Python
+    const std::lock_guard<std::mutex> lock(plan.of_plans_back);
+    if (plan.plans_back.size() >= MOST_PLANS) dropped.swap(plan.plans_back);
+    plan.plans_back.emplace(std::make_pair(needs, form_of(from_python(inputs))), back);
+}
+
 struct ByPlan : torch::autograd::Function<ByPlan> {
-    // there: the inputs but None, of which PyTorch is to know
-    static Tensors forward(torch::autograd::AutogradContext* ctx,
-                           const c10::intrusive_ptr<Plan>& plan, const Tensors* inputs,
-                           at::TensorList there) {
-        auto [results, memory] = repeated(*plan, *inputs);
+    // given: the inputs but None, of which PyTorch is to know
+    static Tensors forward(AutogradContext* ctx, const c10::intrusive_ptr<Plan>& plan,
+                           const Tensors* inputs, at::TensorList given) {
+        void* blas = blas_for(*plan, given[0].device());
+        auto [results, memory] = repeated(*plan, *inputs, blas);
         Tensors saved{memory};
+        Flags are_given;
         for (const int64_t i : plan->kept_inputs) saved.push_back((*inputs)[i]);
+        for (const Tensor& t : *inputs) are_given.push_back(t.defined());
         ctx->save_for_backward(saved);
         ctx->saved_data["plan"] = c10::IValue::make_capsule(plan);
-        ctx->saved_data["there"] = are_there(*inputs);
+        ctx->saved_data["are_given"] = are_given;
         ctx->set_materialize_grads(false);
         return results;
     }
 
-    static Tensors backward(torch::autograd::AutogradContext* ctx, Tensors gradients) {
-        const auto capsule = ctx->saved_data["plan"].toCapsule();
-        const Plan& plan = *static_cast<Plan*>(capsule.get());
-        const auto there = ctx->saved_data["there"].toBoolList();
-        std::vector<bool> needs;
+    static Tensors backward(AutogradContext* ctx, Tensors gradients) {
+        const auto plan = c10::static_intrusive_pointer_cast<Plan>(
+            ctx->saved_data["plan"].toCapsule());
+        const auto are_given = ctx->saved_data["are_given"].toBoolList();
+        Flags needs;
         size_t seen = 0;
-        for (const bool is_there : there)
-            needs.push_back(is_there && ctx->needs_input_grad(seen++));
+        for (const bool is_given : are_given)
+            needs.push_back(is_given && ctx->needs_input_grad(seen++));
         const Tensors saved = ctx->get_saved_variables();
-        const auto found = plan.plans_back.find({bits(needs), bits(are_there(gradients))});
-        const bool is_usual = found != plan.plans_back.end() && !at::GradMode::is_enabled()
-                              && !at::globalContext().deterministicAlgorithms()
-                              && c10::impl::TorchDispatchModeTLS::stack_len() == 0;
-        const Tensors all = is_usual ? repeat_back(*found->second, saved, gradients)
-                                     : in_python(capsule, needs, saved, gradients);
+        const bool differentiable = at::GradMode::is_enabled();     // that is an error, told there
+        const Tensors all = differentiable ? back_in_python(plan, needs, saved, gradients)
+                                           : back(plan, needs, saved, gradients);
         Tensors made(2);        // of plan and inputs, which are no tensors
         for (size_t i = 0; i < all.size(); i++)
-            if (there[i]) made.push_back(all[i]);
+            if (are_given[i]) made.push_back(all[i]);
         return made;
     }
 
-    static Tensors repeat_back(const Plan& plan, Tensors inputs, const Tensors& gradients) {
-        for (const Tensor& gradient : gradients) {
-            Tensor g = gradient.defined() ? gradient.contiguous() : gradient;
+    // The gradients of all inputs, by a plan if there is one that fits.
+    static Tensors back(const c10::intrusive_ptr<Plan>& plan, const Flags& needs,
+                        const Tensors& saved, Tensors gradients) {
+        Tensors inputs = saved;
+        for (Tensor& g : gradients) {
+            if (g.defined()) g = g.contiguous();
             if (address_of(g) % 16) g = g.clone();      // the kernels read 16 bytes at once
             inputs.push_back(g);
         }
-        return repeated(plan, inputs).first;
+        const auto found = plan_back(*plan, needs, inputs);
+        if (found && !at::globalContext().deterministicAlgorithms()
+                && c10::impl::TorchDispatchModeTLS::stack_len() == 0) {
+            void* blas = blas_for(*found, inputs[0].device());
+            if (blas || !found->multiplies) return repeated(*found, inputs, blas).first;
+        }
+        return back_in_python(plan, needs, saved, gradients);
     }
 
-    static Tensors in_python(const c10::intrusive_ptr<torch::CustomClassHolder>& capsule,
-                             const std::vector<bool>& needs, const Tensors& saved,
-                             const Tensors& gradients) {
-        py::gil_scoped_acquire gil;
-        const auto plan = c10::static_intrusive_pointer_cast<Plan>(capsule);
+    static Tensors back_in_python(const c10::intrusive_ptr<Plan>& plan, const Flags& needs,
+                                  const Tensors& saved, const Tensors& gradients) {
+        const py::gil_scoped_acquire gil;
         try {
-            return from_python(plan->back(plan, needs, to_python(gradients), to_python(saved)));
-        } catch (py::error_already_set& error) {    // with its type and its traceback
+            return from_python(
+                plan->in_python(plan, needs, to_python(gradients), to_python(saved)));
+        } catch (py::error_already_set& error) {    // PyTorch keeps the type of its own error alone
             error.restore();
             python_error raised;
             raised.persist();
@@ -184,45 +218,36 @@ struct ByPlan : torch::autograd::Function<ByPlan> {
 
 static py::tuple run(const c10::intrusive_ptr<Plan>& plan, const py::tuple& inputs) {
     const Tensors all = from_python(inputs);
-    Tensors there, results;
-    std::copy_if(all.begin(), all.end(), std::back_inserter(there),
+    Tensors given, results;
+    std::copy_if(all.begin(), all.end(), std::back_inserter(given),
                  [](const Tensor& t) { return t.defined(); });
-    try {
+    {
         const py::gil_scoped_release no_gil;
-        results = ByPlan::apply(plan, &all, at::TensorList(there));
-    } catch (python_error& error) {     // from what saves tensors in the user's way
-        error.restore();
-        throw py::error_already_set();
+        results = ByPlan::apply(plan, &all, at::TensorList(given));
     }
     return to_python(results);
 }
 
-// form_of_all of launch.py, as bytes
 static py::bytes form(const py::tuple& inputs) {
-    Numbers numbers, addresses;
-    for (const Tensor& t : from_python(inputs)) {
-        const int64_t address = address_of(t);
-        const auto same = std::find(addresses.begin(), addresses.end(), address);
-        numbers.push_back(address ? same - addresses.begin() : -1);
-        addresses.push_back(address);
-        if (!t.defined()) continue;
-        numbers.insert(numbers.end(), {t.dim(), static_cast<int64_t>(t.scalar_type()),
-                                       t.device().index(), address % 16});
-        numbers.insert(numbers.end(), t.sizes().begin(), t.sizes().end());
-        numbers.insert(numbers.end(), t.strides().begin(), t.strides().end());
-    }
+    const Numbers numbers = form_of(from_python(inputs));
     return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t)};
 }
 
-static c10::intrusive_ptr<Plan> plan_of(std::string numbers, int64_t count, bool multiplies,
-                                        const py::list& to_allocate, const py::list& results,
-                                        Numbers kept_inputs, py::object back) {
+// calls: the addresses of cuLaunchKernel, cublasGemmEx and aoti_torch_get_current_cuda_stream.
+static c10::intrusive_ptr<Plan> plan_of(
+        std::string numbers, int64_t count, bool multiplies, const py::list& to_allocate,
+        const py::list& results, Numbers kept_inputs, std::tuple<int64_t, int64_t, int64_t> calls,
+        py::object blas_handle, py::object in_python) {
     auto plan = c10::make_intrusive<Plan>();
     plan->numbers = std::move(numbers);
     plan->count = count;
     plan->multiplies = multiplies;
     plan->kept_inputs = std::move(kept_inputs);
-    plan->back = std::move(back);
+    plan->launch = reinterpret_cast<Launch*>(std::get<0>(calls));
+    plan->product = reinterpret_cast<Product*>(std::get<1>(calls));
+    plan->stream_of = reinterpret_cast<StreamOf*>(std::get<2>(calls));
+    plan->blas_handle = std::move(blas_handle);
+    plan->in_python = std::move(in_python);
     for (const Tensor& t : from_python(to_allocate)) {
         plan->to_allocate.emplace_back();
         if (t.defined()) plan->to_allocate.back() = Memory{t.sizes().vec(), t.scalar_type()};
@@ -241,23 +266,9 @@ static c10::intrusive_ptr<Plan> plan_of(std::string numbers, int64_t count, bool
     return plan;
 }
 
-static void add_back(Plan& plan, const std::vector<bool>& needs, const py::tuple& gradients,
-                     const c10::intrusive_ptr<Plan>& back) {
-    plan.plans_back[{bits(needs), bits(are_there(from_python(gradients)))}] = back;
-}
-
-// The addresses of cuLaunchKernel, cublasGemmEx and aoti_torch_get_current_cuda_stream.
-static void use(int64_t launches, int64_t multiplies, int64_t gets_stream, py::object gets_blas) {
-    launch = reinterpret_cast<Launch*>(launches);
-    product = reinterpret_cast<Product*>(multiplies);
-    stream_of = reinterpret_cast<StreamOf*>(gets_stream);
-    blas_handle = gets_blas.release().ptr();
-}
-
 PYBIND11_MODULE(node, module) {
     py::class_<Plan, c10::intrusive_ptr<Plan>>(module, "Plan").def("add_back", &add_back);
-    module.def("plan", &plan_of);
-    module.def("run", &run);
-    module.def("form", &form);
-    module.def("use", &use);
+    module.def("plan", torch::wrap_pybind_function(plan_of));
+    module.def("run", torch::wrap_pybind_function(run));
+    module.def("form", torch::wrap_pybind_function(form));
 }
