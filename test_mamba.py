@@ -4415,26 +4415,28 @@ def test_plan_as_a_node_of_autograd(monkeypatch):
     # where plans cannot be used any more
     assert known(a, b) == 0
 
-    def gradient():
-        return torch.autograd.grad(run(a, None, b, w)[0], [a], torch.ones(4, 4))
-    gradient()
+    def gradients(results=None):        # that of b takes no product
+        results = results or run(a, None, b, w)
+        return [*torch.autograd.grad(results[0], [a], torch.ones(4, 4), retain_graph=True),
+                *torch.autograd.grad(results[1], [b], torch.ones(4, 4))]
+    gradients()
     del passes[:]
-    gradient_of_y = gradient()
+    expected = gradients()
     assert not passes
-    y, _ = run(a, None, b, w)
+    results = run(a, None, b, w)
     torch.use_deterministic_algorithms(True)
     try:
-        assert same(torch.autograd.grad(y, [a], torch.ones(4, 4)), gradient_of_y)
+        assert same(gradients(results), expected)
     finally:
         torch.use_deterministic_algorithms(False)
-    y, _ = run(a, None, b, w)
+    results = run(a, None, b, w)
+    with importlib.import_module("torch.utils.flop_counter").FlopCounterMode(display=False):
+        assert same(gradients(results), expected)
+    results = run(a, None, b, w)
     with monkeypatch.context() as patch:        # as where PyTorch is asked for other products
         patch.setattr(launch, "can_repeat", lambda: False)
-        assert same(torch.autograd.grad(y, [a], torch.ones(4, 4)), gradient_of_y)
-    y, _ = run(a, None, b, w)
-    with importlib.import_module("torch.utils.flop_counter").FlopCounterMode(display=False):
-        assert same(torch.autograd.grad(y, [a], torch.ones(4, 4)), gradient_of_y)
-    assert len(passes) == 3
+        assert same(gradients(results), expected)
+    assert len(passes) == 5
     refused.append(True)
     with pytest.raises(RuntimeError, match="error 700 of CUDA"):
         run(a, None, b, w)
@@ -4466,7 +4468,7 @@ def test_plan_as_a_node_of_autograd(monkeypatch):
         assert all(threads.map(in_a_thread, range(4)))
     # nothing is left of a plan whose nodes are gone
     plan = weakref.ref(next(iter(plans.values())))
-    del loss, y, g
+    del loss, y, g, results
     plans.clear()
     gc.collect()
     assert plan() is None
