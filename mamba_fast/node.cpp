@@ -96,7 +96,9 @@ static std::pair<Tensors, Tensor> repeated(const Plan& plan, const Tensors& inpu
     plan.stream_of(device.index(), &stream);
     const int error = repeat(reinterpret_cast<const int64_t*>(plan.numbers.data()), plan.count,
                              addresses.data(), stream, blas, plan.launch, plan.product);
-    TORCH_CHECK(!error, "the GPU has refused a call: error ", error, " of CUDA or cuBLAS");
+    if (error)      // not TORCH_CHECK: a stream of another libstdc++ than PyTorch's can crash
+        throw std::runtime_error("the GPU has refused a call: error " + std::to_string(error)
+                                 + " of CUDA or cuBLAS");
     for (const Result& r : plan.results)
         results.push_back(r.from < 0 ? Tensor() : r.is_all ? allocated[r.from]
                           : allocated[r.from].as_strided(r.shape, r.stride, r.start));
