@@ -17,8 +17,8 @@ from types import SimpleNamespace
 TILES = "in_tiles one_tile"
 SCAN = f"selective_scan scan_of_part {TILES}"
 BLOCK = f"MambaBlock.mix conv_silu {SCAN}"
-CHUNKS = "in_chunks chunked"
-BLOCK2 = f"Mamba2Block.mix GatedRMSNorm.forward ssd of_heads {CHUNKS}"
+CHUNKS = "in_chunks chunked of_heads"
+BLOCK2 = f"Mamba2Block.mix GatedRMSNorm.forward ssd {CHUNKS}"
 BLOCK3 = ("Mamba3Block.mix Mamba3Block.mix_parts Mamba3Block._keys_and_queries angles_since turned "
           "chunked outer")
 # {file: {door: what it does the work of}}; kernels: whether "auto" may be them
@@ -30,7 +30,7 @@ DOORS = {
                    "Layer.forward Mixer.forward GatedMLP.forward normed one_by_one"},
     "mamba2": {
         "in_chunks": CHUNKS, "kernels_with_heads": CHUNKS, "mix2": BLOCK2,
-        "mix3": f"{CHUNKS} of_heads", "gated_norm": "GatedRMSNorm.forward",
+        "mix3": CHUNKS, "keys_and_queries": "of_heads", "gated_norm": "GatedRMSNorm.forward",
         "decoder": f"{BLOCK2} one_by_one"},
     "mamba3": {
         "angles_since": "angles_since", "keys_and_queries": "Mamba3Block._keys_and_queries turned",

@@ -96,7 +96,7 @@ static std::pair<Tensors, Tensor> repeated(const Plan& plan, const Tensors& inpu
     plan.stream_of(device.index(), &stream);
     const int error = repeat(reinterpret_cast<const int64_t*>(plan.numbers.data()), plan.count,
                              addresses.data(), stream, blas, plan.launch, plan.product);
-    if (error)      // not TORCH_CHECK: a stream of another libstdc++ than PyTorch's can crash
+    if (error)      // TORCH_CHECK in its place crashed with the compiler of one machine
         throw std::runtime_error("the GPU has refused a call: error " + std::to_string(error)
                                  + " of CUDA or cuBLAS");
     for (const Result& r : plan.results)
