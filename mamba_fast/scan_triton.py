@@ -836,10 +836,6 @@ def _pieces(like, *sizes):
     return whole, whole.split_with_sizes(sizes)
 
 
-def _dtypes(*tensors):
-    return [None if t is None else t.dtype for t in tensors]
-
-
 def _kinds(*tensors):
     """What Triton's compiler is told of tensors: their types, and if 16 divides their addresses."""
     return [t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors]
