@@ -3209,7 +3209,7 @@ def test_with_and_without_mamba_fast(monkeypatch, scan):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# mamba_fast: scan_triton. Without a GPU, Triton's interpreter runs the kernels, in a process of its own beside the tests
+# mamba_fast: scan_triton. Without a GPU, Triton's interpreter runs the kernels, in a process of its own
 
 
 def all_of_scan(inputs, method, softplus, kind):
@@ -3625,29 +3625,14 @@ tests.check_block(tests.OF_BLOCK3[3], 18, frozen=tests.FROZEN[1])
 """
 
 
-def of_the_interpreter(item):
-    return item.name == "test_kernels_in_the_interpreter_of_triton"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def interpreter(request):
-    """The process of INTERPRETED, which begins with the first test, if there is one that waits for its end."""
-    if not any(map(of_the_interpreter, request.session.items)) or torch.cuda.is_available() or mamba.fast is None:
-        yield None
-        return
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", INTERPRETED, Path(__file__).stem], cwd=ROOT, text=True,
-                               env={**os.environ, "TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    yield process
-    process.kill()
-    process.wait()
-
-
 @fast
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA runs the kernels themselves")
-def test_kernels_in_the_interpreter_of_triton(interpreter):
+def test_kernels_in_the_interpreter_of_triton():
     pytest.importorskip("triton", minversion="3.7")     # the interpreter of 3.6 fails with NumPy 2.4
-    said, _ = interpreter.communicate()
-    assert interpreter.returncode == 0, said
+    process = subprocess.run([sys.executable, "-W", "ignore", "-c", INTERPRETED, Path(__file__).stem], cwd=ROOT, text=True,
+                             env={**os.environ, "TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             check=False)
+    assert process.returncode == 0, process.stdout
 
 
 # A kernel is compiled anew for other channels, strides, types and options, and that takes longer than the tests: nearly all of
