@@ -36,6 +36,7 @@ import math
 import pickle
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -4212,6 +4213,12 @@ def test_what_is_edited_is_what_runs(tmp_path):
     edits = importlib.import_module("mamba_fast.edits")
     for name in ("mamba", "mamba2", "mamba3"):
         assert edits.digests(name, vars(importlib.import_module(name))) == edits.KNOWN[name], "write these into edits.py"
+    texts = []
+    for i, body in enumerate(("    for x in y:\n        z = x\n        return z", "    for x in y:\n        z = x\n    return z",
+                              "    # words\n    for x in y:\n\n        z = x   # more\n    return z")):
+        (tmp_path / f"text{i}.py").write_text(f"def f(y):\n{body}\n\ndef g():\n    pass\n")
+        texts.append(edits.text_of(runpy.run_path(str(tmp_path / f"text{i}.py"))["f"]))
+    assert texts[0] != texts[1] == texts[2] == "def f(y):\n    for x in y:\n        z = x\n    return z"
     results = []
     for fast in (True, False):
         work = tmp_path / str(fast)

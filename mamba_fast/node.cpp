@@ -1,5 +1,5 @@
-// A plan of launch.py as an operation of PyTorch's autograd, as ByPlan there is one. PyTorch calls
-// this without waiting for Python; for products alone Python is asked for the handle of cuBLAS.
+// ByPlan of launch.py in C++, so that to repeat a plan PyTorch does not wait for Python. Python is
+// asked for cuBLAS's handle, if the plan has products, and for a backward pass that no plan fits.
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -10,7 +10,14 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <map>
 #include <mutex>
+#include <optional>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <tuple>
 
 #include "repeat.cpp"
 
@@ -41,14 +48,15 @@ struct Plan : torch::CustomClassHolder {
     std::string numbers;
     int64_t count;
     bool multiplies;
-    std::vector<std::optional<Memory>> to_allocate;     // the last but one for what is kept
+    std::vector<std::optional<Memory>> to_allocate;     // at the end for what is kept, and scratch
     std::vector<Result> results;
     Numbers kept_inputs;
     Launch* launch;
     Product* product;
     StreamOf* stream_of;
     py::object blas_handle;     // Python's function
-    py::object in_python;       // the backward pass there; or what keeps the kernels loaded
+    py::object in_python;       // of a forward pass: Python's function for the backward pass; of a
+                                // backward pass: what keeps its kernels loaded
     // of backward passes, by the gradients that are asked for and the form of what is read
     std::map<std::pair<Flags, Numbers>, c10::intrusive_ptr<Plan>> plans_back;
     std::mutex of_plans_back;
@@ -68,7 +76,8 @@ static int64_t address_of(const Tensor& t) {
     return t.defined() ? reinterpret_cast<int64_t>(t.data_ptr()) : 0;
 }
 
-// cuBLAS for this thread, with PyTorch's stream and precision; null if plans cannot be used now.
+// cuBLAS for this thread, with PyTorch's stream and precision; null if the plan has no products, or
+// if plans cannot be used now.
 static void* blas_for(const Plan& plan, at::Device device) {
     if (!plan.multiplies) return nullptr;
     const c10::DeviceGuard guard(device);
@@ -78,11 +87,12 @@ static void* blas_for(const Plan& plan, at::Device device) {
 
 // Plan.repeat of launch.py: the results, and the memory of what is kept.
 static std::pair<Tensors, Tensor> repeated(const Plan& plan, const Tensors& inputs, void* blas) {
-    const at::Device device = inputs[0].device();
+    const at::Device device = inputs[0].device();       // the first is never None
     const at::TensorOptions options(device);
     const c10::DeviceGuard guard(device);
     const at::AutoDispatchBelowADInplaceOrView without_autograd;
-    thread_local std::set<int> known;       // GPUs of which CUDA knows that this thread uses them
+    // cuLaunchKernel needs a context in this thread, which PyTorch's first kernel makes
+    thread_local std::set<int> known;
     if (known.insert(device.index()).second) at::zeros({1}, options);
     Tensors allocated, results;
     Numbers addresses;
@@ -105,7 +115,8 @@ static std::pair<Tensors, Tensor> repeated(const Plan& plan, const Tensors& inpu
     return {results, allocated[allocated.size() - 2]};
 }
 
-// form_of_all of launch.py
+// form_of_all of launch.py: of each tensor if it is None, the first with its address, its type,
+// GPU, alignment, shape and stride
 static Numbers form_of(const Tensors& tensors) {
     Numbers numbers, addresses;
     for (const Tensor& t : tensors) {
@@ -151,7 +162,8 @@ static void add_back(Plan& plan, const Flags& needs, const py::tuple& inputs,
 }
 
 struct ByPlan : torch::autograd::Function<ByPlan> {
-    // given: the inputs but None, of which PyTorch is to know
+    // given: the inputs that are not None; autograd sees these alone. plan is asked for only where
+    // plans can be used.
     static Tensors forward(AutogradContext* ctx, const c10::intrusive_ptr<Plan>& plan,
                            const Tensors* inputs, at::TensorList given) {
         void* blas = blas_for(*plan, given[0].device());
@@ -176,9 +188,12 @@ struct ByPlan : torch::autograd::Function<ByPlan> {
         for (const bool is_given : are_given)
             needs.push_back(is_given && ctx->needs_input_grad(seen++));
         const Tensors saved = ctx->get_saved_variables();
-        const bool differentiable = at::GradMode::is_enabled();     // that is an error, told there
-        const Tensors all = differentiable ? back_in_python(plan, needs, saved, gradients)
-                                           : back(plan, needs, saved, gradients);
+        // with create_graph Python tells that there is no second derivative
+        const bool is_unusual = at::GradMode::is_enabled()
+                                || at::globalContext().deterministicAlgorithms()
+                                || c10::impl::TorchDispatchModeTLS::stack_len() > 0;
+        const Tensors all = is_unusual ? back_in_python(plan, needs, saved, gradients)
+                                       : back(plan, needs, saved, gradients);
         Tensors made(2);        // of plan and inputs, which are no tensors
         for (size_t i = 0; i < all.size(); i++)
             if (are_given[i]) made.push_back(all[i]);
@@ -194,9 +209,7 @@ struct ByPlan : torch::autograd::Function<ByPlan> {
             if (address_of(g) % 16) g = g.clone();      // the kernels read 16 bytes at once
             inputs.push_back(g);
         }
-        const auto found = plan_back(*plan, needs, inputs);
-        if (found && !at::globalContext().deterministicAlgorithms()
-                && c10::impl::TorchDispatchModeTLS::stack_len() == 0) {
+        if (const auto found = plan_back(*plan, needs, inputs)) {
             void* blas = blas_for(*found, inputs[0].device());
             if (blas || !found->multiplies) return repeated(*found, inputs, blas).first;
         }
@@ -209,7 +222,7 @@ struct ByPlan : torch::autograd::Function<ByPlan> {
         try {
             return from_python(
                 plan->in_python(plan, needs, to_python(gradients), to_python(saved)));
-        } catch (py::error_already_set& error) {    // PyTorch keeps the type of its own error alone
+        } catch (py::error_already_set& error) {    // autograd keeps the type of python_error alone
             error.restore();
             python_error raised;
             raised.persist();
@@ -258,7 +271,8 @@ static c10::intrusive_ptr<Plan> plan_of(
         Result result{-1};
         if (!r.is_none()) {
             const auto [from, lies] = r.cast<std::pair<int64_t, py::object>>();
-            result.from = from, result.is_all = lies.is_none();
+            result.from = from;
+            result.is_all = lies.is_none();
             if (!result.is_all)
                 std::tie(result.shape, result.stride, result.start)
                     = lies.cast<std::tuple<Numbers, Numbers, int64_t>>();
