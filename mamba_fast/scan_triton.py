@@ -5,22 +5,21 @@ without this file or without Triton everything works, slower. The scan is writte
 of Triton in which one says which thread holds what.
 
 How the work is divided. A warp takes 8 channels of one sequence. It walks along the sequence in
-tiles of 4 segments of K
-steps: a thread has one channel and the K steps of one segment, all its inputs and sums in
-registers, and goes over the N numbers of the state one after the other:
+tiles of 4 segments of K steps: a thread has one channel and the K steps of one segment, all its
+inputs and sums in registers, and goes over the N numbers of the state one after the other:
 
     a_k = exp(delta_k A), x_k B_k           for its K steps: the only exponentials
     h from a zero state                     what the segment adds to the state
-    what enters each segment                from what they add, passed from lane to lane (_through)
+    what enters each segment                from what all of them add (_through)
     h again from there, y_k += C_k h        multiply-adds, for the exponentials are still there
 
-Nothing crosses threads but that one number of a segment. The state that enters a tile is kept in
-memory, for the next tile and, with the one in its middle, for the backward pass. That computes h
-again from it, and in the same way, from the end of the sequence on, the adjoint g_k = C_k gy_k +
-a_{k+1} g_{k+1}; all gradients follow from h and g of the same thread. Those of B and C are sums
-over channels: over the 8 of a warp the tensor cores add them up (_over_channels), over the warps of
-a program they meet in shared memory, over programs _finish adds them up. No atomics: the same input
-gives the same bits.
+Nothing crosses threads but what a segment adds and keeps of the state. The state that enters a tile
+is kept in memory, for the next tile and, with the one in its middle, for the backward pass. That
+computes h again from it, and in the same way, from the end of the sequence on, the adjoint
+g_k = C_k gy_k + a_{k+1} g_{k+1}; all gradients follow from h and g of the same thread. Those of B
+and C are sums over channels: over the 8 of a warp the tensor cores add them up (_over_channels),
+over the warps of a program they meet in shared memory, over programs _finish adds them up. No two
+threads add to the same number in memory: the same input gives the same bits.
 
 What a program reads comes into shared memory a tile ahead of time (_fetch...). Four warps share a
 program, for whole lines of memory. If batch and channels are too few to fill the chip, the sequence
@@ -29,8 +28,9 @@ is cut into chunks, and first it is found what each of them adds (_ends) and wha
 its channels remember. One kernel before all of them (_pack) brings the small inputs into the order
 in which they are read.
 
-What bounds it, on an H100 by its counters: instructions, 10 for each of the (B, L, D, N) numbers in
-_outputs and 28 in _gradients, which issue one in 67 and 64 % of the cycles; in _ends the
+What bounds it, on an H200 by its counters: instructions, 11 for each of the (B, L, D, N) numbers in
+_outputs and 30 in _gradients with all options. They issue one in 62 and 56 % of the cycles; in the
+others the few warps that there is room for wait for results of their own. In _ends it is the
 exponentials, at 69 % of their rate.
 """
 from __future__ import annotations
@@ -148,14 +148,26 @@ def _sigmoid(x):
 
 
 @gluon.jit
-def _softplus(x):
-    """log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|), log1p(e) = 2 atanh(s) with
-    s = e / (2 + e): exact for small e too."""
+def _log2(x):
+    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
+
+
+@gluon.jit
+def _softplus(x, EXACT: constexpr):
+    """
+    log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|).
+    EXACT: to the last bits for small e too, by log1p(e) = 2 atanh(s) with s = e / (2 + e). If not,
+    it is off by up to 2e-7, which 16 bits of x do not show, and takes half as many instructions.
+    """
     e = gl.exp2(-gl.abs(x) * LOG2E)
-    s = e * _reciprocal(2 + e)
-    v = s * s
-    series = 0.3333332 + v * (0.20003835 + v * (0.14116978 + v * 0.13433774))
-    return gl.maximum(x, 0) + 2 * s * (1 + v * series)
+    if EXACT:
+        s = e * _reciprocal(2 + e)
+        v = s * s
+        series = 0.3333332 + v * (0.20003835 + v * (0.14116978 + v * 0.13433774))
+        log1p = 2 * s * (1 + v * series)
+    else:
+        log1p = _log2(1 + e) / LOG2E
+    return gl.maximum(x, 0) + log1p
 
 
 @gluon.jit
@@ -268,19 +280,19 @@ def _store_tile(x, tile, t0, block, L, D, x_l: constexpr, K: constexpr):
 
 @gluon.jit
 def _through(decay, adds, entering, s, REVERSE: constexpr):
-    """What enters each of the segments of a tile, and what leaves the last one: a scan over the
-    segments in log2(S) rounds."""
-    back: constexpr = 1 if REVERSE else -1
-    first: constexpr = S - 1 if REVERSE else 0
-    at = s + gl.full([S, BD], 0, gl.int32, LAYOUT)
-    one = gl.minimum(gl.maximum(at + back, 0), S - 1)
-    two = gl.minimum(gl.maximum(at + 2 * back, 0), S - 1)
-    adds = gl.where(at == first, decay * entering + adds, adds)
-    adds = gl.where(at == first, adds, decay * gather(adds, one, 0) + adds)
-    decay = decay * gather(decay, one, 0)
-    adds = gl.where((at == first) | (at == first - back), adds, decay * gather(adds, two, 0) + adds)
-    leaving = gather(adds, at * 0 + (S - 1 - first), 0)
-    return gl.where(at == first, entering, gather(adds, one, 0)), leaving
+    """What enters each of the segments of a tile. Threads ask for decay and adds of all segments
+    at once, and walk through those before their own."""
+    at = gl.full([S, BD], 0, gl.int32, LAYOUT)
+    for j in gl.static_range(S - 1):
+        of = S - 1 - j if REVERSE else j
+        after = gather(decay, at + of, 0) * entering + gather(adds, at + of, 0)
+        entering = gl.where(s < of if REVERSE else s > of, after, entering)
+    return entering
+
+
+@triton.constexpr_function
+def only_whole_blocks(D):
+    return D % BD.value == 0
 
 
 @gluon.jit
@@ -291,8 +303,10 @@ def _place(L, D, tiles, block, chunk, K: constexpr):
     b = gl.program_id(2).to(gl.int64)
     s = gl.arange(0, S, gl.SliceLayout(1, LAYOUT))[:, None]
     d = (block * BD + gl.arange(0, BD, gl.SliceLayout(0, LAYOUT)))[None, :]
+    # a mask of which the compiler knows that it is True takes no instructions
+    in_d = gl.full([1, BD], True, gl.int1, LAYOUT) if only_whole_blocks(D) else d < D
     start = chunk * tiles * T
-    return b, start, gl.minimum(tiles, (L - start + T - 1) // T), s, d, d < D
+    return b, start, gl.minimum(tiles, (L - start + T - 1) // T), s, d, in_d
 
 
 @gluon.jit
@@ -345,9 +359,12 @@ def _fetch_next(BC, BCs, which, t0, t_next, n0, N, Lp, T: constexpr):
 
 
 @gluon.jit
-def _delta(raw, bias_d, left, SOFTPLUS: constexpr, K: constexpr):
-    """delta of a tile, finished, and 0 after the end of the sequence."""
-    return gl.where(_is_there(left, K), _softplus(raw + bias_d) if SOFTPLUS else raw + bias_d, 0)
+def _delta(buffer, bias_d, left, SOFTPLUS: constexpr, K: constexpr):
+    """delta of a tile in shared memory, finished, and 0 after the end of the sequence."""
+    delta = _tile(buffer, K) + bias_d
+    if SOFTPLUS:
+        delta = _softplus(delta, buffer.dtype == gl.float32)
+    return gl.where(_is_there(left, K), delta, 0)
 
 
 @gluon.jit
@@ -413,14 +430,16 @@ def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, til
         async_copy.commit_group()
         if i >= 0:
             left = L - (t0 - T if REVERSE else t0 + T)
-            delta_t = _delta(_tile(deltas.index(i % 2), K), bias_d, left, SOFTPLUS, K)
+            delta_t = _delta(deltas.index(i % 2), bias_d, left, SOFTPLUS, K)
             x_t, ways, next_h = _tile(xs.index(i % 2), K), (), ()
             if HAS_Z:
                 z_t = _tile(zs.index(i % 2), K)
                 x_t *= z_t * _sigmoid(z_t)
             delta_k = _each_step(delta_t, BD, K)
             add_k = _each_step(x_t if REVERSE else delta_t * x_t, BD, K)
-            way_of_t, way = _through(zero + 1, _sum_of_steps(delta_t), way, s, not REVERSE)
+            delta_s = _sum_of_steps(delta_t)
+            way_of_t = _through(zero + 1, delta_s, way, s, not REVERSE)
+            way += gl.sum(delta_s, 0)[None, :]
             for k in gl.static_range(K):
                 if REVERSE:
                     way_of_t += delta_k[k]
@@ -477,18 +496,20 @@ def _carry(states, decays, D: constexpr, N, chunks, slots, apart, REVERSE: const
 def _outputs_of_n(y_k, delta_k, x_k, total, A_n, B_k, C_k, entering, s, K: constexpr):
     """
     For one number of the states: y_k with what it adds, what enters each segment and what leaves
-    the tile. It is a function because Triton reads what stands in three loops eight times.
+    it. It is a function because Triton reads what stands in three loops eight times.
     """
-    a_k, b_k, ys, h = (), (), (), gl.zeros([S, BD], gl.float32, LAYOUT)
+    a_k, b_k, ys = (), (), ()
     for k in gl.static_range(K):
         a_k, b_k = a_k + (gl.exp2(delta_k[k] * A_n),), b_k + (x_k[k] * B_k[k],)
-        h = a_k[k] * h + b_k[k]
-    h_s, leaving = _through(gl.exp2(total * A_n), h, entering, s, False)
+    adds = b_k[0]
+    for k in gl.static_range(1, K):
+        adds = a_k[k] * adds + b_k[k]
+    h_s = _through(gl.exp2(total * A_n), adds, entering, s, False)
     h = h_s
     for k in gl.static_range(K):
         h = a_k[k] * h + b_k[k]
         ys = ys + (y_k[k] + C_k[k] * h,)
-    return ys, h_s, leaving
+    return ys, h_s, h
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
@@ -529,12 +550,12 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
         _fetch_states((A, states), hs, 0, block, N, D, N)
         _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 + T, block, L, D, T)
         u_t = _tile(us.index(i % 2), K)
-        delta_t = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, SOFTPLUS, K)
+        delta_t = _delta(deltas.index(i % 2), bias_d, L - t0, SOFTPLUS, K)
         delta_k, x_k = _each_step(delta_t, BD, K), _each_step(delta_t * u_t, BD, K)
         y_k, total = _each_step(D_d * u_t, BD, K), _sum_of_steps(delta_t)
         to_next = gl.where(i + 1 == tiles, last, states + (2 * N * D if KEEP else 0))
-        to = gl.where(s == 0, to_next, states + N * D) + d
-        kept = in_d & (((s == 0) & (s + i < writes)) | (s == 2 if KEEP else s < 0))
+        to = gl.where(s == S - 1, to_next, states + N * D) + d
+        kept = in_d & (((s == S - 1) & (s * 0 + i < writes)) | (s == S // 2 if KEEP else s < 0))
         for n0 in range(0, N, NB):
             if n0 > 0:
                 async_copy.wait_group(0)
@@ -547,7 +568,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
                 C_k = _row(BCs, which * 2 * NB + n - n0 + NB, K)
                 y_k, h, leaving = _outputs_of_n(y_k, delta_k, x_k, total, A_n, B_k, C_k,
                                                 entering, s, K)
-                gl.store(to + n * D, gl.where(s == 0, leaving, h), mask=kept)
+                gl.store(to + n * D, gl.where(s == S - 1, leaving, h), mask=kept)
             which = 1 - which
         y_t = _all_steps(y_k, K)
         if HAS_Z:
@@ -559,28 +580,29 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
 
 
 @gluon.jit
-def _gradients_of_n(y_k, gx_k, gd_k, gA_n, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h, q, s, row,
+def _gradients_of_n(y_k, gx_k, gd_k, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h, q, s, row,
                   EXACT: constexpr, K: constexpr):
     """
     For one number of the states, of which h enters the tile, and from behind q of the adjoint: y_k,
-    gx_k, gd_k and gA_n with what it adds, the sums over channels for gB and gC, and what leaves the
-    tile of the adjoint.
+    gx_k and gd_k with what it adds, gA_n of the K steps, the sums over channels for gB and gC, and
+    what leaves each segment of the adjoint.
     """
-    a_k, b_k, zero = (), (), gl.zeros([S, BD], gl.float32, LAYOUT)
+    a_k, b_k = (), ()
     for k in gl.static_range(K):
         a_k, b_k = a_k + (gl.exp2(delta_k[k] * A_n),), b_k + (x_k[k] * B_k[k],)
-    h_adds, q_adds = zero, zero     # q: a_t g_t, what the adjoint hands to the step before
-    for k in gl.static_range(K):
+    # q: a_t g_t, what the adjoint hands to the step before
+    h_adds, q_adds = b_k[0], a_k[K - 1] * (gy_k[K - 1] * C_k[K - 1])
+    for k in gl.static_range(1, K):
         h_adds = a_k[k] * h_adds + b_k[k]
         q_adds = a_k[K - 1 - k] * (gy_k[K - 1 - k] * C_k[K - 1 - k] + q_adds)
     decay = gl.exp2(total * A_n)
-    h, _ = _through(decay, h_adds, h, s, False)
-    q, leaving = _through(decay, q_adds, q, s, True)
+    h = _through(decay, h_adds, h, s, False)
+    q = _through(decay, q_adds, q, s, True)
     h_k, gC_k, ys = (h,), (), ()                    # h_k[k] is the state before step k
     for k in gl.static_range(K):
         h = a_k[k] * h + b_k[k]
         h_k, gC_k, ys = h_k + (h,), gC_k + (gy_k[k] * h,), ys + (y_k[k] + C_k[k] * h,)
-    gB_k, gxs, gds = (), (), ()
+    gB_k, gxs, gds, gA_n = (), (), (), 0.0
     for k in gl.static_range(K - 1, -1, -1):
         g = gy_k[k] * C_k[k] + q
         q = a_k[k] * g
@@ -588,7 +610,7 @@ def _gradients_of_n(y_k, gx_k, gd_k, gA_n, delta_k, x_k, gy_k, total, A_n, B_k, 
         gA_n += delta_k[k] * w
         gB_k, gxs = (x_k[k] * g,) + gB_k, (gx_k[k] + B_k[k] * g,) + gxs
         gds = (gd_k[k] + A_n * w,) + gds
-    return ys, gxs, gds, gA_n, gl.join(*_over_channels(gB_k, gC_k, row, EXACT)), leaving
+    return ys, gxs, gds, gA_n, gl.join(*_over_channels(gB_k, gC_k, row, EXACT)), q
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
@@ -649,6 +671,8 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     async_copy.commit_group()
     zero, which = gl.zeros([S, BD], gl.float32, LAYOUT), 0
     gD_d, gbias_d = zero, zero
+    for n in range(N):      # gA, to which each tile adds
+        gl.store(sums + n * S * D, zero, mask=in_d)
     for i in range(tiles):
         async_copy.wait_group(0)
         barrier()
@@ -660,12 +684,13 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
         if HAS_Z:
             z_t = _tile(zs.index(i % 2), K)
             gy_t *= z_t * _sigmoid(z_t)
-        delta_t = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, SOFTPLUS, K)
+        delta_t = _delta(deltas.index(i % 2), bias_d, L - t0, SOFTPLUS, K)
         delta_k, x_k = _each_step(delta_t, BD, K), _each_step(delta_t * u_t, BD, K)
         gy_k, y_k = _each_step(gy_t, BD, K), _each_step(D_d * u_t, BD, K)
         total = _sum_of_steps(delta_t)
         gD_d += _sum_of_steps(gy_t * u_t)
         gx_k, gd_k = (zero,) * K, (zero,) * K
+        to_adjoint, to_sums = adjoint + d + s * 0, sums
         for n0 in range(0, N, NB):
             if n0 > 0:
                 async_copy.wait_group(0)
@@ -676,26 +701,29 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                 A_n, h0, q0 = _state(hs[0], n - n0), _state(hs[1], n - n0), _state(hs[2], n - n0)
                 B_k = _row(BCs, which * 2 * NB + n - n0, K)
                 C_k = _row(BCs, which * 2 * NB + n - n0 + NB, K)
-                gA_n = gl.load(sums + n * S * D, mask=in_d & (s * 0 < i), other=0)
                 y_k, gx_k, gd_k, gA_n, gBC_n, leaving = _gradients_of_n(
-                    y_k, gx_k, gd_k, gA_n, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h0, q0, s, row,
+                    y_k, gx_k, gd_k, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h0, q0, s, row,
                     EXACT, K)
-                gl.store(adjoint + n * D + d + s * 0, leaving, mask=in_d & (s == 0))
-                gl.store(sums + n * S * D, gA_n, mask=in_d)
+                gl.store(to_adjoint, leaving, mask=in_d & (s == 0))
+                # only this thread adds there, but so it does not wait for what was there
+                gl.atomic_add(to_sums, gA_n, mask=in_d, sem="relaxed")
+                to_adjoint, to_sums = to_adjoint + D, to_sums + S * D
                 of_warps.index(n - n0).store(gl.permute(gl.reshape(gBC_n, [S, WARPS, LANES, 2]),
                                                         (1, 0, 2, 3)))
             sums_n = reinterpret(of_warps, gl.float32, [NB, WARPS, S, LANES, 2], RANK_5)
             sums_n = gl.sum(sums_n.load(TO_SUM), 1)
             gl.store(parts + n0 * Lp + t0, sums_n, mask=n0 + sum_n + 0 * which_of_two < N)
             which = 1 - which
-        u_t, raw_t = _tile(us.index(i % 2), K), _tile(deltas.index(i % 2), K)
-        gx_t = _all_steps(gx_k, K)
+        u_t, gx_t, delta_t = _tile(us.index(i % 2), K), _all_steps(gx_k, K), _all_steps(delta_k, K)
         gdelta_t = _all_steps(gd_k, K) / LOG2E + gx_t * u_t
         if SOFTPLUS:
-            gdelta_t *= _sigmoid(raw_t + bias_d)
+            if delta.dtype.element_ty == gl.float32:
+                gdelta_t *= _sigmoid(_tile(deltas.index(i % 2), K) + bias_d)
+            else:           # the same from softplus itself; off by 1e-7, as that is
+                gdelta_t *= 1 - gl.exp2(-delta_t * LOG2E)
         gbias_d += _sum_of_steps(gl.where(_is_there(L - t0, K), gdelta_t, 0))
         _store_tile(gdelta, gdelta_t, t0, block, L, D, D, K)
-        gu_t = gx_t * _all_steps(delta_k, K) + D_d * _all_steps(gy_k, K)
+        gu_t = gx_t * delta_t + D_d * _all_steps(gy_k, K)
         _store_tile(gu, gu_t, t0, block, L, D, D, K)
         if HAS_Z:
             z_t, gout_t = _tile(zs.index(i % 2), K), _tile(gouts.index(i % 2), K)
@@ -770,12 +798,13 @@ def _sum_rows(x, first, second, A2, rows, N, M, D, i, R: tl.constexpr, BD: tl.co
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, Lp, rows, blocks, batch, gB_l,
-            R: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
+def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, whole, rows, blocks, batch,
+            gB_l, R: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
     """
     What _gradients leaves in parts: gB and gC (B, L, N), whose steps are gB_l numbers apart, gA (D,
     N), or with A2 that of log(-A), and gD, gbias as gDw (2, D).
     """
+    Lp = whole * TILE       # so the compiler sees that rows begin at multiples of 16 bytes
     i, of_BC = tl.program_id(0), 2 * batch * (Lp // T)
     if i < of_BC:
         t, b = i % (Lp // T) * T + tl.arange(0, T), (i // (Lp // T) // 2).to(tl.int64)
@@ -954,8 +983,8 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
                          g_b, g_l, gz_l, *options, exact, from_zero)
         programs = 2 * batch * tiles * (TILE.value // 32) + (N + 2) * -(-d_inner // 64)
         _start_finish((programs, 1, 1), version,
-                      (parts, sums, gB, gC, gA, gDw, A2 if log_A else None), L, d_inner, N, Lp,
-                      rows, blocks, batch, gB_l, S.value, 32, 64)
+                      (parts, sums, gB, gC, gA, gDw, A2 if log_A else None), L, d_inner, N,
+                      tiles, rows, blocks, batch, gB_l, S.value, 32, 64)
     gstate = kept.new_empty(0)
     if has_state:
         gstate = adjoint.view(batch, slots, N, d_inner)[:, PARTS.value - 1].clone()
