@@ -3460,7 +3460,21 @@ import numpy as np
 import functools, importlib, sys, types
 import triton, triton.language as tl
 import triton.experimental.gluon as gluon, triton.experimental.gluon.language.nvidia.ampere as ampere
+from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle, _get_np_dtype
+
+class Patched:
+    # The interpreter replaces all of triton.language in each call of each function, a third of the time; here once per kernel
+    # and file.
+    replace, files = staticmethod(interpreter._patch_lang), set()
+    def __init__(self, fn):
+        self.scope = None if id(fn.__globals__) in self.files else Patched.replace(fn)
+        self.files.add(id(fn.__globals__))
+    def restore(self):
+        self.files.clear()
+        self.scope.restore()
+
+interpreter._patch_lang = Patched
 
 # Gluon's functions are those of triton.language with a layout more, so Triton's interpreter can run them; shared memory is
 # an array, a copy is made at once, and what is PTX in scan_triton.py is written out here
