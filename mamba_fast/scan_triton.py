@@ -28,10 +28,10 @@ is cut into chunks, and first it is found what each of them adds (_ends) and wha
 its channels remember. One kernel before all of them (_pack) brings the small inputs into the order
 in which they are read.
 
-What bounds it, on an H200 by its counters: instructions, 11 for each of the (B, L, D, N) numbers in
-_outputs and 30 in _gradients with all options. They issue one in 62 and 56 % of the cycles; in the
-others the few warps that there is room for wait for results of their own. In _ends it is the
-exponentials, at 69 % of their rate.
+What bounds it, by the counters of an H200: instructions and their latency. With all options there
+are 11 for each of the (B, L, D, N) numbers in _outputs and 30 in _gradients. In some 60 % of the
+cycles one is issued; in the rest all warps, of which there is room for few, wait for their own
+results. In _ends it is the exponentials, on an H100 at 69 % of their rate.
 """
 from __future__ import annotations
 
@@ -148,26 +148,14 @@ def _sigmoid(x):
 
 
 @gluon.jit
-def _log2(x):
-    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
-
-
-@gluon.jit
-def _softplus(x, EXACT: constexpr):
-    """
-    log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|).
-    EXACT: to the last bits for small e too, by log1p(e) = 2 atanh(s) with s = e / (2 + e). If not,
-    it is off by up to 2e-7, which 16 bits of x do not show, and takes half as many instructions.
-    """
+def _softplus(x):
+    """log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|), log1p(e) = 2 atanh(s) with
+    s = e / (2 + e): exact for small e too."""
     e = gl.exp2(-gl.abs(x) * LOG2E)
-    if EXACT:
-        s = e * _reciprocal(2 + e)
-        v = s * s
-        series = 0.3333332 + v * (0.20003835 + v * (0.14116978 + v * 0.13433774))
-        log1p = 2 * s * (1 + v * series)
-    else:
-        log1p = _log2(1 + e) / LOG2E
-    return gl.maximum(x, 0) + log1p
+    s = e * _reciprocal(2 + e)
+    v = s * s
+    series = 0.3333332 + v * (0.20003835 + v * (0.14116978 + v * 0.13433774))
+    return gl.maximum(x, 0) + 2 * s * (1 + v * series)
 
 
 @gluon.jit
@@ -280,9 +268,9 @@ def _store_tile(x, tile, t0, block, L, D, x_l: constexpr, K: constexpr):
 
 @gluon.jit
 def _through(decay, adds, entering, s, REVERSE: constexpr):
-    """What enters each of the segments of a tile. Threads ask for decay and adds of all segments
-    at once, and walk through those before their own."""
-    at = gl.full([S, BD], 0, gl.int32, LAYOUT)
+    """What enters each of the segments of a tile. A thread gets decay and adds of the other
+    segments, and walks through those that come before its own."""
+    at = gl.full([S, BD], 0, gl.int32, LAYOUT)      # of the shape of what gather gives
     for j in gl.static_range(S - 1):
         of = S - 1 - j if REVERSE else j
         after = gather(decay, at + of, 0) * entering + gather(adds, at + of, 0)
@@ -359,12 +347,9 @@ def _fetch_next(BC, BCs, which, t0, t_next, n0, N, Lp, T: constexpr):
 
 
 @gluon.jit
-def _delta(buffer, bias_d, left, SOFTPLUS: constexpr, K: constexpr):
-    """delta of a tile in shared memory, finished, and 0 after the end of the sequence."""
-    delta = _tile(buffer, K) + bias_d
-    if SOFTPLUS:
-        delta = _softplus(delta, buffer.dtype == gl.float32)
-    return gl.where(_is_there(left, K), delta, 0)
+def _delta(raw, bias_d, left, SOFTPLUS: constexpr, K: constexpr):
+    """delta of a tile, finished, and 0 after the end of the sequence."""
+    return gl.where(_is_there(left, K), _softplus(raw + bias_d) if SOFTPLUS else raw + bias_d, 0)
 
 
 @gluon.jit
@@ -430,7 +415,7 @@ def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, til
         async_copy.commit_group()
         if i >= 0:
             left = L - (t0 - T if REVERSE else t0 + T)
-            delta_t = _delta(deltas.index(i % 2), bias_d, left, SOFTPLUS, K)
+            delta_t = _delta(_tile(deltas.index(i % 2), K), bias_d, left, SOFTPLUS, K)
             x_t, ways, next_h = _tile(xs.index(i % 2), K), (), ()
             if HAS_Z:
                 z_t = _tile(zs.index(i % 2), K)
@@ -495,8 +480,8 @@ def _carry(states, decays, D: constexpr, N, chunks, slots, apart, REVERSE: const
 @gluon.jit
 def _outputs_of_n(y_k, delta_k, x_k, total, A_n, B_k, C_k, entering, s, K: constexpr):
     """
-    For one number of the states: y_k with what it adds, what enters each segment and what leaves
-    it. It is a function because Triton reads what stands in three loops eight times.
+    For one number of the states: y_k with what it adds, and the states that enter and that leave
+    each segment. It is a function because Triton reads what stands in three loops eight times.
     """
     a_k, b_k, ys = (), (), ()
     for k in gl.static_range(K):
@@ -550,7 +535,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
         _fetch_states((A, states), hs, 0, block, N, D, N)
         _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 + T, block, L, D, T)
         u_t = _tile(us.index(i % 2), K)
-        delta_t = _delta(deltas.index(i % 2), bias_d, L - t0, SOFTPLUS, K)
+        delta_t = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, SOFTPLUS, K)
         delta_k, x_k = _each_step(delta_t, BD, K), _each_step(delta_t * u_t, BD, K)
         y_k, total = _each_step(D_d * u_t, BD, K), _sum_of_steps(delta_t)
         to_next = gl.where(i + 1 == tiles, last, states + (2 * N * D if KEEP else 0))
@@ -584,8 +569,8 @@ def _gradients_of_n(y_k, gx_k, gd_k, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h
                   EXACT: constexpr, K: constexpr):
     """
     For one number of the states, of which h enters the tile, and from behind q of the adjoint: y_k,
-    gx_k and gd_k with what it adds, gA_n of the K steps, the sums over channels for gB and gC, and
-    what leaves each segment of the adjoint.
+    gx_k and gd_k with what it adds, gA_n of these K steps alone, the sums over channels for gB and
+    gC, and what of the adjoint leaves each segment.
     """
     a_k, b_k = (), ()
     for k in gl.static_range(K):
@@ -684,7 +669,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
         if HAS_Z:
             z_t = _tile(zs.index(i % 2), K)
             gy_t *= z_t * _sigmoid(z_t)
-        delta_t = _delta(deltas.index(i % 2), bias_d, L - t0, SOFTPLUS, K)
+        delta_t = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, SOFTPLUS, K)
         delta_k, x_k = _each_step(delta_t, BD, K), _each_step(delta_t * u_t, BD, K)
         gy_k, y_k = _each_step(gy_t, BD, K), _each_step(D_d * u_t, BD, K)
         total = _sum_of_steps(delta_t)
@@ -705,7 +690,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                     y_k, gx_k, gd_k, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h0, q0, s, row,
                     EXACT, K)
                 gl.store(to_adjoint, leaving, mask=in_d & (s == 0))
-                # only this thread adds there, but so it does not wait for what was there
+                # no other thread adds there; so the addition need not wait for the old number
                 gl.atomic_add(to_sums, gA_n, mask=in_d, sem="relaxed")
                 to_adjoint, to_sums = to_adjoint + D, to_sums + S * D
                 of_warps.index(n - n0).store(gl.permute(gl.reshape(gBC_n, [S, WARPS, LANES, 2]),
@@ -714,16 +699,14 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
             sums_n = gl.sum(sums_n.load(TO_SUM), 1)
             gl.store(parts + n0 * Lp + t0, sums_n, mask=n0 + sum_n + 0 * which_of_two < N)
             which = 1 - which
-        u_t, gx_t, delta_t = _tile(us.index(i % 2), K), _all_steps(gx_k, K), _all_steps(delta_k, K)
+        u_t, raw_t = _tile(us.index(i % 2), K), _tile(deltas.index(i % 2), K)
+        gx_t = _all_steps(gx_k, K)
         gdelta_t = _all_steps(gd_k, K) / LOG2E + gx_t * u_t
         if SOFTPLUS:
-            if delta.dtype.element_ty == gl.float32:
-                gdelta_t *= _sigmoid(_tile(deltas.index(i % 2), K) + bias_d)
-            else:           # the same from softplus itself; off by 1e-7, as that is
-                gdelta_t *= 1 - gl.exp2(-delta_t * LOG2E)
+            gdelta_t *= _sigmoid(raw_t + bias_d)
         gbias_d += _sum_of_steps(gl.where(_is_there(L - t0, K), gdelta_t, 0))
         _store_tile(gdelta, gdelta_t, t0, block, L, D, D, K)
-        gu_t = gx_t * delta_t + D_d * _all_steps(gy_k, K)
+        gu_t = gx_t * _all_steps(delta_k, K) + D_d * _all_steps(gy_k, K)
         _store_tile(gu, gu_t, t0, block, L, D, D, K)
         if HAS_Z:
             z_t, gout_t = _tile(zs.index(i % 2), K), _tile(gouts.index(i % 2), K)
