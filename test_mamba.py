@@ -3476,6 +3476,8 @@ class Patched:
         self.scope.restore()
 
 interpreter._patch_lang = Patched
+# it would ask after each sum of whole numbers if 32 bits are enough, a third of the rest; for tensors this small they are
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 # Gluon's functions are those of triton.language with a layout more, so Triton's interpreter can run them; shared memory is
 # an array, a copy is made at once, and what is PTX in scan_triton.py is written out here
