@@ -142,8 +142,9 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
                              f"{tuple(tensor.shape)} {tensor.dtype}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool, not {mask.dtype}")
-    tiny = batch == 0 or (method == "auto" and length == 1)
+    tiny = method == "auto" and length == 1
     method = "sequential" if tiny else scan_method(method, u, d_state)
+    method = method if batch > 0 else "sequential"      # of no texts there are no tiles
     if fast and mask is None and seq_idx is None and (all_at_once := fast.scan(
             method, u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)):
         return all_at_once if return_last_state else all_at_once[0]

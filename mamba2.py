@@ -123,8 +123,9 @@ def ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe = No
         raise ValueError(f"mask must be bool, not {mask.dtype}")
     if not 1 <= chunk_size <= 256:
         raise ValueError(f"chunk_size must be 1 to 256, not {chunk_size}")
-    tiny = batch == 0 or (method == "auto" and length == 1)
+    tiny = method == "auto" and length == 1
     method = "sequential" if tiny else scan_method(method, u, d_state, headdim)
+    method = method if batch > 0 else "sequential"      # of no texts there are no chunks
     dtype, number = u.dtype, torch.promote_types(u.dtype, torch.float32)
     if state is None:
         state = u.new_zeros(batch, heads, headdim, d_state, dtype=number)

@@ -723,6 +723,17 @@ def test_scan_refuses_what_does_not_fit():
             selective_scan(**{**inputs, name: value})
     with pytest.raises(ValueError, match="L > 0"):
         selective_scan(torch.zeros(1, 0, 5), torch.zeros(1, 0, 5), inputs["A"], torch.zeros(1, 0, 4), torch.zeros(1, 0, 4))
+    check_no_texts(selective_scan, inputs)
+
+
+def check_no_texts(scan, inputs):
+    """A batch of none is scanned by each method, but not by one that does not exist."""
+    inputs = {k: v[:0] if k in ("u", "delta", "B", "C", "z", "state") else v for k, v in inputs.items()}
+    for method in PLAIN:
+        y, last = scan(**inputs, method=method, return_last_state=True)
+        assert y.shape == inputs["u"].shape and last.shape == inputs["state"].shape
+    with pytest.raises(ValueError, match="method must be"):
+        scan(**inputs, method="fast")
 
 
 def test_triton_that_cannot_run_is_an_error():
@@ -2335,6 +2346,7 @@ def test_what_ssd_refuses():
                         ("mask", torch.ones(2, 9)), ("seq_idx", torch.ones(9)), ("C", torch.ones(2, 9, 2, 5) * 1j), ("method", "fast"), ("chunk_size", 257)):
         with pytest.raises(ValueError, match=rf"\b{name} "):
             ssd(**{**inputs, name: wrong})
+    check_no_texts(ssd, inputs)
     for changes in ({"headdim": 7}, {"ngroups": 3}, {"chunk_size": 500}, {"scan": "fast"}, {"A_init_range": (0, 1)}, {"dt_limit": (1, 0.5)}):
         with pytest.raises(ValueError, match=f"{next(iter(changes))} must be"):
             Mamba2Config(d_model=32, **changes)
