@@ -8,7 +8,7 @@ How the work is divided. A warp takes 8 channels of one sequence. It walks along
 tiles of 4 segments of K steps: a thread has one channel and the K steps of one segment, all its
 inputs and sums in registers, and goes over the N numbers of the state one after the other:
 
-    a_k = exp(delta_k A), x_k B_k           for its K steps: the only exponentials
+    a_k = exp(delta_k A), x_k B_k           for its K steps: all exponentials but one a segment
     h from a zero state                     what the segment adds to the state
     what enters each segment                from what all of them add (_through)
     h again from there, y_k += C_k h        multiply-adds, for the exponentials are still there
@@ -16,10 +16,11 @@ inputs and sums in registers, and goes over the N numbers of the state one after
 Nothing crosses threads but what a segment adds and keeps of the state. The state that enters a tile
 is kept in memory, for the next tile and, with the one in its middle, for the backward pass. That
 computes h again from it, and in the same way, from the end of the sequence on, the adjoint
-g_k = C_k gy_k + a_{k+1} g_{k+1}; all gradients follow from h and g of the same thread. Those of B
-and C are sums over channels: over the 8 of a warp the tensor cores add them up (_over_channels),
-over the warps of a program they meet in shared memory, over programs _finish adds them up. No two
-threads add to the same number in memory: the same input gives the same bits.
+g_k = C_k gy_k + a_{k+1} g_{k+1}, of which a_k g_k is what is handed on. All gradients follow from h
+and g of the same thread. Those of B and C are sums over channels: over the 8 of a warp the tensor
+cores add them up (_over_channels), over the warps of a program they meet in shared memory, over
+programs _finish adds them up. No two threads add to the same number in memory: the same input gives
+the same bits.
 
 What a program reads comes into shared memory a tile ahead of time (_fetch...). Four warps share a
 program, for whole lines of memory. If batch and channels are too few to fill the chip, the sequence
@@ -56,7 +57,7 @@ NB = constexpr(16)      # numbers of the states for which it has B, C and h in s
 # steps of a tile, 16 in each thread; backward 8, two halves of a tile, for want of registers
 TILE = constexpr(64)
 SHORTEST = 4            # tiles of a chunk, at least
-# of a chunk, in the backward pass for _ends: more and smaller programs leave no multiprocessor idle
+# parts of a chunk, for _ends backward: more and smaller programs leave no multiprocessor idle
 PARTS = constexpr(4)
 # warps that an H100 holds at once: a sequence is cut into chunks until there are so many
 FILL, FILL_BACK = 2112, 1584
@@ -74,6 +75,7 @@ WIDE = constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))          # ti
 WIDE32 = constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
 TO_SUM = constexpr(gl.BlockedLayout([4, 4, 1, 1, 2], [1, 1, 4, 8, 1], [4, 1, 1, 1, 1],
                                     [4, 3, 2, 1, 0]))
+# index takes one place of the first axis, so what it gives has a rank less than what is allocated
 LINE, PLAIN, RANK_4, RANK_5 = (
     constexpr(gl.SwizzledSharedLayout(1, 1, 1, list(range(rank))[::-1])) for rank in (1, 2, 4, 5))
 
@@ -251,9 +253,8 @@ def _all_steps(steps, K: constexpr):
 @gluon.jit
 def _row(buffers, i, K: constexpr):
     """B or C of a tile for one number of the states -> K tensors (S, 1)."""
-    steps: constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1, K], [S, LANES, 1], [1, WARPS, 1],
-                                                          [2, 1, 0]))
-    return _each_step(gl.reshape(buffers.index(i).load(steps), [S, 1, K]), 1, K)
+    steps = buffers.index(i).load(gl.SliceLayout(1, in_threads(K)))
+    return _each_step(gl.reshape(steps, [S, 1, K]), 1, K)
 
 
 @gluon.jit
@@ -423,6 +424,7 @@ def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, til
             delta_k = _each_step(delta_t, BD, K)
             add_k = _each_step(x_t if REVERSE else delta_t * x_t, BD, K)
             delta_s = _sum_of_steps(delta_t)
+            # with decays of 1 it is the sum over the segments before
             way_of_t = _through(zero + 1, delta_s, way, s, not REVERSE)
             way += gl.sum(delta_s, 0)[None, :]
             for k in gl.static_range(K):
@@ -443,7 +445,8 @@ def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, til
                             h_j += gl.exp2(ways[k] * A_n[j]) * (add_k[k] * V_k[k])
                         of_few = of_few + (h_j,)
                 next_h = next_h + of_few
-                remembered += gl.where(way * slowest[few] > -127, 2 ** few, 0)
+                # exp2 makes 0 of what is below -126: here it has no denormals
+                remembered += gl.where(in_d & (way * slowest[few] > -127), 2 ** few, 0)
             h, todo = next_h, gl.reduce(gl.reduce(remembered, 1, _or), 0, _or)
         i += 1
     async_copy.wait_group(0)
@@ -699,6 +702,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
             sums_n = gl.sum(sums_n.load(TO_SUM), 1)
             gl.store(parts + n0 * Lp + t0, sums_n, mask=n0 + sum_n + 0 * which_of_two < N)
             which = 1 - which
+        # read again, for registers are too few to keep them
         u_t, raw_t = _tile(us.index(i % 2), K), _tile(deltas.index(i % 2), K)
         gx_t = _all_steps(gx_k, K)
         gdelta_t = _all_steps(gd_k, K) / LOG2E + gx_t * u_t
@@ -787,7 +791,7 @@ def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, whole, rows
     What _gradients leaves in parts: gB and gC (B, L, N), whose steps are gB_l numbers apart, gA (D,
     N), or with A2 that of log(-A), and gD, gbias as gDw (2, D).
     """
-    Lp = whole * TILE       # so the compiler sees that rows begin at multiples of 16 bytes
+    Lp = whole * TILE       # the compiler sees that rows begin at multiples of 16 bytes
     i, of_BC = tl.program_id(0), 2 * batch * (Lp // T)
     if i < of_BC:
         t, b = i % (Lp // T) * T + tl.arange(0, T), (i // (Lp // T) // 2).to(tl.int64)
