@@ -3508,7 +3508,9 @@ gl.NVMMADistributedLayout = gl.NVMMASharedLayout = lambda *args: None
 class Shared:
     def __init__(self, data, dtype): self.data, self.dtype = data, dtype
     def slice(self, start, length, dim): return Shared(self.data[(slice(None),) * dim + (slice(start, start + length),)], self.dtype)
-    def index(self, i): return Shared(self.data[int(i.handle.data.item() if hasattr(i, "handle") else i)], self.dtype)
+    def index(self, i):
+        i = getattr(i, "value", i)
+        return Shared(self.data[int(i.handle.data.item() if hasattr(i, "handle") else i)], self.dtype)
     def permute(self, order): return Shared(self.data.transpose(order), self.dtype)
     def store(self, x): self.data[...] = x.handle.data
     def load(self, layout):

@@ -30,7 +30,7 @@ its channels remember. One kernel before all of them (_pack) brings the small in
 in which they are read.
 
 What bounds it, by the counters of an H200: instructions and their latency. With all options there
-are 11 for each of the (B, L, D, N) numbers in _outputs and 30 in _gradients. In some 60 % of the
+are 11 for each of the (B, L, D, N) numbers in _outputs and 29 in _gradients. In 61 to 66 % of the
 cycles one is issued; in the rest all warps, of which there is room for few, wait for their own
 results. In _ends it is the exponentials, on an H100 at 69 % of their rate.
 """
@@ -73,7 +73,7 @@ LAYOUT = constexpr(gl.BlockedLayout([1, 1], [4, 8], [1, 4], [1, 0]))        # (S
 WIDE = constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))          # tiles (T, BD)
 # B and C (2 NB, T), states (NB, BD)
 WIDE32 = constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
-TO_SUM = constexpr(gl.BlockedLayout([4, 4, 1, 1, 2], [1, 1, 4, 8, 1], [4, 1, 1, 1, 1],
+TO_SUM = constexpr(gl.BlockedLayout([2, 4, 1, 1, 2], [1, 1, 4, 8, 1], [4, 1, 1, 1, 1],
                                     [4, 3, 2, 1, 0]))
 # index takes one place of the first axis, so what it gives has a rank less than what is allocated
 LINE, PLAIN, RANK_4, RANK_5 = (
@@ -542,7 +542,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
         delta_k, x_k = _each_step(delta_t, BD, K), _each_step(delta_t * u_t, BD, K)
         y_k, total = _each_step(D_d * u_t, BD, K), _sum_of_steps(delta_t)
         to_next = gl.where(i + 1 == tiles, last, states + (2 * N * D if KEEP else 0))
-        to = gl.where(s == S - 1, to_next, states + N * D) + d
+        to = gl.where(s == S - 1, to_next, states + N * D) + d      # of number n, which comes next
         kept = in_d & (((s == S - 1) & (s * 0 + i < writes)) | (s == S // 2 if KEEP else s < 0))
         for n0 in range(0, N, NB):
             if n0 > 0:
@@ -550,13 +550,17 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
                 barrier()
                 _fetch_states((A, states), hs, n0, block, N, D, N)
             _fetch_next(BC, BCs, 1 - which, t0, t0 + T, n0, N, Lp, T)
-            for n in range(n0, gl.minimum(n0 + NB, N)):
-                A_n, entering = _state(hs[0], n - n0), _state(hs[1], n - n0)
-                B_k = _row(BCs, which * 2 * NB + n - n0, K)
-                C_k = _row(BCs, which * 2 * NB + n - n0 + NB, K)
-                y_k, h, leaving = _outputs_of_n(y_k, delta_k, x_k, total, A_n, B_k, C_k,
-                                                entering, s, K)
-                gl.store(to + n * D, gl.where(s == S - 1, leaving, h), mask=kept)
+            for pair in range(n0, gl.minimum(n0 + NB, N), 2):
+                for odd in gl.static_range(2):
+                    n = pair + odd      # where n = N, all that is read is 0
+                    A_n, entering = _state(hs[0], n - n0), _state(hs[1], n - n0)
+                    B_k = _row(BCs, which * 2 * NB + n - n0, K)
+                    C_k = _row(BCs, which * 2 * NB + n - n0 + NB, K)
+                    y_k, h, leaving = _outputs_of_n(y_k, delta_k, x_k, total, A_n, B_k, C_k,
+                                                    entering, s, K)
+                    gl.store(to, gl.where(s == S - 1, leaving, h),
+                             mask=kept & (s * 0 + n < N) if odd else kept)
+                    to += D
             which = 1 - which
         y_t = _all_steps(y_k, K)
         if HAS_Z:
@@ -634,11 +638,11 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     sums += (at * (N + 2) * S + s) * D + d
     # of the 8 x 4 lanes of a warp
     row = s * 2 + gl.arange(0, BD, gl.SliceLayout(0, LAYOUT))[None, :] % LANES // 4
-    # where the sums of _over_channels go: (NB, S, LANES, 2)
+    # where the sums of _over_channels go: (NB // 2, S, LANES, 2), of even n or of odd ones
     OF_SUMS: constexpr = gl.SliceLayout(1, TO_SUM)
     FIRST_3: constexpr = gl.SliceLayout(3, OF_SUMS)
     FIRST_2: constexpr = gl.SliceLayout(2, FIRST_3)
-    sum_n = gl.arange(0, NB, gl.SliceLayout(1, FIRST_2))[:, None, None, None]
+    sum_n = 2 * gl.arange(0, NB // 2, gl.SliceLayout(1, FIRST_2))[:, None, None, None]
     sum_s = gl.arange(0, S, gl.SliceLayout(0, FIRST_2))[None, :, None, None]
     sum_d = gl.arange(0, LANES, gl.SliceLayout(0, gl.SliceLayout(1, FIRST_3)))[None, None, :, None]
     OF_TWO: constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, OF_SUMS)))
@@ -646,7 +650,10 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     parts += (block * gl.num_programs(2).to(gl.int64) + b) * 2 * N * Lp
     parts += (sum_d % 4 // 2 * N + sum_n) * Lp + sum_s * K
     parts += sum_d % 2 * 4 + sum_d // 4 * 2 + which_of_two
-    of_warps = gl.allocate_shared_memory(gl.float32, [NB, WARPS, S, LANES, 2], RANK_4)
+    of_warps = ()       # two of them, for Triton has all warps wait before each store to the same
+    for _ in gl.static_range(2):
+        of_warps = of_warps + (
+            gl.allocate_shared_memory(gl.float32, [NB // 2, WARPS, S, LANES, 2], RANK_4),)
     us, deltas, zs, BCs, hs = _buffers(u, delta, z, HAS_Z, K)
     gouts = gl.allocate_shared_memory(gout.dtype.element_ty, [2, T, BD],
                                       gl.SwizzledSharedLayout(8, K, S, [1, 0]))
@@ -659,7 +666,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     async_copy.commit_group()
     zero, which = gl.zeros([S, BD], gl.float32, LAYOUT), 0
     gD_d, gbias_d = zero, zero
-    for n in range(N):      # gA, to which each tile adds
+    for n in range(N + 1):      # gA, to which each tile adds, and one place more, for odd N
         gl.store(sums + n * S * D, zero, mask=in_d)
     for i in range(tiles):
         async_copy.wait_group(0)
@@ -685,22 +692,29 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                 barrier()
                 _fetch_states((A, states, adjoint), hs, n0, block, N, D, from_behind)
             _fetch_next(BC, BCs, 1 - which, t0, t0 - T, n0, N, Lp, T)
-            for n in range(n0, gl.minimum(n0 + NB, N)):
-                A_n, h0, q0 = _state(hs[0], n - n0), _state(hs[1], n - n0), _state(hs[2], n - n0)
-                B_k = _row(BCs, which * 2 * NB + n - n0, K)
-                C_k = _row(BCs, which * 2 * NB + n - n0 + NB, K)
-                y_k, gx_k, gd_k, gA_n, gBC_n, leaving = _gradients_of_n(
-                    y_k, gx_k, gd_k, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h0, q0, s, row,
-                    EXACT, K)
-                gl.store(to_adjoint, leaving, mask=in_d & (s == 0))
-                # no other thread adds there; so the addition need not wait for the old number
-                gl.atomic_add(to_sums, gA_n, mask=in_d, sem="relaxed")
-                to_adjoint, to_sums = to_adjoint + D, to_sums + S * D
-                of_warps.index(n - n0).store(gl.permute(gl.reshape(gBC_n, [S, WARPS, LANES, 2]),
-                                                        (1, 0, 2, 3)))
-            sums_n = reinterpret(of_warps, gl.float32, [NB, WARPS, S, LANES, 2], RANK_5)
-            sums_n = gl.sum(sums_n.load(TO_SUM), 1)
-            gl.store(parts + n0 * Lp + t0, sums_n, mask=n0 + sum_n + 0 * which_of_two < N)
+            for pair in range(n0, gl.minimum(n0 + NB, N), 2):
+                for odd in gl.static_range(2):
+                    n = pair + odd
+                    A_n, h0 = _state(hs[0], n - n0), _state(hs[1], n - n0)
+                    q0 = _state(hs[2], n - n0)
+                    B_k = _row(BCs, which * 2 * NB + n - n0, K)
+                    C_k = _row(BCs, which * 2 * NB + n - n0 + NB, K)
+                    y_k, gx_k, gd_k, gA_n, gBC_n, leaving = _gradients_of_n(
+                        y_k, gx_k, gd_k, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h0, q0, s, row,
+                        EXACT, K)
+                    first = in_d & (s == 0)
+                    gl.store(to_adjoint, leaving, mask=first & (s + n < N) if odd else first)
+                    # no other thread adds there; so the addition need not wait for the old number
+                    # (where n = N, it is the place of gD, which is written later)
+                    gl.atomic_add(to_sums, gA_n, mask=in_d, sem="relaxed")
+                    to_adjoint, to_sums = to_adjoint + D, to_sums + S * D
+                    of_warps[odd].index((pair - n0) // 2).store(
+                        gl.permute(gl.reshape(gBC_n, [S, WARPS, LANES, 2]), (1, 0, 2, 3)))
+            for odd in gl.static_range(2):
+                sums_n = reinterpret(of_warps[odd], gl.float32, [NB // 2, WARPS, S, LANES, 2],
+                                     RANK_5)
+                gl.store(parts + (n0 + odd) * Lp + t0, gl.sum(sums_n.load(TO_SUM), 1),
+                         mask=n0 + odd + sum_n + 0 * which_of_two < N)
             which = 1 - which
         # read again, for registers are too few to keep them
         u_t, raw_t = _tile(us.index(i % 2), K), _tile(deltas.index(i % 2), K)
@@ -771,7 +785,7 @@ def _sum_rows(x, first, second, A2, rows, N, M, D, i, R: tl.constexpr, BD: tl.co
     """
     m, d = i % M, i // M * BD + tl.arange(0, BD)
     total = tl.zeros((16, BD), tl.float32)
-    for row in range(0, rows, 16):
+    for row in tl.range(0, rows, 16, loop_unroll_factor=4):
         some = row + tl.arange(0, 16)[:, None]
         at = ((some // R).to(tl.int64) * M + m) * R + some % R
         total += tl.load(x + at * D + d, mask=(some < rows) & (d < D), other=0)
@@ -792,8 +806,10 @@ def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, whole, rows
     N), or with A2 that of log(-A), and gD, gbias as gDw (2, D).
     """
     Lp = whole * TILE       # the compiler sees that rows begin at multiples of 16 bytes
-    i, of_BC = tl.program_id(0), 2 * batch * (Lp // T)
-    if i < of_BC:
+    # first the longest programs, those of the other sums
+    i, of_sums = tl.program_id(0), (N + 2) * tl.cdiv(D, BD)
+    if i >= of_sums:
+        i -= of_sums
         t, b = i % (Lp // T) * T + tl.arange(0, T), (i // (Lp // T) // 2).to(tl.int64)
         which = i // (Lp // T) % 2
         for n0 in range(0, N, 16):
@@ -810,7 +826,7 @@ def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, whole, rows
             else:
                 tl.store(gC + at, tl.sum(total, 0), mask=(n < N) & (t < L))
     else:
-        _sum_rows(sums, gA, gDw, A2, rows, N, N + 2, D, i - of_BC, R, BD)
+        _sum_rows(sums, gA, gDw, A2, rows, N, N + 2, D, i, R, BD)
 
 
 _start_pack, _start_finish, _start_carry = Kernel(_pack), Kernel(_finish), Kernel(_carry)
