@@ -612,7 +612,7 @@ def _gradients_of_n(y_k, gx_k, gd_k, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
-def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, gz, parts, sums, L,
+def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, gz, gBC, sums, L,
                D: constexpr, N, whole, tiles, chunks, slots, u_b, u_l: constexpr, delta_b,
                delta_l: constexpr, z_b, z_l: constexpr, g_b, g_l: constexpr, gz_l: constexpr,
                HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
@@ -620,8 +620,8 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     """
     All gradients. adjoint (B, chunks, PARTS, N, D): what enters the last of each from behind; in
     the end, what leaves the chunk.
-    parts (blocks of channels, B, 2, N, Lp): gB, gC.  sums (B, chunks, N + 2, S, D): gA, gD, gbias,
-    in parts too.
+    gBC (blocks of channels, B, 2, N, Lp): gB, gC in parts.  sums (B, chunks, N + 2, S, D): gA, gD,
+    gbias in parts.
     FROM_ZERO: 0 enters the sequence from behind, and nothing has been written there.
     """
     K: constexpr = 8
@@ -653,9 +653,9 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     sum_d = gl.arange(0, LANES, gl.SliceLayout(0, gl.SliceLayout(1, FIRST_3)))[None, None, :, None]
     OF_TWO: constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, OF_SUMS)))
     which_of_two = gl.arange(0, 2, OF_TWO)[None, None, None, :]
-    parts += (block * gl.num_programs(2).to(gl.int64) + b) * 2 * N * Lp
-    parts += (sum_d % 4 // 2 * N + sum_n) * Lp + sum_s * K
-    parts += sum_d % 2 * 4 + sum_d // 4 * 2 + which_of_two
+    gBC += (block * gl.num_programs(2).to(gl.int64) + b) * 2 * N * Lp
+    gBC += (sum_d % 4 // 2 * N + sum_n) * Lp + sum_s * K
+    gBC += sum_d % 2 * 4 + sum_d // 4 * 2 + which_of_two
     of_warps = ()       # two of them, for Triton has all warps wait before each store to the same
     for _ in gl.static_range(2):
         of_warps = of_warps + (
@@ -719,7 +719,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
             for odd in gl.static_range(2):
                 sums_n = reinterpret(of_warps[odd], gl.float32, [NB // 2, WARPS, S, LANES, 2],
                                      RANK_5)
-                gl.store(parts + (n0 + odd) * Lp + t0, gl.sum(sums_n.load(TO_SUM), 1),
+                gl.store(gBC + (n0 + odd) * Lp + t0, gl.sum(sums_n.load(TO_SUM), 1),
                          mask=n0 + odd + sum_n + 0 * which_of_two < N)
             which = 1 - which
         # read again, for registers are too few to keep them
@@ -805,7 +805,7 @@ def _sum_rows(x, first, second, A2, rows, N, M, D, i, R: tl.constexpr, BD: tl.co
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, whole, rows, blocks, batch,
+def _finish(gBC, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, whole, rows, blocks, batch,
             gB_l, R: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
     """
     What _gradients leaves in parts: gB and gC (B, L, N), whose steps are gB_l numbers apart, gA (D,
@@ -823,7 +823,7 @@ def _finish(parts, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, whole, rows
             total = tl.zeros((8, 16, T), tl.float32)
             for block in tl.range(0, blocks, 8, loop_unroll_factor=2):
                 some = block + tl.arange(0, 8)[:, None, None]
-                of_block = parts + ((some * batch + b) * 2 + which) * N * Lp
+                of_block = gBC + ((some * batch + b) * 2 + which) * N * Lp
                 total += tl.load(of_block + (n * Lp + t)[None],
                                  mask=(some < blocks) & (n[None] < N), other=0)
             at = (b * L + t) * gB_l + n
@@ -965,7 +965,7 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
         gB, gC = (u.new_empty(batch, L, N, dtype=BC_dtype) for _ in range(2))
     slots, Lp, rows = chunks * PARTS.value, tiles * TILE.value, batch * chunks * S.value
     states_of_all = batch * slots * N * d_inner
-    _, (adjoint, decays, parts, sums) = _pieces(
+    _, (adjoint, decays, gBC, sums) = _pieces(
         kept, states_of_all, states_of_all if chunks > 1 else 0, blocks * batch * 2 * N * Lp,
         rows * (N + 2) * d_inner)
     if glast is not None:
@@ -986,13 +986,13 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
             _start_carry((-(-d_inner * N // 128), batch, 1), version, (adjoint, decays), d_inner, N,
                          chunks, slots, 1, True, PARTS.value, from_zero)
         tensors = (u, delta, A2, BC, D, gate, delta_bias, gy, states, adjoint, gu, gdelta, gz,
-                   parts, sums)
+                   gBC, sums)
         _start_gradients((blocks, chunks, batch), version, tensors, L, d_inner, N, tiles,
                          2 * per_chunk, chunks, 2 * tiles, u_b, u_l, delta_b, delta_l, z_b, z_l,
                          g_b, g_l, gz_l, *options, exact, from_zero)
         programs = (N + 2) * -(-d_inner // 64) + 2 * batch * -(-L // 32)
         _start_finish((programs, 1, 1), version,
-                      (parts, sums, gB, gC, gA, gDw, A2 if log_A else None), L, d_inner, N,
+                      (gBC, sums, gB, gC, gA, gDw, A2 if log_A else None), L, d_inner, N,
                       tiles, rows, blocks, batch, gB_l, S.value, 32, 64)
     gstate = kept.new_empty(0)
     if has_state:
