@@ -3555,10 +3555,14 @@ ampere.async_copy = types.SimpleNamespace(
 gluon.jit, gluon.language = triton.jit, gl
 
 import mamba, mamba_fast, torch
-new_empty = torch.Tensor.new_empty      # so that what is read before it has been written is seen
-def full_of_nan(*args, **options):
-    memory = new_empty(*args, **options)
-    return memory.fill_(float("nan")) if memory.is_floating_point() else memory
+# so that it is seen what is read before it has been written, and what is written beside it
+new_empty, around = torch.Tensor.new_empty, []
+def full_of_nan(like, *sizes, **options):
+    memory = new_empty(like, *sizes, **options)
+    if not memory.is_floating_point(): return memory
+    more = new_empty(like, memory.numel() + 256, **options).fill_(float("nan"))
+    around.extend((more[:128], more[-128:]))
+    return more[128:-128].view(memory.shape)
 torch.Tensor.new_empty = full_of_nan
 
 scan_triton = importlib.import_module("mamba_fast.scan_triton")     # which mamba_fast imports on CUDA alone
@@ -3626,13 +3630,17 @@ scan_triton.gather, scan_triton.tl = lambda *args: tl.gather(*args), tl
 mamba.scan_method = lambda method, *others: method     # it would refuse a CPU
 scan_triton.SHORTEST = 1
 for scan_triton.FILL, scan_triton.FILL_BACK, *shape in ((1, 1, 1, 1, 64, 1), (1, 1, 2, 66, 5, 3), (100, 100, 1, 66, 10, 17),
-                                                        (8, 4, 1, 200, 8, 9), (4, 8, 1, 200, 8, 9)):
+                                                        (8, 4, 1, 200, 8, 9), (4, 8, 1, 200, 8, 9), (1, 1, 1, 33, 72, 2)):
     inputs = tests.scan_inputs(*shape)
     inputs["A"].data[:, 4:8] *= 30      # of a chunk of two tiles nearly all is forgotten,
     inputs["A"].data[:, 8:] *= 300      # and all: the other tile is passed over
     tests.check_triton(inputs, device="cpu")
 tests.check_triton(tests.scan_inputs(1, 65, 3, 4, ("z",)), softplus=False, device="cpu")
 tests.check_triton(tests.scan_inputs(1, 65, 32, 2, dtype=torch.float16), device="cpu")
+x, one, A = torch.linspace(-4, 20, 480)[None, None], torch.ones(1, 1, 1), -torch.ones(480, 1)
+_, last = mamba.selective_scan(torch.ones_like(x), x, A, one, one, delta_softplus=True, return_last_state=True, method="triton")
+assert (last[0, :, 0] / torch.nn.functional.softplus(x[0, 0].double()) - 1).abs().max() < 1e-6
+assert all(memory.isnan().all() for memory in around)
 tests.check_padded_reading({"n_layer": 2}, 5, 8, "cpu")
 tests.check_padded_reading({"n_layer": 1, **tests.SHAPES[2]}, 8, 8, "cpu")
 tests.check_conv(1, 17, 5, 4, device="cpu")

@@ -30,7 +30,7 @@ its channels remember. One kernel before all of them (_pack) brings the small in
 in which they are read.
 
 What bounds it, by the counters of an H200: instructions and their latency. With all options there
-are 11 for each of the (B, L, D, N) numbers in _outputs and 29 in _gradients. In 61 to 66 % of the
+are 11 for each of the (B, L, D, N) numbers in _outputs and 29 in _gradients. In 66 and 61 % of the
 cycles one is issued; in the rest all warps, of which there is room for few, wait for their own
 results. In _ends it is the exponentials, on an H100 at 69 % of their rate.
 """
@@ -53,7 +53,7 @@ from .operators import differentiable_once
 
 S, LANES = constexpr(4), constexpr(8)       # a warp: segments of a tile, and channels
 WARPS, BD = constexpr(4), constexpr(32)     # a program: warps, and channels
-NB = constexpr(16)      # numbers of the states for which it has B, C and h in shared memory
+NB = constexpr(16)      # numbers of the states for which it has B, C and h in shared memory, even
 # steps of a tile, 16 in each thread; backward 8, two halves of a tile, for want of registers
 TILE = constexpr(64)
 SHORTEST = 4            # tiles of a chunk, at least
@@ -149,7 +149,7 @@ def _sigmoid(x):
     return _reciprocal(1 + gl.exp2(-x * LOG2E))
 
 
-# log1p(e) / e as a polynomial, the factor of e ** 8 first: fitted for 0 to 1, off by at most 3.3e-8
+# log1p(e) / e as a polynomial, the factor of e ** 8 first: fitted for 0 to 1, off by less than 4e-8
 # of its value
 LOG1P = constexpr((0.0053648245, -0.030065794, 0.079204538, -0.13753803, 0.19153655, -0.24857164,
                    0.33321323, -0.49999648, 1.0))
@@ -157,8 +157,8 @@ LOG1P = constexpr((0.0053648245, -0.030065794, 0.079204538, -0.13753803, 0.19153
 
 @gluon.jit
 def _softplus(x):
-    """log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|): exact for small e too, since
-    log1p(e) / e is computed, which is 1 there."""
+    """log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|). A small e
+    keeps its digits, for log1p(e) / e is computed, which is 1 there."""
     e = gl.exp2(-gl.abs(x) * LOG2E)
     p = e * LOG1P[0] + LOG1P[1]
     for i in gl.static_range(2, 9):
@@ -548,7 +548,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
         delta_k, x_k = _each_step(delta_t, BD, K), _each_step(delta_t * u_t, BD, K)
         y_k, total = _each_step(D_d * u_t, BD, K), _sum_of_steps(delta_t)
         to_next = gl.where(i + 1 == tiles, last, states + (2 * N * D if KEEP else 0))
-        to = gl.where(s == S - 1, to_next, states + N * D) + d      # of number n, which comes next
+        to = gl.where(s == S - 1, to_next, states + N * D) + d      # of number 0; it moves on
         kept = in_d & (((s == S - 1) & (s * 0 + i < writes)) | (s == S // 2 if KEEP else s < 0))
         for n0 in range(0, N, NB):
             if n0 > 0:
@@ -558,14 +558,15 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
             _fetch_next(BC, BCs, 1 - which, t0, t0 + T, n0, N, Lp, T)
             for pair in range(n0, gl.minimum(n0 + NB, N), 2):
                 for odd in gl.static_range(2):
-                    n = pair + odd      # where n = N, all that is read is 0
+                    # where n = N, A, B, C and the states are 0: it adds 0, or NaN if u is infinite
+                    n = pair + odd
                     A_n, entering = _state(hs[0], n - n0), _state(hs[1], n - n0)
                     B_k = _row(BCs, which * 2 * NB + n - n0, K)
                     C_k = _row(BCs, which * 2 * NB + n - n0 + NB, K)
                     y_k, h, leaving = _outputs_of_n(y_k, delta_k, x_k, total, A_n, B_k, C_k,
                                                     entering, s, K)
                     gl.store(to, gl.where(s == S - 1, leaving, h),
-                             mask=kept & (s * 0 + n < N) if odd else kept)
+                             mask=(kept & (s * 0 + n < N)) if odd else kept)
                     to += D
             which = 1 - which
         y_t = _all_steps(y_k, K)
@@ -656,7 +657,8 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     gBC += (block * gl.num_programs(2).to(gl.int64) + b) * 2 * N * Lp
     gBC += (sum_d % 4 // 2 * N + sum_n) * Lp + sum_s * K
     gBC += sum_d % 2 * 4 + sum_d // 4 * 2 + which_of_two
-    of_warps = ()       # two of them, for Triton has all warps wait before each store to the same
+    # of even n and of odd ones: all warps wait before Triton stores to the same memory again
+    of_warps = ()
     for _ in gl.static_range(2):
         of_warps = of_warps + (
             gl.allocate_shared_memory(gl.float32, [NB // 2, WARPS, S, LANES, 2], RANK_4),)
@@ -672,7 +674,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     async_copy.commit_group()
     zero, which = gl.zeros([S, BD], gl.float32, LAYOUT), 0
     gD_d, gbias_d = zero, zero
-    for n in range(N + 1):      # gA, to which each tile adds, and one place more, for odd N
+    for n in range(N + 1):      # gA, to which each tile adds; for odd N also to gD's place
         gl.store(sums + n * S * D, zero, mask=in_d)
     for i in range(tiles):
         async_copy.wait_group(0)
@@ -700,7 +702,7 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
             _fetch_next(BC, BCs, 1 - which, t0, t0 - T, n0, N, Lp, T)
             for pair in range(n0, gl.minimum(n0 + NB, N), 2):
                 for odd in gl.static_range(2):
-                    n = pair + odd
+                    n = pair + odd      # where n = N, A, B, C and the states are 0
                     A_n, h0 = _state(hs[0], n - n0), _state(hs[1], n - n0)
                     q0 = _state(hs[2], n - n0)
                     B_k = _row(BCs, which * 2 * NB + n - n0, K)
@@ -709,9 +711,8 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
                         y_k, gx_k, gd_k, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h0, q0, s, row,
                         EXACT, K)
                     first = in_d & (s == 0)
-                    gl.store(to_adjoint, leaving, mask=first & (s + n < N) if odd else first)
+                    gl.store(to_adjoint, leaving, mask=(first & (s + n < N)) if odd else first)
                     # no other thread adds there; so the addition need not wait for the old number
-                    # (where n = N, it is the place of gD, which is written later)
                     gl.atomic_add(to_sums, gA_n, mask=in_d, sem="relaxed")
                     to_adjoint, to_sums = to_adjoint + D, to_sums + S * D
                     of_warps[odd].index((pair - n0) // 2).store(
@@ -813,11 +814,11 @@ def _finish(gBC, sums, gB, gC, gA, gDw, A2, L, D: tl.constexpr, N, whole, rows, 
     """
     Lp = whole * TILE       # the compiler sees that rows begin at multiples of 16 bytes
     # the programs of gA, gD and gbias come first, for they take longest
-    i, of_others, of_time = tl.program_id(0), (N + 2) * tl.cdiv(D, BD), tl.cdiv(L, T)
-    if i >= of_others:
-        i -= of_others
-        t, b = i % of_time * T + tl.arange(0, T), (i // of_time // 2).to(tl.int64)
-        which = i // of_time % 2
+    i, of_sums, pieces = tl.program_id(0), (N + 2) * tl.cdiv(D, BD), tl.cdiv(L, T)
+    if i >= of_sums:
+        i -= of_sums
+        t, b = i % pieces * T + tl.arange(0, T), (i // pieces // 2).to(tl.int64)
+        which = i // pieces % 2
         for n0 in range(0, N, 16):
             n = n0 + tl.arange(0, 16)[:, None]
             total = tl.zeros((8, 16, T), tl.float32)
