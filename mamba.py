@@ -146,8 +146,9 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     method = "sequential" if tiny else scan_method(method, u, d_state)
     method = method if batch > 0 else "sequential"      # of no texts there are no tiles
     if fast and mask is None and seq_idx is None and (all_at_once := fast.scan(
-            method, u, delta, A, B, C, state, D, z, delta_bias, delta_softplus)):
-        return all_at_once if return_last_state else all_at_once[0]
+            method, u, delta, A, B, C, state, D, z, delta_bias, delta_softplus,
+            return_last_state)) is not None:
+        return all_at_once
     if state is None:
         number = torch.promote_types(u.dtype, torch.float32)
         state = u.new_zeros(batch, d_inner, d_state, dtype=number)

@@ -4516,6 +4516,19 @@ def test_plan_as_a_node_of_autograd(monkeypatch):
         assert form((a,)) != form((other,))
 
 
+@fast
+def test_no_plan_for_products_of_other_settings(monkeypatch):
+    """cuBLAS is called with those that PyTorch has by default."""
+    pytest.importorskip("triton")
+    launch, matmul = importlib.import_module("mamba_fast.launch"), torch.backends.cuda.matmul
+    for name, value in (("allow_bf16_reduced_precision_reduction", False), ("allow_fp16_reduced_precision_reduction", False),
+                        ("allow_fp16_accumulation", True)):
+        assert launch.can_repeat()
+        with monkeypatch.context() as patch:
+            patch.setattr(matmul, name, value)
+            assert not launch.can_repeat(), name
+
+
 @in_cpp
 def test_plan_repeats_its_calls_with_other_memory(monkeypatch):
     """With a CPU in the place of the GPU, which reads what repeat.cpp gives to CUDA and to cuBLAS."""

@@ -66,15 +66,15 @@ def has_triton(u, d_state, headdim=0):
     return headdim == 0 or ssd_triton.fits(u.device, u.dtype, int(headdim), int(d_state))
 
 
-def scan(method, u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softplus=False):
-    """
-    All of selective_scan at once; arguments and shapes as there. Returns y (B, L, D) and the last
-    state (B, D, N).
-    """
+def scan(method, u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softplus=False,
+         return_last_state=True):
+    """All of selective_scan at once; arguments, shapes and results as there."""
     options = D, z, delta_bias, delta_softplus
     if method == "triton":
-        return scan_triton.selective_scan_triton(u, delta, A, B, C, *options, state)
-    return scan_cpu.scan(u, delta, A, B, C, state, *options) if method == "chunked" else None
+        return scan_triton.selective_scan_triton(u, delta, A, B, C, *options, state,
+                                                 return_last_state)
+    results = scan_cpu.scan(u, delta, A, B, C, state, *options) if method == "chunked" else None
+    return results if return_last_state or results is None else results[0]
 
 
 def ssd(u, delta, a, B, C, state, own, dtype=None):

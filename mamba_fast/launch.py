@@ -424,15 +424,25 @@ def found(plans, key, tensors, make):
     return plan
 
 
+def setting_of_products(name):
+    """What tells a setting of torch.backends.cuda.matmul. Each call asks for them, and C knows them
+    in a tenth of the time."""
+    by_python = functools.partial(getattr, torch.backends.cuda.matmul, name, False)
+    return getattr(torch._C, f"_get_cublas_{name}", by_python)
+
+
+REDUCED = True, (True, True)        # by default: older versions of PyTorch have one of two settings
+reduced_bf16 = setting_of_products("allow_bf16_reduced_precision_reduction")
+reduced_fp16 = setting_of_products("allow_fp16_reduced_precision_reduction")
+accumulated_fp16 = setting_of_products("allow_fp16_accumulation")
+
+
 def can_repeat():
     """Whether plans can be used now: nobody looks on, and nobody has asked PyTorch for other
     products than it makes by default."""
-    matmul = torch.backends.cuda.matmul
     return (taker.get() is None and torch._C._len_torch_dispatch_stack() == 0 and not is_traced()
             and not torch.are_deterministic_algorithms_enabled()
-            and matmul.allow_bf16_reduced_precision_reduction
-            and matmul.allow_fp16_reduced_precision_reduction
-            and not getattr(matmul, "allow_fp16_accumulation", False))
+            and reduced_bf16() in REDUCED and reduced_fp16() in REDUCED and not accumulated_fp16())
 
 
 def form_of_all(tensors):

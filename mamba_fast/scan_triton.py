@@ -1094,7 +1094,8 @@ def _prepared(softplus, inputs):
     return function, partial(_gradients_by, _run_back, settings), (settings, A.shape)
 
 
-def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, log_A=False):
+def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state,
+                          return_last_state=True, log_A=False):
     """
     The same function as selective_scan in mamba.py, arguments as there. u, delta, B, C, z: float32,
     bfloat16 or float16 on a GPU, d_state at most 256; computes in float32. Differentiable once; the
@@ -1116,8 +1117,10 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
         y, last = at_once(PLANS, delta_softplus, inputs, partial(_prepared, delta_softplus, inputs))
     else:
         y, last, _ = _run(*inputs, delta_softplus, keep, log_A)
-    last_state = last.transpose(1, 2)
-    return (y[..., :d_inner], last_state[:, :d_inner]) if more else (y, last_state)
+    if more:
+        y, last = y[..., :d_inner], last[..., :d_inner]
+    # who does not want the state need not wait until the host has turned it, some 5 us
+    return (y, last.transpose(1, 2)) if return_last_state else y
 
 
 # ------------------------------------------------------------------------------------------------
