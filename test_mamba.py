@@ -4126,6 +4126,18 @@ def test_compiled_block_is_the_block_at_once(monkeypatch, cast, changes):
     torch.library.opcheck(torch.ops.mamba_py.block.default, (x.detach().requires_grad_(), *inputs))
 
 
+@contextlib.contextmanager
+def products(name, value):
+    """A setting of PyTorch's products on a GPU. pytest's own way would delete it afterwards."""
+    matmul = torch.backends.cuda.matmul
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
 @on_gpu
 @pytest.mark.parametrize("cast", [None, torch.bfloat16])
 @pytest.mark.parametrize("changes", [{"d_state": 5}, OF_BLOCK2[0], OF_BLOCK3[0]])
@@ -4179,8 +4191,8 @@ def test_block_by_plan_is_the_block_at_once(monkeypatch, nodes, cast, changes):
     assert all(relative(one, other) < 5e-2 for one, other in zip(results(block), expected))
     block.D.data = block.D.data.contiguous()
     assert made() == "ByPlan"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
-    assert made() != "ByPlan"
+    with products("allow_bf16_reduced_precision_reduction", False):
+        assert made() != "ByPlan"
 
 
 @on_gpu
@@ -4517,15 +4529,14 @@ def test_plan_as_a_node_of_autograd(monkeypatch):
 
 
 @fast
-def test_no_plan_for_products_of_other_settings(monkeypatch):
+def test_no_plan_for_products_of_other_settings():
     """cuBLAS is called with those that PyTorch has by default."""
     pytest.importorskip("triton")
-    launch, matmul = importlib.import_module("mamba_fast.launch"), torch.backends.cuda.matmul
+    launch = importlib.import_module("mamba_fast.launch")
     for name, value in (("allow_bf16_reduced_precision_reduction", False), ("allow_fp16_reduced_precision_reduction", False),
                         ("allow_fp16_accumulation", True)):
         assert launch.can_repeat()
-        with monkeypatch.context() as patch:
-            patch.setattr(matmul, name, value)
+        with products(name, value):
             assert not launch.can_repeat(), name
 
 
