@@ -157,8 +157,8 @@ LOG1P = constexpr((0.0053648245, -0.030065794, 0.079204538, -0.13753803, 0.19153
 
 @gluon.jit
 def _softplus(x):
-    """log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|). A small e
-    keeps its digits, for log1p(e) / e is computed, which is 1 there."""
+    """log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|). A small e keeps its digits, for
+    log1p(e) / e is computed, which is 1 there."""
     e = gl.exp2(-gl.abs(x) * LOG2E)
     p = e * LOG1P[0] + LOG1P[1]
     for i in gl.static_range(2, 9):
