@@ -3637,6 +3637,9 @@ for scan_triton.FILL, scan_triton.FILL_BACK, *shape in ((1, 1, 1, 1, 64, 1), (1,
     tests.check_triton(inputs, device="cpu")
 tests.check_triton(tests.scan_inputs(1, 65, 3, 4, ("z",)), softplus=False, device="cpu")
 tests.check_triton(tests.scan_inputs(1, 65, 32, 2, dtype=torch.float16), device="cpu")
+inputs = tests.scan_inputs(1, 65, 3, 4)
+y, _ = mamba.selective_scan(**inputs, delta_softplus=True, return_last_state=True, method="triton")
+assert torch.equal(mamba.selective_scan(**inputs, delta_softplus=True, method="triton"), y)
 x, one, A = torch.linspace(-4, 20, 480)[None, None], torch.ones(1, 1, 1), -torch.ones(480, 1)
 _, last = mamba.selective_scan(torch.ones_like(x), x, A, one, one, delta_softplus=True, return_last_state=True, method="triton")
 assert (last[0, :, 0] / torch.nn.functional.softplus(x[0, 0].double()) - 1).abs().max() < 1e-6

@@ -68,7 +68,8 @@ def has_triton(u, d_state, headdim=0):
 
 def scan(method, u, delta, A, B, C, state, D=None, z=None, delta_bias=None, delta_softplus=False,
          return_last_state=True):
-    """All of selective_scan at once; arguments, shapes and results as there."""
+    """All of selective_scan at once; arguments and shapes as there. Returns y (B, L, D) and the
+    last state (B, D, N), or y alone; None where neither Triton's kernels nor C++ can run."""
     options = D, z, delta_bias, delta_softplus
     if method == "triton":
         return scan_triton.selective_scan_triton(u, delta, A, B, C, *options, state,

@@ -431,7 +431,7 @@ def setting_of_products(name):
     return getattr(torch._C, f"_get_cublas_{name}", by_python)
 
 
-REDUCED = True, (True, True)        # by default: older versions of PyTorch have one of two settings
+REDUCED = True, (True, True)        # by default, in older versions of PyTorch and in newer ones
 reduced_bf16 = setting_of_products("allow_bf16_reduced_precision_reduction")
 reduced_fp16 = setting_of_products("allow_fp16_reduced_precision_reduction")
 accumulated_fp16 = setting_of_products("allow_fp16_accumulation")

@@ -1100,7 +1100,7 @@ def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
     The same function as selective_scan in mamba.py, arguments as there. u, delta, B, C, z: float32,
     bfloat16 or float16 on a GPU, d_state at most 256; computes in float32. Differentiable once; the
     gradients are the same bits each time.
-    log_A: A is log(-A); only where no gradients are asked for.
+    log_A: A is log(-A); only where no gradients are asked for.  Returns y and the last state, or y.
     """
     A, D, delta_bias, state = (t if t is None or t.dtype == torch.float32 else t.float()
                                for t in (A, D, delta_bias, state))
