@@ -6,7 +6,7 @@ of Triton in which one says which thread holds what.
 
 How the work is divided. A warp takes 8 channels of one sequence. It walks along the sequence in
 tiles of 4 segments of K steps: a thread has one channel and the K steps of one segment, all its
-inputs and sums in registers, and goes over the N numbers of the state one after the other:
+inputs and sums in registers, and goes over the N numbers of the state, two a round:
 
     a_k = exp(delta_k A), x_k B_k           for its K steps: all exponentials but one a segment
     h from a zero state                     what the segment adds to the state
