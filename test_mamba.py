@@ -3637,9 +3637,13 @@ for scan_triton.FILL, scan_triton.FILL_BACK, *shape in ((1, 1, 1, 1, 64, 1), (1,
     tests.check_triton(inputs, device="cpu")
 tests.check_triton(tests.scan_inputs(1, 65, 3, 4, ("z",)), softplus=False, device="cpu")
 tests.check_triton(tests.scan_inputs(1, 65, 32, 2, dtype=torch.float16), device="cpu")
-inputs = tests.scan_inputs(1, 65, 3, 4)
-y, _ = mamba.selective_scan(**inputs, delta_softplus=True, return_last_state=True, method="triton")
-assert torch.equal(mamba.selective_scan(**inputs, delta_softplus=True, method="triton"), y)
+for d_state in (4, 24):
+    inputs = tests.scan_inputs(1, 65, 3, d_state)
+    expected = mamba.selective_scan(**inputs, delta_softplus=True, return_last_state=True, method="triton")
+    assert torch.equal(mamba.selective_scan(**inputs, delta_softplus=True, method="triton"), expected[0])
+    with torch.no_grad():       # no states are kept
+        results = mamba.selective_scan(**inputs, delta_softplus=True, return_last_state=True, method="triton")
+    assert all(map(torch.equal, results, expected))
 x, one, A = torch.linspace(-4, 20, 480)[None, None], torch.ones(1, 1, 1), -torch.ones(480, 1)
 _, last = mamba.selective_scan(torch.ones_like(x), x, A, one, one, delta_softplus=True, return_last_state=True, method="triton")
 assert (last[0, :, 0] / torch.nn.functional.softplus(x[0, 0].double()) - 1).abs().max() < 1e-6

@@ -4,18 +4,29 @@ it on CUDA where this file lies beside it; then the convolution in front of the 
 without this file or without Triton everything works, slower. The scan is written in Gluon, the part
 of Triton in which one says which thread holds what.
 
-How the work is divided. A warp takes 8 channels of one sequence. It walks along the sequence in
-tiles of 4 segments of K steps: a thread has one channel and the K steps of one segment, all its
-inputs and sums in registers, and goes over the N numbers of the state, two a round:
+How the work is divided. A warp takes 8 channels of one sequence and walks along it in tiles.
+
+Forward, in _outputs, the 4 threads of a channel share the numbers of its state, up to 4 of 16 each,
+in registers, and take one step after the other:
+
+    h = exp(delta_k A) h + x_k B_k
+    y_k += C_k h
+
+What all numbers of a channel have in common, softplus before and the gate after, is done for a
+whole tile at once, by threads that have 4 steps of two channels. In between delta, x = delta u and
+what each thread adds to y go through shared memory.
+
+Backward, in _gradients, registers are too few for all steps of a tile. A thread has one channel and
+the K steps of one of the tile's 4 segments, all its inputs and sums in registers, and goes over the
+N numbers of the state, two a round:
 
     a_k = exp(delta_k A), x_k B_k           for its K steps: all exponentials but one a segment
     h from a zero state                     what the segment adds to the state
     what enters each segment                from what all of them add (_through)
     h again from there, y_k += C_k h        multiply-adds, for the exponentials are still there
 
-Nothing crosses threads but what a segment adds and keeps of the state. The state that enters a tile
-is kept in memory, for the next tile and, with the one in its middle, for the backward pass. That
-computes h again from it, and in the same way, from the end of the sequence on, the adjoint
+Nothing crosses threads but what a segment adds. The state that enters a tile was kept in memory by
+_outputs. In the same way, from the end of the sequence on, it computes the adjoint
 g_k = C_k gy_k + a_{k+1} g_{k+1}, of which a_k g_k is what is handed on. All gradients follow from h
 and g of the same thread. Those of B and C are sums over channels: over the 8 of a warp the tensor
 cores add them up (_over_channels), over the warps of a program they meet in shared memory, over
@@ -24,15 +35,15 @@ the same bits.
 
 What a program reads comes into shared memory a tile ahead of time (_fetch...). Four warps share a
 program, for whole lines of memory. If batch and channels are too few to fill the chip, the sequence
-is cut into chunks, and first it is found what each of them adds (_ends) and what enters it
-(_carry). The exponentials are then computed twice, but only as far back from the end of a chunk as
-its channels remember. One kernel before all of them (_pack) brings the small inputs into the order
-in which they are read.
+is cut into chunks, and first it is found what each of them adds (_ends, which has segments too) and
+what enters it (_carry). The exponentials are then computed twice, but only as far back from the end
+of a chunk as its channels remember. One kernel before all of them (_pack) brings the small inputs
+into the order in which they are read.
 
-What bounds it, by the counters of an H200: instructions and their latency. With all options there
-are 11 for each of the (B, L, D, N) numbers in _outputs and 29 in _gradients. In 66 and 61 % of the
-cycles one is issued; in the rest all warps, of which there is room for few, wait for their own
-results. In _ends it is the exponentials, on an H100 at 69 % of their rate.
+What bounds it, by the counters of an H200, with all options. _outputs takes 9 instructions for each
+of the (B, L, D, N) numbers, XU, IS. _gradients takes 29; in 61 % of the cycles one is issued, in
+the rest all warps, of which there is room for few, wait for their own results. In _ends it is the
+exponentials, on an H100 at 69 % of their rate.
 """
 from __future__ import annotations
 
@@ -51,11 +62,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from .launch import Kernel, at_once
 from .operators import differentiable_once
 
-S, LANES = constexpr(4), constexpr(8)       # a warp: segments of a tile, and channels
+S, LANES = constexpr(4), constexpr(8)       # a warp: segments or groups of numbers, and channels
 WARPS, BD = constexpr(4), constexpr(32)     # a program: warps, and channels
 NB = constexpr(16)      # numbers of the states for which it has B, C and h in shared memory, even
-# steps of a tile, 16 in each thread; backward 8, two halves of a tile, for want of registers
-TILE = constexpr(64)
+# steps of a tile of _ends; of one of _outputs and _gradients, before each of which a state is kept
+TILE, HALF = constexpr(64), constexpr(32)
 SHORTEST = 4            # tiles of a chunk, at least
 # parts of a chunk, for _ends backward: more and smaller programs leave no multiprocessor idle
 PARTS = constexpr(4)
@@ -67,6 +78,19 @@ SIZES = ("L", "N", "whole", "tiles", "chunks", "slots", "apart", "u_b", "x_b", "
          "g_b", "Lp", "rows", "blocks", "batch", "B_n", "C_n", "gB_l")
 ANYWHERE = ("Dw", "bias")   # they may begin at any address
 LOG2E = constexpr(1.4426950408889634)
+
+
+def _by_bits(axes, registers, lanes, warps):
+    """A layout: the bits of each axis by their names, the lowest first, and which of them count the
+    numbers of a thread, the lanes of a warp and the warps."""
+    places, axes = {}, [bits.split() for bits in axes]
+    for axis, bits in enumerate(axes):
+        for i, bit in enumerate(bits):
+            places[bit] = [0] * axis + [2 ** i] + [0] * (len(axes) - axis - 1)
+    bases = ([places[bit] for bit in bits.split()] for bits in (registers, lanes, warps))
+    return constexpr(gl.DistributedLinearLayout(*bases, [], [2 ** len(bits) for bits in axes]))
+
+
 # which thread has what: one channel of one segment; 8 or 4 numbers side by side, as memory likes
 # it; sums of all warps
 LAYOUT = constexpr(gl.BlockedLayout([1, 1], [4, 8], [1, 4], [1, 0]))        # (S, BD)
@@ -75,9 +99,28 @@ WIDE = constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))          # ti
 WIDE32 = constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
 TO_SUM = constexpr(gl.BlockedLayout([2, 4, 1, 1, 2], [1, 1, 4, 8, 1], [4, 1, 1, 1, 1],
                                     [4, 3, 2, 1, 0]))
+# of _outputs: 4 steps of two channels, in a tile (T, BD) or in fours of steps (T / 4, BD, 4);
+# 4 steps of B and C (T / 4, 2 NB, 4)
+PAIRS = constexpr(gl.BlockedLayout([4, 2], [2, 16], [4, 1], [1, 0]))
+FOURS = constexpr(gl.BlockedLayout([1, 2, 4], [2, 16, 1], [4, 1, 1], [2, 1, 0]))
+WIDE_BC = constexpr(gl.BlockedLayout([1, 1, 4], [1, 32, 1], [4, 1, 1], [2, 1, 0]))
+# one group g of numbers of one channel d. A lane has the channel of its neighbour and the group of
+# the next but one: so it takes half as long to read both from shared memory
+WHO = "g0 d0 d1 d2 g1", "d3 d4"
+OF_NUMBERS = _by_bits(("g0 g1", "d0 d1 d2 d3 d4"), "", *WHO)                    # (S, BD)
+BC_OF_NUMBERS = _by_bits(("g0 g1", "d0 d1 d2 d3 d4", "k0 k1"), "k0 k1", *WHO)   # (S, BD, 4)
+# the same as (S, 4, 32): a row of memory has 4 steps of 8 channels
+X_OF_NUMBERS = _by_bits(("g0 g1", "d3 d4", "k0 k1 d0 d1 d2"), "k0 k1", *WHO)
+# what all groups add, as FOURS has it: (T / 4, 2, 8, 32)
+Y_OF_GROUPS = _by_bits(("c0 c1 c2", "g1", "d2 d3 d4", "k0 k1 g0 d0 d1"), "k0 k1 g0 g1 d0",
+                       "d1 d2 d3 d4 c0", "c1 c2")
 # index takes one place of the first axis, so what it gives has a rank less than what is allocated
-LINE, PLAIN, RANK_4, RANK_5 = (
-    constexpr(gl.SwizzledSharedLayout(1, 1, 1, list(range(rank))[::-1])) for rank in (1, 2, 4, 5))
+LINE, PLAIN, RANK_3, RANK_4, RANK_5 = (
+    constexpr(gl.SwizzledSharedLayout(1, 1, 1, list(range(rank))[::-1])) for rank in range(1, 6))
+# rows of 32 words, in which who reads or writes every other channel meets no bank twice
+ROWS, ROWS_OF_FOURS, ROWS_OF_Y = (
+    constexpr(gl.SwizzledSharedLayout(4, 1, rows, list(range(rank))[::-1]))
+    for rows, rank in ((2, 2), (2, 3), (4, 4)))
 
 # Gluon is young: these three have changed their names
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -224,27 +267,34 @@ def _tile(buffer, K: constexpr):
     return gl.convert_layout(gl.permute(x, (0, 2, 1)), in_threads(K))
 
 
+@triton.constexpr_function
+def log2(K):
+    return K.bit_length() - 1
+
+
 @gluon.jit
-def _each_step(x, X: constexpr, K: constexpr):
-    """(S, X, K) -> K tensors (S, X)."""
+def _each_step(x, K: constexpr, layout: constexpr):
+    """(X, Y, K) -> K tensors (X, Y)."""
+    X: constexpr = x.shape[0]
+    Y: constexpr = x.shape[1]
     parts = (x,)
-    for level in gl.static_range(4 if K == 16 else 3):
+    for level in gl.static_range(log2(K)):
         halves = ()
         for i in gl.static_range(2 ** level):
-            half = gl.reshape(parts[i], [S, X, 2, K // 2 ** (level + 1)])
+            half = gl.reshape(parts[i], [X, Y, 2, K // 2 ** (level + 1)])
             first, second = gl.split(gl.permute(half, (0, 1, 3, 2)))
             halves = halves + (first, second)
         parts = halves
     steps = ()
     for k in gl.static_range(K):
-        steps = steps + (gl.convert_layout(gl.reshape(parts[k], [S, X]), LAYOUT),)
+        steps = steps + (gl.convert_layout(gl.reshape(parts[k], [X, Y]), layout),)
     return steps
 
 
 @gluon.jit
-def _all_steps(steps, K: constexpr):
+def _joined(steps, K: constexpr):
     """K tensors (S, BD) -> (S, BD, K)."""
-    for level in gl.static_range(4 if K == 16 else 3):
+    for level in gl.static_range(log2(K)):
         pairs = ()
         for i in gl.static_range(K // 2 ** (level + 1)):
             # first and second half side by side: undoes _each_step
@@ -253,24 +303,29 @@ def _all_steps(steps, K: constexpr):
                 pair = gl.permute(pair, (0, 1, 3, 2))
             pairs = pairs + (gl.reshape(pair, [S, BD, 2 ** (level + 1)]),)
         steps = pairs
-    return gl.convert_layout(steps[0], in_threads(K))
+    return steps[0]
+
+
+@gluon.jit
+def _all_steps(steps, K: constexpr):
+    """The same in the layout of _tile."""
+    return gl.convert_layout(_joined(steps, K), in_threads(K))
 
 
 @gluon.jit
 def _row(buffers, i, K: constexpr):
     """B or C of a tile for one number of the states -> K tensors (S, 1)."""
     steps = buffers.index(i).load(gl.SliceLayout(1, in_threads(K)))
-    return _each_step(gl.reshape(steps, [S, 1, K]), 1, K)
+    return _each_step(gl.reshape(steps, [S, 1, K]), K, LAYOUT)
 
 
 @gluon.jit
-def _store_tile(x, tile, t0, block, L, D, x_l: constexpr, K: constexpr):
-    """(S, BD, K) -> a tile of x (L, D), whose steps are x_l numbers apart."""
-    T: constexpr = S * K
+def _store_tile(x, tile, t0, block, L, D, x_l: constexpr, T: constexpr, layout: constexpr):
+    """(S, BD, K) or (T / 4, BD, 4) -> a tile of x (L, D), whose steps are x_l numbers apart."""
     tile = gl.reshape(gl.permute(tile, (0, 2, 1)), [T, BD]).to(x.dtype.element_ty)
-    t = t0 + gl.arange(0, T, gl.SliceLayout(1, WIDE))[:, None]
-    d = block * BD + gl.arange(0, BD, gl.SliceLayout(0, WIDE))[None, :]
-    gl.store(x + t.to(gl.int64) * x_l + d, gl.convert_layout(tile, WIDE), mask=(t < L) & (d < D))
+    t = t0 + gl.arange(0, T, gl.SliceLayout(1, layout))[:, None]
+    d = block * BD + gl.arange(0, BD, gl.SliceLayout(0, layout))[None, :]
+    gl.store(x + t.to(gl.int64) * x_l + d, gl.convert_layout(tile, layout), mask=(t < L) & (d < D))
 
 
 @gluon.jit
@@ -291,34 +346,33 @@ def only_whole_blocks(D):
 
 
 @gluon.jit
-def _place(L, D, tiles, block, chunk, K: constexpr):
-    """The sequence of this program, where its chunk begins and how many tiles it has; segments s
-    (S, 1), channels d (1, BD) of its block, and which of them there are."""
-    T: constexpr = S * K
+def _place(L, D, tiles, block, chunk, T: constexpr, layout: constexpr):
+    """The sequence of this program, where its chunk begins and how many tiles it has; segments or
+    groups s (S, 1), channels d (1, BD) of its block, and which of them there are."""
     b = gl.program_id(2).to(gl.int64)
-    s = gl.arange(0, S, gl.SliceLayout(1, LAYOUT))[:, None]
-    d = (block * BD + gl.arange(0, BD, gl.SliceLayout(0, LAYOUT)))[None, :]
+    s = gl.arange(0, S, gl.SliceLayout(1, layout))[:, None]
+    d = (block * BD + gl.arange(0, BD, gl.SliceLayout(0, layout)))[None, :]
     # a mask of which the compiler knows that it is True takes no instructions
-    in_d = gl.full([1, BD], True, gl.int1, LAYOUT) if only_whole_blocks(D) else d < D
+    in_d = gl.full([1, BD], True, gl.int1, layout) if only_whole_blocks(D) else d < D
     start = chunk * tiles * T
     return b, start, gl.minimum(tiles, (L - start + T - 1) // T), s, d, in_d
 
 
 @gluon.jit
-def _per_channel(x, block, D, THERE: constexpr, K: constexpr):
+def _per_channel(x, block, D, THERE: constexpr, layout: constexpr):
     """x (D,) for the channels of a block: (1, BD, 1)."""
-    OF_BD: constexpr = gl.SliceLayout(0, gl.SliceLayout(2, in_threads(K)))
+    OF_BD: constexpr = gl.SliceLayout(0, gl.SliceLayout(2, layout))
     d = block * BD + gl.arange(0, BD, OF_BD)[None, :, None]
     return gl.load(x + d, mask=d < D, other=0) if THERE else 0.0
 
 
 @gluon.jit
-def _is_there(left, K: constexpr):
-    """Which steps of a tile there are, if so many are left: (S, 1, K)."""
-    OF_S_K: constexpr = gl.SliceLayout(1, in_threads(K))
-    s = gl.arange(0, S, gl.SliceLayout(1, OF_S_K))[:, None]
-    k = gl.arange(0, K, gl.SliceLayout(0, OF_S_K))[None, :]
-    return (s * K + k < left)[:, None, :]
+def _is_there(left, X: constexpr, K: constexpr, layout: constexpr):
+    """Which steps of a tile there are, if so many are left: (X, 1, K)."""
+    OF_STEPS: constexpr = gl.SliceLayout(1, layout)
+    x = gl.arange(0, X, gl.SliceLayout(1, OF_STEPS))[:, None]
+    k = gl.arange(0, K, gl.SliceLayout(0, OF_STEPS))[None, :]
+    return (x * K + k < left)[:, None, :]
 
 
 @gluon.jit
@@ -354,9 +408,9 @@ def _fetch_next(BC, BCs, which, t0, t_next, n0, N, Lp, T: constexpr):
 
 
 @gluon.jit
-def _delta(raw, bias_d, left, SOFTPLUS: constexpr, K: constexpr):
+def _delta(raw, bias_d, is_there, SOFTPLUS: constexpr):
     """delta of a tile, finished, and 0 after the end of the sequence."""
-    return gl.where(_is_there(left, K), _softplus(raw + bias_d) if SOFTPLUS else raw + bias_d, 0)
+    return gl.where(is_there, _softplus(raw + bias_d) if SOFTPLUS else raw + bias_d, 0)
 
 
 @gluon.jit
@@ -386,8 +440,8 @@ def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, til
     block, n0 = gl.program_id(0) // rows, gl.program_id(0) % rows * AT_ONCE
     before = part % PARTS * of_part
     chunk = part // PARTS
-    b, start, tiles, s, d, in_d = _place(L, D, tiles, block, chunk, K)
-    bias_d = _per_channel(bias, block, D, HAS_BIAS, K)
+    b, start, tiles, s, d, in_d = _place(L, D, tiles, block, chunk, T, LAYOUT)
+    bias_d = _per_channel(bias, block, D, HAS_BIAS, in_threads(K))
     start, tiles = start + before * T, gl.minimum(of_part, tiles - before)
     ends += (b * slots + (part - 1 if REVERSE else (part + 1) * apart)) * N * D
     decays += (b * chunks * PARTS + part) * N * D
@@ -422,13 +476,14 @@ def _ends(x, delta, A, BC, z, bias, ends, decays, L, D: constexpr, N, whole, til
         async_copy.commit_group()
         if i >= 0:
             left = L - (t0 - T if REVERSE else t0 + T)
-            delta_t = _delta(_tile(deltas.index(i % 2), K), bias_d, left, SOFTPLUS, K)
+            is_there = _is_there(left, S, K, in_threads(K))
+            delta_t = _delta(_tile(deltas.index(i % 2), K), bias_d, is_there, SOFTPLUS)
             x_t, ways, next_h = _tile(xs.index(i % 2), K), (), ()
             if HAS_Z:
                 z_t = _tile(zs.index(i % 2), K)
                 x_t *= z_t * _sigmoid(z_t)
-            delta_k = _each_step(delta_t, BD, K)
-            add_k = _each_step(x_t if REVERSE else delta_t * x_t, BD, K)
+            delta_k = _each_step(delta_t, K, LAYOUT)
+            add_k = _each_step(x_t if REVERSE else delta_t * x_t, K, LAYOUT)
             delta_s = _sum_of_steps(delta_t)
             # with decays of 1 it is the sum over the segments before
             way_of_t = _through(zero + 1, delta_s, way, s, not REVERSE)
@@ -487,93 +542,148 @@ def _carry(states, decays, D: constexpr, N, chunks, slots, apart, REVERSE: const
 
 
 @gluon.jit
-def _outputs_of_n(y_k, delta_k, x_k, total, A_n, B_k, C_k, entering, s, K: constexpr):
+def _in_fours(tile):
+    """A tile (T, BD) -> (T / 4, BD, 4)."""
+    tile = gl.reshape(tile.to(gl.float32), [HALF // 4, 4, BD])
+    return gl.convert_layout(gl.permute(tile, (0, 2, 1)), FOURS)
+
+
+@gluon.jit
+def _fetch_fours(BC, buffers, which, t0, n0, N, Lp):
+    """B and C of a tile for NB numbers of the states from n0 on, in fours of steps as in memory."""
+    OF_2: constexpr = gl.SliceLayout(2, WIDE_BC)
+    c = gl.arange(0, HALF // 4, gl.SliceLayout(1, OF_2))[:, None, None]
+    row = gl.arange(0, 2 * NB, gl.SliceLayout(0, OF_2))[None, :, None]
+    k = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, WIDE_BC)))[None, None, :]
+    t, n = t0 + 4 * c, n0 + row % NB
+    async_load(buffers.index(which), BC + (((t >> 1) + row // NB) * N + n) * 4 + k,
+               mask=(n < N) & (t < Lp))
+
+
+@gluon.jit
+def _load_numbers(x, n, d, in_d, N, D, EACH: constexpr):
+    """EACH rows of x (N, D), S apart from row n on; what it does not have is 0."""
+    rows = ()
+    for j in gl.static_range(EACH):
+        rows = rows + (gl.load(x + (n + S * j) * D + d, mask=in_d & (n + S * j < N), other=0),)
+    return rows
+
+
+@gluon.jit
+def _four_steps(y_k, h, A_n, delta_c, x_c, BC, first, EACH: constexpr):
     """
-    For one number of the states: y_k with what it adds, and the states that enter and that leave
-    each segment. It is a function because Triton reads what stands in three loops eight times.
+    Four steps of EACH numbers of the states: y_k with what they add, and h after them. Where there
+    is no number, A, B, C and h are 0: it adds 0, or NaN if u is infinite.
+    delta_c, x_c: memory with delta and delta u of these steps.  BC: B and C, from place first on.
     """
-    a_k, b_k, ys = (), (), ()
-    for k in gl.static_range(K):
-        a_k, b_k = a_k + (gl.exp2(delta_k[k] * A_n),), b_k + (x_k[k] * B_k[k],)
-    adds = b_k[0]
-    for k in gl.static_range(1, K):
-        adds = a_k[k] * adds + b_k[k]
-    h_s = _through(gl.exp2(total * A_n), adds, entering, s, False)
-    h = h_s
-    for k in gl.static_range(K):
-        h = a_k[k] * h + b_k[k]
-        ys = ys + (y_k[k] + C_k[k] * h,)
-    return ys, h_s, h
+    OF_X: constexpr = gl.SliceLayout(0, X_OF_NUMBERS)
+    OF_BC: constexpr = gl.SliceLayout(1, BC_OF_NUMBERS)
+    delta_k = _each_step(gl.reshape(delta_c.load(OF_X), [1, BD, 4]), 4, OF_NUMBERS)
+    x_k = _each_step(gl.reshape(x_c.load(OF_X), [1, BD, 4]), 4, OF_NUMBERS)
+    after = ()
+    for j in gl.static_range(EACH):
+        B_c, C_c = BC.index(first + j), BC.index(first + NB // S + j)
+        B_k = _each_step(gl.reshape(B_c.load(OF_BC), [S, 1, 4]), 4, OF_NUMBERS)
+        C_k = _each_step(gl.reshape(C_c.load(OF_BC), [S, 1, 4]), 4, OF_NUMBERS)
+        h_j, ys = h[j], ()
+        for k in gl.static_range(4):
+            h_j = gl.exp2(delta_k[k] * A_n[j]) * h_j + x_k[k] * B_k[k]
+            ys = ys + (y_k[k] + C_k[k] * h_j,)
+        y_k, after = ys, after + (h_j,)
+    return y_k, after
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, whole, tiles,
              chunks, slots, u_b, u_l: constexpr, delta_b, delta_l: constexpr, z_b, z_l: constexpr,
              HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
-             KEEP: constexpr):
+             KEEP: constexpr, EACH: constexpr, ALL: constexpr):
     """
     y and last (B, N, D), from states (B, slots, N, D), in which those that enter the chunks are
-    there already. With KEEP it adds, for the backward pass, the state before every half of a tile.
+    there already. With KEEP it adds, for the backward pass, the state before every tile.
+    BC: as _pack leaves it in fours.  EACH: how many numbers of the states a thread has.  ALL: these
+    are all that its program has, so they stay there; else they come from memory in each tile and go
+    back.
     """
-    K: constexpr = 16
-    T: constexpr = S * K
+    T: constexpr = HALF
+    SOME: constexpr = S * EACH
     Lp = whole * TILE
     chunk, per_chunk = gl.program_id(1), tiles
     block = gl.program_id(0)
-    b, t0, tiles, s, d, in_d = _place(L, D, tiles, block, chunk, K)
-    bias_d = _per_channel(bias, block, D, HAS_BIAS, K)
-    D_d = _per_channel(Dw, block, D, HAS_D, K)
+    b, t0, tiles, g, d, in_d = _place(L, D, tiles, block, chunk, T, OF_NUMBERS)
+    bias_d = _per_channel(bias, block, D, HAS_BIAS, FOURS)
+    D_d = _per_channel(Dw, block, D, HAS_D, FOURS)
     inputs, strides = (u + b * u_b * 8, delta + b * delta_b * 8), (u_l, delta_l)
     y += b * L * D
     BC += b * 2 * N * Lp
-    states += (b * slots + chunk * (2 * per_chunk if KEEP else 1)) * N * D
+    states += (b * slots + chunk * (per_chunk if KEEP else 1)) * N * D
     last += b * N * D
-    us, deltas, zs, BCs, hs = _buffers(u, delta, z, HAS_Z, K)
+    us = gl.allocate_shared_memory(u.dtype.element_ty, [2, T, BD], PLAIN)
+    deltas = gl.allocate_shared_memory(delta.dtype.element_ty, [2, T, BD], PLAIN)
+    zs = gl.allocate_shared_memory(z.dtype.element_ty, [2, T, BD], PLAIN) if HAS_Z else us
+    BCs = gl.allocate_shared_memory(gl.float32, [2, T // 4, 2 * NB, 4], RANK_3)
+    BC_rows = reinterpret(BCs, gl.float32, [2 * T // 4 * 2 * NB // S, S, 4], PLAIN)
+    # of a tile: delta, delta u and what each group of numbers adds to y
+    of_delta = gl.allocate_shared_memory(gl.float32, [T // 4, BD // 8, 32], ROWS)
+    of_x = gl.allocate_shared_memory(gl.float32, [T // 4, BD // 8, 32], ROWS)
+    of_y = gl.allocate_shared_memory(gl.float32, [T // 4, 2, BD // 4, 32], ROWS_OF_Y)
+    delta_rows = reinterpret(of_delta, gl.float32, [T // 4, BD // 8, 32], ROWS_OF_FOURS)
+    x_rows = reinterpret(of_x, gl.float32, [T // 4, BD // 8, 32], ROWS_OF_FOURS)
     buffers = (us, deltas)
     if HAS_Z:
         inputs, strides, buffers = inputs + (z + b * z_b * 8,), strides + (z_l,), buffers + (zs,)
     _fetch_all(inputs, strides, buffers, 0, t0, block, L, D, T)
-    _fetch_BC(BC, BCs, 0, t0, 0, N, Lp, T)
+    _fetch_fours(BC, BCs, 0, t0, 0, N, Lp)
     async_copy.commit_group()
     # the state after a chunk is there already, but after the last
     writes = tiles - gl.minimum(chunks - 1 - chunk, 1)
-    which = 0
+    A_n = _load_numbers(A, g, d, in_d, N, D, EACH)
+    h = _load_numbers(states, g, d, in_d, N, D, EACH)
+    which, zero = 0, gl.zeros([S, BD], gl.float32, OF_NUMBERS)
     for i in range(tiles):
         async_copy.wait_group(0)
         barrier()
-        _fetch_states((A, states), hs, 0, block, N, D, N)
-        _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 + T, block, L, D, T)
-        u_t = _tile(us.index(i % 2), K)
-        delta_t = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, SOFTPLUS, K)
-        delta_k, x_k = _each_step(delta_t, BD, K), _each_step(delta_t * u_t, BD, K)
-        y_k, total = _each_step(D_d * u_t, BD, K), _sum_of_steps(delta_t)
-        to_next = gl.where(i + 1 == tiles, last, states + (2 * N * D if KEEP else 0))
-        to = gl.where(s == S - 1, to_next, states + N * D) + d      # of number 0; it moves on
-        kept = in_d & (((s == S - 1) & (s * 0 + i < writes)) | (s == S // 2 if KEEP else s < 0))
-        for n0 in range(0, N, NB):
+        u_i = us.index(i % 2).load(PAIRS)
+        is_there = _is_there(L - t0, T // 4, 4, FOURS)
+        delta_t = _delta(_in_fours(deltas.index(i % 2).load(PAIRS)), bias_d, is_there, SOFTPLUS)
+        delta_rows.store(gl.reshape(delta_t, [T // 4, BD // 8, 32]))
+        x_rows.store(gl.reshape(delta_t * _in_fours(u_i), [T // 4, BD // 8, 32]))
+        to_next = gl.where(i + 1 == tiles, last, states + (N * D if KEEP else 0))
+        kept = in_d & (g * 0 + i < writes)
+        if ALL and not KEEP:
+            kept &= g * 0 + i + 1 == tiles
+        y_k = (zero,) * T
+        for n0 in range(0, SOME if ALL else N, SOME):
             if n0 > 0:
                 async_copy.wait_group(0)
-                barrier()
-                _fetch_states((A, states), hs, n0, block, N, D, N)
-            _fetch_next(BC, BCs, 1 - which, t0, t0 + T, n0, N, Lp, T)
-            for pair in range(n0, gl.minimum(n0 + NB, N), 2):
-                for odd in gl.static_range(2):
-                    # where n = N, A, B, C and the states are 0: it adds 0, or NaN if u is infinite
-                    n = pair + odd
-                    A_n, entering = _state(hs[0], n - n0), _state(hs[1], n - n0)
-                    B_k = _row(BCs, which * 2 * NB + n - n0, K)
-                    C_k = _row(BCs, which * 2 * NB + n - n0 + NB, K)
-                    y_k, h, leaving = _outputs_of_n(y_k, delta_k, x_k, total, A_n, B_k, C_k,
-                                                    entering, s, K)
-                    gl.store(to, gl.where(s == S - 1, leaving, h),
-                             mask=(kept & (s * 0 + n < N)) if odd else kept)
-                    to += D
+            more = N > n0 + SOME        # more numbers come next, or the next tile
+            _fetch_fours(BC, BCs, 1 - which, gl.where(more, t0, t0 + T),
+                         gl.where(more, n0 + SOME, 0), N, Lp)
+            barrier()       # here, or Triton adds one of its own before each copy or read
+            if n0 == 0:
+                _fetch_all(inputs, strides, buffers, (i + 1) % 2, t0 + T, block, L, D, T)
+            async_copy.commit_group()
+            n = n0 + g
+            if not ALL:
+                A_n = _load_numbers(A, n, d, in_d, N, D, EACH)
+                h = _load_numbers(states, n, d, in_d, N, D, EACH)
+            ys = ()
+            for c in gl.static_range(T // 4):
+                y_c, h = _four_steps(y_k[4 * c:4 * c + 4], h, A_n, of_delta.index(c), of_x.index(c),
+                                     BC_rows, (which * (T // 4) + c) * (2 * NB // S), EACH)
+                ys = ys + y_c
+            y_k = ys
+            for j in gl.static_range(EACH):
+                gl.store(to_next + (n + S * j) * D + d, h[j], mask=kept & (n + S * j < N))
             which = 1 - which
-        y_t = _all_steps(y_k, K)
+        y_c = gl.permute(gl.reshape(_joined(y_k, T), [2, 2, BD, T // 4, 4]), (3, 0, 2, 1, 4))
+        of_y.store(gl.reshape(y_c, [T // 4, 2, BD // 4, 32]))
+        y_c = gl.reshape(of_y.load(Y_OF_GROUPS), [T // 4, 2, BD, 2, 4])
+        y_t = gl.convert_layout(gl.sum(gl.sum(y_c, 3), 1), FOURS) + D_d * _in_fours(u_i)
         if HAS_Z:
-            z_t = _tile(zs.index(i % 2), K)
+            z_t = _in_fours(zs.index(i % 2).load(PAIRS))
             y_t *= z_t * _sigmoid(z_t)
-        _store_tile(y, y_t, t0, block, L, D, D, K)
+        _store_tile(y, y_t, t0, block, L, D, D, T, PAIRS)
         t0 += T
         states = to_next
 
@@ -630,9 +740,9 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
     Lp = whole * TILE
     chunk, per_chunk = gl.program_id(1), tiles
     block = gl.program_id(0)
-    b, start, tiles, s, d, in_d = _place(L, D, tiles, block, chunk, K)
-    bias_d = _per_channel(bias, block, D, HAS_BIAS, K)
-    D_d = _per_channel(Dw, block, D, HAS_D, K)
+    b, start, tiles, s, d, in_d = _place(L, D, tiles, block, chunk, T, LAYOUT)
+    bias_d = _per_channel(bias, block, D, HAS_BIAS, in_threads(K))
+    D_d = _per_channel(Dw, block, D, HAS_D, in_threads(K))
     at = b * chunks + chunk
     inputs = (u + b * u_b * 8, delta + b * delta_b * 8, gout + b * g_b * 8)
     strides = (u_l, delta_l, g_l)
@@ -687,9 +797,10 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
         if HAS_Z:
             z_t = _tile(zs.index(i % 2), K)
             gy_t *= z_t * _sigmoid(z_t)
-        delta_t = _delta(_tile(deltas.index(i % 2), K), bias_d, L - t0, SOFTPLUS, K)
-        delta_k, x_k = _each_step(delta_t, BD, K), _each_step(delta_t * u_t, BD, K)
-        gy_k, y_k = _each_step(gy_t, BD, K), _each_step(D_d * u_t, BD, K)
+        is_there = _is_there(L - t0, S, K, in_threads(K))
+        delta_t = _delta(_tile(deltas.index(i % 2), K), bias_d, is_there, SOFTPLUS)
+        delta_k, x_k = _each_step(delta_t, K, LAYOUT), _each_step(delta_t * u_t, K, LAYOUT)
+        gy_k, y_k = _each_step(gy_t, K, LAYOUT), _each_step(D_d * u_t, K, LAYOUT)
         total = _sum_of_steps(delta_t)
         gD_d += _sum_of_steps(gy_t * u_t)
         gx_k, gd_k = (zero,) * K, (zero,) * K
@@ -729,15 +840,15 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
         gdelta_t = _all_steps(gd_k, K) / LOG2E + gx_t * u_t
         if SOFTPLUS:
             gdelta_t *= _sigmoid(raw_t + bias_d)
-        gbias_d += _sum_of_steps(gl.where(_is_there(L - t0, K), gdelta_t, 0))
-        _store_tile(gdelta, gdelta_t, t0, block, L, D, D, K)
+        gbias_d += _sum_of_steps(gl.where(is_there, gdelta_t, 0))
+        _store_tile(gdelta, gdelta_t, t0, block, L, D, D, T, WIDE)
         gu_t = gx_t * _all_steps(delta_k, K) + D_d * _all_steps(gy_k, K)
-        _store_tile(gu, gu_t, t0, block, L, D, D, K)
+        _store_tile(gu, gu_t, t0, block, L, D, D, T, WIDE)
         if HAS_Z:
             z_t, gout_t = _tile(zs.index(i % 2), K), _tile(gouts.index(i % 2), K)
             open_t = _sigmoid(z_t)
             gz_t = gout_t * _all_steps(y_k, K) * open_t * (1 + z_t * (1 - open_t))
-            _store_tile(gz, gz_t, t0, block, L, D, gz_l, K)
+            _store_tile(gz, gz_t, t0, block, L, D, gz_l, T, WIDE)
         t0 -= T
         states -= N * D
     gl.store(sums + N * S * D, gD_d, mask=in_d)
@@ -745,12 +856,13 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("A", "state"))
-def _pack(A, B, C, state, A2, BC, states, L, D: tl.constexpr, N, Lp, slots, B_b, B_l, B_n, C_b, C_l,
-          C_n, SIDE_BY_SIDE: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr):
+def _pack(A, B, C, state, A2, BC, fours, states, L, D: tl.constexpr, N, Lp, slots, B_b, B_l, B_n,
+          C_b, C_l, C_n, SIDE_BY_SIDE: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr):
     """
     Inputs as the other kernels want them: B and C (B, L, N) as BC (B, 2 N, Lp), float32, with 0
-    after the end; A (D, N) as A2 (N, D), exp(delta A) = 2^(delta A2); state (B, D, N) or zeros into
-    the first slot of states (B, slots, N, D).
+    after the end, and the same for _outputs as fours (B, Lp / 4, 2 N, 4); A (D, N) as A2 (N, D),
+    exp(delta A) = 2^(delta A2); state (B, D, N) or zeros into the first slot of states (B, slots,
+    N, D).
     SIDE_BY_SIDE: the N numbers of a step lie so in memory, as B_n and C_n say too, but the compiler
     should know.
     LOG: A is log(-A).
@@ -769,6 +881,9 @@ def _pack(A, B, C, state, A2, BC, states, L, D: tl.constexpr, N, Lp, slots, B_b,
                             other=0)
             tl.store(to, B_n_t.to(tl.float32), mask=n < N)
             tl.store(to + N * Lp, C_n_t.to(tl.float32), mask=n < N)
+            to = fours + b * 2 * N * Lp + (t // 4 * 2 * N + n) * 4 + t % 4
+            tl.store(to, B_n_t.to(tl.float32), mask=n < N)
+            tl.store(to + N * 4, C_n_t.to(tl.float32), mask=n < N)
         else:
             d = (i - Lp // T) * T + tl.arange(0, T)[None, :]
             there = (n < N) & (d < D)
@@ -916,6 +1031,7 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False
     A, D, delta_bias, state = _whole(A, D, delta_bias, state)
     slots, apart = (2 * tiles, 2 * per_chunk) if keep else (chunks, 1)
     y, last = u.new_empty(u.shape), A.new_empty(batch, N, d_inner)
+    fours = A.new_empty(batch * 2 * N * tiles * TILE.value)
     _, *others = sizes_kept = _sizes_kept(batch, L, d_inner, N)
     if not keep:
         sizes_kept = batch * slots * N * d_inner, *others
@@ -929,8 +1045,8 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False
                side_by_side, log_A, *_kinds(u, delta, B, C, gate), *_facts(*of_B[:2], *of_C[:2]))
     with torch.cuda.device_of(u):
         _start_pack((tiles + -(-d_inner // TILE.value), batch, 1), version,
-                    (A, B, C, state, A2, BC, states), L, d_inner, N, tiles * TILE.value, slots,
-                    *of_B, *of_C, side_by_side, log_A, TILE.value)
+                    (A, B, C, state, A2, BC, fours, states), L, d_inner, N, tiles * TILE.value,
+                    slots, *of_B, *of_C, side_by_side, log_A, TILE.value)
         if chunks > 1:
             decays = A.new_empty(batch, chunks, N, d_inner)
             at_once = min(NB.value, triton.next_power_of_2(N))
@@ -939,9 +1055,12 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False
                         False, *options[2:], False, at_once, 1)
             _start_carry((-(-d_inner * N // 128), batch, 1), version, (states, decays), d_inner, N,
                          chunks, slots, apart, False, 1, False)
-        _start_outputs((blocks, chunks, batch), version,
-                       (u, delta, A2, BC, D, gate, delta_bias, y, states, last), *sizes, *strides,
-                       *options, keep)
+        at_once = -(-N // -(-N // NB.value))        # numbers of the states, in equal parts
+        each = -(-at_once // S.value)
+        _start_outputs((blocks, chunks, batch), (*version, each, N <= NB.value),
+                       (u, delta, A2, fours, D, gate, delta_bias, y, states, last), L, d_inner, N,
+                       tiles, 2 * per_chunk, chunks, slots, *strides, *options, keep, each,
+                       N <= NB.value)
     return y, last, kept if keep else A.new_empty(0)
 
 
