@@ -1010,9 +1010,9 @@ BACKWARD = ("(Tensor gy, Tensor? glast, Tensor kept, Tensor u, Tensor delta, Ten
 
 
 def _sizes_kept(batch, L, d_inner, N):
-    """Of the states in the middle and at the end of each tile, of BC and of A2."""
-    tiles = (L + TILE.value - 1) // TILE.value
-    return 2 * batch * tiles * N * d_inner, 2 * batch * N * tiles * TILE.value, N * d_inner
+    """Of the states before each tile of _outputs, of BC and of A2."""
+    slots, tiles = ((L + T.value - 1) // T.value for T in (HALF, TILE))
+    return batch * slots * N * d_inner, 2 * batch * N * tiles * TILE.value, N * d_inner
 
 
 def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False):
@@ -1029,7 +1029,7 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False
     (u, u_b, u_l), (delta, delta_b, delta_l) = _aligned(u), _aligned(delta)
     gate, z_b, z_l = (u, u_b, u_l) if z is None else _aligned(z)
     A, D, delta_bias, state = _whole(A, D, delta_bias, state)
-    slots, apart = (2 * tiles, 2 * per_chunk) if keep else (chunks, 1)
+    slots, apart = (-(-L // HALF.value), 2 * per_chunk) if keep else (chunks, 1)
     y, last = u.new_empty(u.shape), A.new_empty(batch, N, d_inner)
     fours = A.new_empty(batch * 2 * N * tiles * TILE.value)
     _, *others = sizes_kept = _sizes_kept(batch, L, d_inner, N)
@@ -1084,6 +1084,7 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
     if gB is None:
         gB, gC = (u.new_empty(batch, L, N, dtype=BC_dtype) for _ in range(2))
     slots, Lp, rows = chunks * PARTS.value, tiles * TILE.value, batch * chunks * S.value
+    halves = -(-L // HALF.value)
     states_of_all = batch * slots * N * d_inner
     _, (adjoint, decays, gBC, sums) = _pieces(
         kept, states_of_all, states_of_all if chunks > 1 else 0, blocks * batch * 2 * N * Lp,
@@ -1108,8 +1109,8 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
         tensors = (u, delta, A2, BC, D, gate, delta_bias, gy, states, adjoint, gu, gdelta, gz,
                    gBC, sums)
         _start_gradients((blocks, chunks, batch), version, tensors, L, d_inner, N, tiles,
-                         2 * per_chunk, chunks, 2 * tiles, u_b, u_l, delta_b, delta_l, z_b, z_l,
-                         g_b, g_l, gz_l, *options, exact, from_zero)
+                         2 * per_chunk, chunks, halves, u_b, u_l, delta_b, delta_l, z_b, z_l, g_b,
+                         g_l, gz_l, *options, exact, from_zero)
         programs = (N + 2) * -(-d_inner // 64) + 2 * batch * -(-L // 32)
         _start_finish((programs, 1, 1), version,
                       (gBC, sums, gB, gC, gA, gDw, A2 if log_A else None), L, d_inner, N,
