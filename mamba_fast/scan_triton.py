@@ -6,11 +6,13 @@ of Triton in which one says which thread holds what.
 
 How the work is divided. A warp takes 8 channels of one sequence and walks along it in tiles.
 
-Forward, in _outputs, the 4 threads of a channel share the numbers of its state, up to 4 of 16 each,
-in registers, and take one step after the other:
+Forward, in _outputs, 4 threads share a channel: each has a quarter of the numbers of its state in
+registers, and takes one step after the other:
 
     h = exp(delta_k A) h + x_k B_k
     y_k += C_k h
+
+More than 16 numbers a channel are too many, so they take turns in each tile, and wait in memory.
 
 What all numbers of a channel have in common, softplus before and the gate after, is done for a
 whole tile at once, by threads that have 4 steps of two channels. In between delta, x = delta u and
@@ -26,19 +28,19 @@ N numbers of the state, two a round:
     h again from there, y_k += C_k h        multiply-adds, for the exponentials are still there
 
 Nothing crosses threads but what a segment adds. The state that enters a tile was kept in memory by
-_outputs. In the same way, from the end of the sequence on, it computes the adjoint
+_outputs. In the same way, from the end of the sequence on, _gradients computes the adjoint
 g_k = C_k gy_k + a_{k+1} g_{k+1}, of which a_k g_k is what is handed on. All gradients follow from h
 and g of the same thread. Those of B and C are sums over channels: over the 8 of a warp the tensor
 cores add them up (_over_channels), over the warps of a program they meet in shared memory, over
 programs _finish adds them up. No two threads add to the same number in memory: the same input gives
 the same bits.
 
-What a program reads comes into shared memory a tile ahead of time (_fetch...). Four warps share a
-program, for whole lines of memory. If batch and channels are too few to fill the chip, the sequence
-is cut into chunks, and first it is found what each of them adds (_ends, which has segments too) and
-what enters it (_carry). The exponentials are then computed twice, but only as far back from the end
-of a chunk as its channels remember. One kernel before all of them (_pack) brings the small inputs
-into the order in which they are read.
+What a program reads of a tile comes into shared memory one tile ahead (_fetch...). Four warps share
+a program, for whole lines of memory. If batch and channels are too few to fill the chip, the
+sequence is cut into chunks, and first it is found what each of them adds (_ends, which has segments
+too) and what enters it (_carry). The exponentials are then computed twice, but only as far back
+from the end of a chunk as its channels remember. One kernel before all of them (_pack) brings the
+small inputs into the order in which they are read.
 
 What bounds it, by the counters of an H200, with all options. _outputs takes 9 instructions for each
 of the (B, L, D, N) numbers: exponentials come at 67 % of their rate, shared memory is read and
@@ -65,7 +67,7 @@ from .operators import differentiable_once
 
 S, LANES = constexpr(4), constexpr(8)       # a warp: segments or groups of numbers, and channels
 WARPS, BD = constexpr(4), constexpr(32)     # a program: warps, and channels
-NB = constexpr(16)      # numbers of the states for which it has B, C and h in shared memory, even
+NB = constexpr(16)      # numbers of the states for which it has B and C at once, even
 # steps of a tile of _ends; of one of _outputs and _gradients, before each of which a state is kept
 TILE, HALF = constexpr(64), constexpr(32)
 SHORTEST = 4            # tiles of a chunk, at least
@@ -105,8 +107,8 @@ TO_SUM = constexpr(gl.BlockedLayout([2, 4, 1, 1, 2], [1, 1, 4, 8, 1], [4, 1, 1, 
 PAIRS = constexpr(gl.BlockedLayout([4, 2], [2, 16], [4, 1], [1, 0]))
 FOURS = constexpr(gl.BlockedLayout([1, 2, 4], [2, 16, 1], [4, 1, 1], [2, 1, 0]))
 WIDE_BC = constexpr(gl.BlockedLayout([1, 1, 4], [1, 32, 1], [4, 1, 1], [2, 1, 0]))
-# one group g of numbers of one channel d. A lane has the channel of its neighbour and the group of
-# the next but one: so it takes half as long to read both from shared memory
+# one channel d and one group g of numbers: g, g + 4, g + 8, g + 12. A lane has the channel of its
+# neighbour and the group of the next but one: so reading both takes half as long
 WHO = "g0 d0 d1 d2 g1", "d3 d4"
 OF_NUMBERS = _by_bits(("g0 g1", "d0 d1 d2 d3 d4"), "", *WHO)                    # (S, BD)
 BC_OF_NUMBERS = _by_bits(("g0 g1", "d0 d1 d2 d3 d4", "k0 k1"), "k0 k1", *WHO)   # (S, BD, 4)
@@ -275,7 +277,7 @@ def log2(K):
 
 @gluon.jit
 def _each_step(x, K: constexpr, layout: constexpr):
-    """(X, Y, K) -> K tensors (X, Y)."""
+    """(X, Y, K) -> K tensors (X, Y) in layout."""
     X: constexpr = x.shape[0]
     Y: constexpr = x.shape[1]
     parts = (x,)
@@ -553,12 +555,12 @@ def _in_fours(tile):
 def _fetch_fours(BC, buffers, which, t0, n0, N, Lp):
     """B and C of a tile for NB numbers of the states from n0 on, in fours of steps as in memory."""
     OF_2: constexpr = gl.SliceLayout(2, WIDE_BC)
-    c = gl.arange(0, HALF // 4, gl.SliceLayout(1, OF_2))[:, None, None]
+    four = t0 // 4 + gl.arange(0, HALF // 4, gl.SliceLayout(1, OF_2))[:, None, None]
     row = gl.arange(0, 2 * NB, gl.SliceLayout(0, OF_2))[None, :, None]
     k = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, WIDE_BC)))[None, None, :]
-    t, n = t0 + 4 * c, n0 + row % NB
-    async_load(buffers.index(which), BC + (((t >> 1) + row // NB) * N + n) * 4 + k,
-               mask=(n < N) & (t < Lp))
+    n = n0 + row % NB
+    async_load(buffers.index(which), BC + ((four * 2 + row // NB) * N + n) * 4 + k,
+               mask=(n < N) & (four < Lp // 4))
 
 
 @gluon.jit
@@ -574,7 +576,7 @@ def _load_numbers(x, n, d, in_d, N, D, EACH: constexpr):
 def _four_steps(y_k, h, A_n, delta_c, x_c, BC, first, EACH: constexpr):
     """
     Four steps of EACH numbers of the states: y_k with what they add, and h after them. Where there
-    is no number, A, B, C and h are 0: it adds 0, or NaN if u is infinite.
+    is no number, A, B, C and h are 0: it adds 0, or NaN if u or delta is infinite.
     delta_c, x_c: memory with delta and delta u of these steps.  BC: B and C, from place first on.
     """
     OF_X: constexpr = gl.SliceLayout(0, X_OF_NUMBERS)
@@ -602,9 +604,8 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
     """
     y and last (B, N, D), from states (B, slots, N, D), in which those that enter the chunks are
     there already. With KEEP it adds, for the backward pass, the state before every tile.
-    BC: as _pack leaves it in fours.  EACH: how many numbers of the states a thread has.  ALL: these
-    are all that its program has, so they stay there; else they come from memory in each tile and go
-    back.
+    BC: fours of _pack.  EACH: how many numbers of the states a thread has at once.  ALL: these are
+    all numbers, so they stay in registers; else they come from memory in each tile and go back.
     """
     T: constexpr = HALF
     SOME: constexpr = S * EACH
@@ -636,7 +637,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
     _fetch_all(inputs, strides, buffers, 0, t0, block, L, D, T)
     _fetch_fours(BC, BCs, 0, t0, 0, N, Lp)
     async_copy.commit_group()
-    # the state after a chunk is there already, but after the last
+    # only the last chunk has the last state; the states that enter the others are there already
     writes = tiles - gl.minimum(chunks - 1 - chunk, 1)
     A_n = _load_numbers(A, g, d, in_d, N, D, EACH)
     h = _load_numbers(states, g, d, in_d, N, D, EACH)
@@ -657,6 +658,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
         for n0 in range(0, SOME if ALL else N, SOME):
             if n0 > 0:
                 async_copy.wait_group(0)
+                barrier()
             more = N > n0 + SOME        # more numbers come next, or the next tile
             _fetch_fours(BC, BCs, 1 - which, gl.where(more, t0, t0 + T),
                          gl.where(more, n0 + SOME, 0), N, Lp)
@@ -677,6 +679,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
             for j in gl.static_range(EACH):
                 gl.store(to_next + (n + S * j) * D + d, h[j], mask=kept & (n + S * j < N))
             which = 1 - which
+        # g1, g0, d, c, k -> c, g1, d, g0, k; sums over g0 and g1 are y
         y_c = gl.permute(gl.reshape(_joined(y_k, T), [2, 2, BD, T // 4, 4]), (3, 0, 2, 1, 4))
         of_y.store(gl.reshape(y_c, [T // 4, 2, BD // 4, 32]))
         y_c = gl.reshape(of_y.load(Y_OF_GROUPS), [T // 4, 2, BD, 2, 4])
@@ -1039,7 +1042,6 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False
     kept, (states, BC, A2) = _pieces(A, *sizes_kept)
     of_B, of_C = B.stride(), C.stride()
     side_by_side = of_B[2] == of_C[2] == 1
-    sizes = L, d_inner, N, tiles, per_chunk, chunks, slots
     strides = u_b, u_l, delta_b, delta_l, z_b, z_l
     options = D is not None, z is not None, delta_bias is not None, softplus
     version = (u.device.index, d_inner, u_l, delta_l, z_l, *options, keep, state is None,
@@ -1052,12 +1054,13 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False
             decays = A.new_empty(batch, chunks, N, d_inner)
             at_once = min(NB.value, triton.next_power_of_2(N))
             _start_ends((blocks * -(-N // at_once), chunks - 1, batch), (*version, at_once),
-                        (u, delta, A2, BC, u, delta_bias, states, decays), *sizes, apart, *strides,
-                        False, *options[2:], False, at_once, 1)
+                        (u, delta, A2, BC, u, delta_bias, states, decays), L, d_inner, N, tiles,
+                        per_chunk, chunks, slots, apart, *strides, False, *options[2:], False,
+                        at_once, 1)
             _start_carry((-(-d_inner * N // 128), batch, 1), version, (states, decays), d_inner, N,
                          chunks, slots, apart, False, 1, False)
-        at_once = -(-N // -(-N // NB.value))        # numbers of the states, in equal parts
-        each = -(-at_once // S.value)
+        some = -(-N // -(-N // NB.value))       # numbers of the states, in equal parts
+        each = -(-some // S.value)
         _start_outputs((blocks, chunks, batch), (*version, each, N <= NB.value),
                        (u, delta, A2, fours, D, gate, delta_bias, y, states, last), L, d_inner, N,
                        tiles, 2 * per_chunk, chunks, slots, *strides, *options, keep, each,
