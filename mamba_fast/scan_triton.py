@@ -1013,10 +1013,15 @@ BACKWARD = ("(Tensor gy, Tensor? glast, Tensor kept, Tensor u, Tensor delta, Ten
             f"({', '.join(['Tensor'] * 8)})")
 
 
+def _tiles(L, steps):
+    """How many tiles of so many steps there are. L may be a symbol."""
+    return (L + steps.value - 1) // steps.value
+
+
 def _sizes_kept(batch, L, d_inner, N):
     """Of the states before each tile of _outputs, of BC and of A2."""
-    slots, tiles = ((L + T.value - 1) // T.value for T in (HALF, TILE))
-    return batch * slots * N * d_inner, 2 * batch * N * tiles * TILE.value, N * d_inner
+    return (batch * _tiles(L, HALF) * N * d_inner, 2 * batch * N * _tiles(L, TILE) * TILE.value,
+            N * d_inner)
 
 
 def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False):
@@ -1033,7 +1038,7 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False
     (u, u_b, u_l), (delta, delta_b, delta_l) = _aligned(u), _aligned(delta)
     gate, z_b, z_l = (u, u_b, u_l) if z is None else _aligned(z)
     A, D, delta_bias, state = _whole(A, D, delta_bias, state)
-    slots, apart = (-(-L // HALF.value), 2 * per_chunk) if keep else (chunks, 1)
+    slots, apart = (_tiles(L, HALF), 2 * per_chunk) if keep else (chunks, 1)
     y, last = u.new_empty(u.shape), A.new_empty(batch, N, d_inner)
     fours = A.new_empty(batch * 2 * N * tiles * TILE.value)
     _, *others = sizes_kept = _sizes_kept(batch, L, d_inner, N)
@@ -1060,11 +1065,10 @@ def _run(u, delta, A, B, C, D, z, delta_bias, state, softplus, keep, log_A=False
             _start_carry((-(-d_inner * N // 128), batch, 1), version, (states, decays), d_inner, N,
                          chunks, slots, apart, False, 1, False)
         some = -(-N // -(-N // NB.value))       # numbers of the states, in equal parts
-        each = -(-some // S.value)
-        _start_outputs((blocks, chunks, batch), (*version, each, N <= NB.value),
+        numbers = -(-some // S.value), some == N    # each, all
+        _start_outputs((blocks, chunks, batch), (*version, *numbers),
                        (u, delta, A2, fours, D, gate, delta_bias, y, states, last), L, d_inner, N,
-                       tiles, 2 * per_chunk, chunks, slots, *strides, *options, keep, each,
-                       N <= NB.value)
+                       tiles, 2 * per_chunk, chunks, slots, *strides, *options, keep, *numbers)
     return y, last, kept if keep else A.new_empty(0)
 
 
@@ -1088,7 +1092,6 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
     if gB is None:
         gB, gC = (u.new_empty(batch, L, N, dtype=BC_dtype) for _ in range(2))
     slots, Lp, rows = chunks * PARTS.value, tiles * TILE.value, batch * chunks * S.value
-    halves = -(-L // HALF.value)
     states_of_all = batch * slots * N * d_inner
     _, (adjoint, decays, gBC, sums) = _pieces(
         kept, states_of_all, states_of_all if chunks > 1 else 0, blocks * batch * 2 * N * Lp,
@@ -1113,8 +1116,8 @@ def _run_back(gy, glast, kept, u, delta, D, z, delta_bias, N, softplus, has_stat
         tensors = (u, delta, A2, BC, D, gate, delta_bias, gy, states, adjoint, gu, gdelta, gz,
                    gBC, sums)
         _start_gradients((blocks, chunks, batch), version, tensors, L, d_inner, N, tiles,
-                         2 * per_chunk, chunks, halves, u_b, u_l, delta_b, delta_l, z_b, z_l, g_b,
-                         g_l, gz_l, *options, exact, from_zero)
+                         2 * per_chunk, chunks, _tiles(L, HALF), u_b, u_l, delta_b, delta_l, z_b,
+                         z_l, g_b, g_l, gz_l, *options, exact, from_zero)
         programs = (N + 2) * -(-d_inner // 64) + 2 * batch * -(-L // 32)
         _start_finish((programs, 1, 1), version,
                       (gBC, sums, gB, gC, gA, gDw, A2 if log_A else None), L, d_inner, N,
