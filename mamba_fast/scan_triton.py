@@ -7,7 +7,7 @@ of Triton in which one says which thread holds what.
 How the work is divided. A warp takes 8 channels of one sequence and walks along it in tiles.
 
 Forward, in _outputs, 4 threads share a channel: each has a quarter of the numbers of its state in
-registers, and takes one step after the other:
+registers, and takes one step after the other, with x = delta u:
 
     h = exp(delta_k A) h + x_k B_k
     y_k += C_k h
@@ -15,8 +15,8 @@ registers, and takes one step after the other:
 More than 16 numbers a channel are too many, so they take turns in each tile, and wait in memory.
 
 What all numbers of a channel have in common, softplus before and the gate after, is done for a
-whole tile at once, by threads that have 4 steps of two channels. In between delta, x = delta u and
-what each thread adds to y go through shared memory.
+whole tile at once, by threads that have 4 steps of two channels. In between delta, x and what each
+thread adds to y go through shared memory.
 
 Backward, in _gradients, registers are too few for all steps of a tile. A thread has one channel and
 the K steps of one of the tile's 4 segments, all its inputs and sums in registers, and goes over the
@@ -35,7 +35,7 @@ cores add them up (_over_channels), over the warps of a program they meet in sha
 programs _finish adds them up. No two threads add to the same number in memory: the same input gives
 the same bits.
 
-What a program reads of a tile comes into shared memory one tile ahead (_fetch...). Four warps share
+What a program reads of a tile comes into shared memory ahead of time (_fetch...). Four warps share
 a program, for whole lines of memory. If batch and channels are too few to fill the chip, the
 sequence is cut into chunks, and first it is found what each of them adds (_ends, which has segments
 too) and what enters it (_carry). The exponentials are then computed twice, but only as far back
@@ -67,7 +67,7 @@ from .operators import differentiable_once
 
 S, LANES = constexpr(4), constexpr(8)       # a warp: segments or groups of numbers, and channels
 WARPS, BD = constexpr(4), constexpr(32)     # a program: warps, and channels
-NB = constexpr(16)      # numbers of the states for which it has B and C at once, even
+NB = constexpr(16)      # for how many numbers of the states it has B and C at once; it is even
 # steps of a tile of _ends; of one of _outputs and _gradients, before each of which a state is kept
 TILE, HALF = constexpr(64), constexpr(32)
 SHORTEST = 4            # tiles of a chunk, at least
@@ -603,9 +603,10 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
              KEEP: constexpr, EACH: constexpr, ALL: constexpr):
     """
     y and last (B, N, D), from states (B, slots, N, D), in which those that enter the chunks are
-    there already. With KEEP it adds, for the backward pass, the state before every tile.
-    BC: fours of _pack.  EACH: how many numbers of the states a thread has at once.  ALL: these are
-    all numbers, so they stay in registers; else they come from memory in each tile and go back.
+    there already. With KEEP the state after each tile goes there too, for the backward pass.
+    A, BC: A2 and fours of _pack.  u_b, delta_b, z_b: in units of 8.
+    EACH: how many numbers of the states a thread has at once.  ALL: these are all numbers, so they
+    stay in registers; else they come from memory in each tile and go back.
     """
     T: constexpr = HALF
     SOME: constexpr = S * EACH
@@ -637,7 +638,8 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
     _fetch_all(inputs, strides, buffers, 0, t0, block, L, D, T)
     _fetch_fours(BC, BCs, 0, t0, 0, N, Lp)
     async_copy.commit_group()
-    # only the last chunk has the last state; the states that enter the others are there already
+    # after how many tiles it writes the state: only the last chunk has the last one, and those that
+    # enter the others are there already
     writes = tiles - gl.minimum(chunks - 1 - chunk, 1)
     A_n = _load_numbers(A, g, d, in_d, N, D, EACH)
     h = _load_numbers(states, g, d, in_d, N, D, EACH)
@@ -659,7 +661,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
             if n0 > 0:
                 async_copy.wait_group(0)
                 barrier()
-            more = N > n0 + SOME        # more numbers come next, or the next tile
+            more = N > n0 + SOME        # else the next tile comes next
             _fetch_fours(BC, BCs, 1 - which, gl.where(more, t0, t0 + T),
                          gl.where(more, n0 + SOME, 0), N, Lp)
             barrier()       # here, or Triton adds one of its own before each copy or read
