@@ -7,9 +7,10 @@ import torch
 try:
     if not torch.cuda.is_available():       # then Triton is not worth the time of its import
         raise ImportError
+    from . import launch
+    launch.read_ahead()     # while the others are imported
     from . import (
         heads_triton,
-        launch,
         rows_triton,
         scan_triton,
         ssd_triton,
@@ -19,8 +20,6 @@ try:
 except ImportError:
     heads_triton = launch = rows_triton = scan_triton = None
     ssd_triton = step_triton = turn_triton = None
-else:
-    launch.read_ahead()
 
 __all__ = ["can_run", "heads_triton", "launch", "rows_triton", "scan_triton", "ssd_triton",
            "step_triton", "turn_triton"]

@@ -86,19 +86,32 @@ class Threads(ThreadPoolExecutor):
     """Where Triton compiles kernels side by side; and beside each of them its launcher, which is C
     until Triton 3.6: when Triton wants the launcher it finds it on the disk."""
 
+    def __init__(self):
+        super().__init__()
+        self.turn = threading.Lock()
+
     def submit(self, work, *inputs):
         source = getattr(work, "__closure__", None) and getclosurevars(work).nonlocals.get("src")
-        if LAUNCHERS_ARE_C and source:      # work compiles a kernel
+        if source:      # work compiles a kernel
+            source.make_ir = functools.partial(self.in_turn, source.make_ir)
+        if LAUNCHERS_ARE_C and source:
             unknown = SimpleNamespace(**dict.fromkeys(OF_A_LAUNCHER))   # C does not depend on it
             super().submit(triton.runtime.driver.active.launcher_cls, source, unknown)
         return super().submit(work, *inputs)
 
+    def in_turn(self, make_ir, *inputs):
+        """make_ir, the part in Python, of which two side by side would both end late."""
+        with self.turn:
+            return make_ir(*inputs)
 
+
+@functools.cache
 def read_ahead():
-    """Before Triton looks for its first kernel on the disk it reads all of its own code, for 0.3 s.
-    With this it does so while the program goes on."""
-    if key := getattr(triton.runtime.cache, "triton_key", None):
-        threading.Thread(target=key, daemon=True).start()
+    """The thread in which Triton reads all of its own code, which it else does for half a second
+    before it looks for its first kernel on the disk."""
+    thread = threading.Thread(target=getattr(triton.runtime.cache, "triton_key", None), daemon=True)
+    thread.start()
+    return thread
 
 
 class Rehearsal:
@@ -118,6 +131,7 @@ def compile_ahead(key, call):
     if torch._C._len_torch_dispatch_stack() > 0 or torch.cuda.is_current_stream_capturing():
         return      # neither a dispatch mode nor a CUDA graph is to see the rehearsal
     REHEARSED.add(key)
+    read_ahead().join()
     before = taker.set(Rehearsal)
     try:
         with torch.no_grad(), Threads() as threads, triton.AsyncCompileMode(threads):

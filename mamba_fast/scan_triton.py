@@ -110,8 +110,8 @@ WIDE_BC = constexpr(gl.BlockedLayout([1, 1, 4], [1, 32, 1], [4, 1, 1], [2, 1, 0]
 # one channel d and one group g of numbers: g, g + 4, g + 8, g + 12. A lane has the channel of its
 # neighbour and the group of the next but one: so reading both takes half as long
 WHO = "g0 d0 d1 d2 g1", "d3 d4"
-OF_NUMBERS = _by_bits(("g0 g1", "d0 d1 d2 d3 d4"), "", *WHO)                    # (S, BD)
-BC_OF_NUMBERS = _by_bits(("g0 g1", "d0 d1 d2 d3 d4", "k0 k1"), "k0 k1", *WHO)   # (S, BD, 4)
+OF_FOUR = _by_bits(("g0 g1", "d0 d1 d2 d3 d4", "k0 k1"), "k0 k1", *WHO)     # 4 steps: (S, BD, 4)
+OF_NUMBERS = constexpr(gl.SliceLayout(2, OF_FOUR))                          # (S, BD)
 # the same as (S, 4, 32): a row of memory has 4 steps of 8 channels
 X_OF_NUMBERS = _by_bits(("g0 g1", "d3 d4", "k0 k1 d0 d1 d2"), "k0 k1", *WHO)
 # what all groups add, as FOURS has it: (T / 4, 2, 8, 32)
@@ -296,7 +296,9 @@ def _each_step(x, K: constexpr, layout: constexpr):
 
 @gluon.jit
 def _joined(steps, K: constexpr):
-    """K tensors (S, BD) -> (S, BD, K)."""
+    """K tensors (X, Y) -> (X, Y, K)."""
+    X: constexpr = steps[0].shape[0]
+    Y: constexpr = steps[0].shape[1]
     for level in gl.static_range(log2(K)):
         pairs = ()
         for i in gl.static_range(K // 2 ** (level + 1)):
@@ -304,7 +306,7 @@ def _joined(steps, K: constexpr):
             pair = gl.join(steps[2 * i], steps[2 * i + 1])
             if level > 0:
                 pair = gl.permute(pair, (0, 1, 3, 2))
-            pairs = pairs + (gl.reshape(pair, [S, BD, 2 ** (level + 1)]),)
+            pairs = pairs + (gl.reshape(pair, [X, Y, 2 ** (level + 1)]),)
         steps = pairs
     return steps[0]
 
@@ -565,35 +567,46 @@ def _fetch_fours(BC, buffers, which, t0, n0, N, Lp):
 
 @gluon.jit
 def _load_numbers(x, n, d, in_d, N, D, EACH: constexpr):
-    """EACH rows of x (N, D), S apart from row n on; what it does not have is 0."""
+    """EACH rows of x (N, D), S apart from row n on: (S, BD, 1). What it does not have is 0."""
     rows = ()
     for j in gl.static_range(EACH):
-        rows = rows + (gl.load(x + (n + S * j) * D + d, mask=in_d & (n + S * j < N), other=0),)
+        row = gl.load(x + (n + S * j) * D + d, mask=in_d & (n + S * j < N), other=0)
+        rows = rows + (row[:, :, None],)
     return rows
 
 
+# of four steps $0 to $3 are h, $4 to $7 a, $8 to $11 b, and $12 to $15 h of the steps before
+CHAIN = constexpr(" ".join(f"fma.rn.f32 ${k}, ${4 + k}, ${k - 1 if k else 15}, ${8 + k};"
+                           for k in range(4)))
+OF_CHAIN = constexpr(",".join(["=&f"] * 4 + ["f"] * 12))
+
+
 @gluon.jit
-def _four_steps(y_k, h, A_n, delta_c, x_c, BC, first, EACH: constexpr):
+def _next_states(a, b, h):
+    """h_k = a_k h_{k - 1} + b_k for four steps, (S, BD, 4) each.  h: of the four before, of which
+    the last one counts, or (S, BD, 1). A thread has all four, and so they are one instruction to
+    Triton, which needs long for many."""
+    return gl.inline_asm_elementwise(CHAIN, OF_CHAIN, [a, b, h], gl.float32, True, 4)
+
+
+@gluon.jit
+def _four_steps(y, h, A_n, delta_c, x_c, BC, first, EACH: constexpr):
     """
-    Four steps of EACH numbers of the states: y_k with what they add, and h after them. Where there
-    is no number, A, B, C and h are 0: it adds 0, or NaN if u or delta is infinite.
+    Four steps of EACH numbers of the states: y (S, BD, 4) with what they add, and h after each of
+    them. Where there is no number, A, B, C and h are 0: it adds 0, or NaN if u or delta is
+    infinite.
     delta_c, x_c: memory with delta and delta u of these steps.  BC: B and C, from place first on.
     """
     OF_X: constexpr = gl.SliceLayout(0, X_OF_NUMBERS)
-    OF_BC: constexpr = gl.SliceLayout(1, BC_OF_NUMBERS)
-    delta_k = _each_step(gl.reshape(delta_c.load(OF_X), [1, BD, 4]), 4, OF_NUMBERS)
-    x_k = _each_step(gl.reshape(x_c.load(OF_X), [1, BD, 4]), 4, OF_NUMBERS)
-    after = ()
+    OF_BC: constexpr = gl.SliceLayout(1, OF_FOUR)
+    delta = gl.convert_layout(gl.reshape(delta_c.load(OF_X), [1, BD, 4]), OF_FOUR)
+    x = gl.convert_layout(gl.reshape(x_c.load(OF_X), [1, BD, 4]), OF_FOUR)
+    hs = ()
     for j in gl.static_range(EACH):
-        B_c, C_c = BC.index(first + j), BC.index(first + NB // S + j)
-        B_k = _each_step(gl.reshape(B_c.load(OF_BC), [S, 1, 4]), 4, OF_NUMBERS)
-        C_k = _each_step(gl.reshape(C_c.load(OF_BC), [S, 1, 4]), 4, OF_NUMBERS)
-        h_j, ys = h[j], ()
-        for k in gl.static_range(4):
-            h_j = gl.exp2(delta_k[k] * A_n[j]) * h_j + x_k[k] * B_k[k]
-            ys = ys + (y_k[k] + C_k[k] * h_j,)
-        y_k, after = ys, after + (h_j,)
-    return y_k, after
+        B, C = BC.index(first + j).load(OF_BC), BC.index(first + NB // S + j).load(OF_BC)
+        h_j = _next_states(gl.exp2(delta * A_n[j]), x * B[:, None, :], h[j])
+        y, hs = y + C[:, None, :] * h_j, hs + (h_j,)
+    return y, hs
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
@@ -643,7 +656,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
     writes = tiles - gl.minimum(chunks - 1 - chunk, 1)
     A_n = _load_numbers(A, g, d, in_d, N, D, EACH)
     h = _load_numbers(states, g, d, in_d, N, D, EACH)
-    which, zero = 0, gl.zeros([S, BD], gl.float32, OF_NUMBERS)
+    which, zero = 0, gl.zeros([S, BD, 4], gl.float32, OF_FOUR)
     for i in range(tiles):
         async_copy.wait_group(0)
         barrier()
@@ -656,7 +669,7 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
         kept = in_d & (g * 0 + i < writes)
         if ALL and not KEEP:
             kept &= g * 0 + i + 1 == tiles
-        y_k = (zero,) * T
+        y_c = (zero,) * (T // 4)
         for n0 in range(0, SOME if ALL else N, SOME):
             if n0 > 0:
                 async_copy.wait_group(0)
@@ -672,20 +685,25 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
             if not ALL:
                 A_n = _load_numbers(A, n, d, in_d, N, D, EACH)
                 h = _load_numbers(states, n, d, in_d, N, D, EACH)
-            ys = ()
+            hs, ys = h, ()
             for c in gl.static_range(T // 4):
-                y_c, h = _four_steps(y_k[4 * c:4 * c + 4], h, A_n, of_delta.index(c), of_x.index(c),
-                                     BC_rows, (which * (T // 4) + c) * (2 * NB // S), EACH)
-                ys = ys + y_c
-            y_k = ys
+                y_4, hs = _four_steps(y_c[c], hs, A_n, of_delta.index(c), of_x.index(c), BC_rows,
+                                      (which * (T // 4) + c) * (2 * NB // S), EACH)
+                ys = ys + (y_4,)
+            y_c, h = ys, ()
             for j in gl.static_range(EACH):
-                gl.store(to_next + (n + S * j) * D + d, h[j], mask=kept & (n + S * j < N))
+                h_j = _each_step(hs[j], 4, OF_NUMBERS)[3]
+                h = h + (h_j[:, :, None],)
+                gl.store(to_next + (n + S * j) * D + d, h_j, mask=kept & (n + S * j < N))
             which = 1 - which
-        # g1, g0, d, c, k -> c, g1, d, g0, k; sums over g0 and g1 are y
-        y_c = gl.permute(gl.reshape(_joined(y_k, T), [2, 2, BD, T // 4, 4]), (3, 0, 2, 1, 4))
-        of_y.store(gl.reshape(y_c, [T // 4, 2, BD // 4, 32]))
-        y_c = gl.reshape(of_y.load(Y_OF_GROUPS), [T // 4, 2, BD, 2, 4])
-        y_t = gl.convert_layout(gl.sum(gl.sum(y_c, 3), 1), FOURS) + D_d * _in_fours(u_i)
+        ys = ()
+        for c in gl.static_range(T // 4):
+            ys = ys + (gl.reshape(y_c[c], [S, BD * 4]),)
+        # g1, g0, d, k, c -> c, g1, d, g0, k; sums over g0 and g1 are y
+        added = gl.permute(gl.reshape(_joined(ys, T // 4), [2, 2, BD, 4, T // 4]), (4, 0, 2, 1, 3))
+        of_y.store(gl.reshape(added, [T // 4, 2, BD // 4, 32]))
+        added = gl.reshape(of_y.load(Y_OF_GROUPS), [T // 4, 2, BD, 2, 4])
+        y_t = gl.convert_layout(gl.sum(gl.sum(added, 3), 1), FOURS) + D_d * _in_fours(u_i)
         if HAS_Z:
             z_t = _in_fours(zs.index(i % 2).load(PAIRS))
             y_t *= z_t * _sigmoid(z_t)
@@ -695,13 +713,16 @@ def _outputs(u, delta, A, BC, Dw, z, bias, y, states, last, L, D: constexpr, N, 
 
 
 @gluon.jit
-def _gradients_of_n(y_k, gx_k, gd_k, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h, q, s, row,
-                  EXACT: constexpr, K: constexpr):
+def _gradients_of_n(y_k, gx_k, gd_k, delta_k, x_k, gy_k, total, hs, i, BCs, at, s, row,
+                    EXACT: constexpr, K: constexpr):
     """
-    For one number of the states, of which h enters the tile, and from behind q of the adjoint: y_k,
-    gx_k and gd_k with what it adds, gA_n of these K steps alone, the sums over channels for gB and
-    gC, and what of the adjoint leaves each segment.
+    For one number of the states: y_k, gx_k and gd_k with what it adds, gA_n of these K steps alone,
+    the sums over the channels of a warp for gB and gC, and what of the adjoint leaves each segment.
+    hs: of which A, the state that enters the tile and the adjoint from behind are in row i.
+    BCs: B and C, of which B is in place at.
     """
+    A_n, h, q = _state(hs[0], i), _state(hs[1], i), _state(hs[2], i)
+    B_k, C_k = _row(BCs, at, K), _row(BCs, at + NB, K)
     a_k, b_k = (), ()
     for k in gl.static_range(K):
         a_k, b_k = a_k + (gl.exp2(delta_k[k] * A_n),), b_k + (x_k[k] * B_k[k],)
@@ -725,7 +746,9 @@ def _gradients_of_n(y_k, gx_k, gd_k, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h
         gA_n += delta_k[k] * w
         gB_k, gxs = (x_k[k] * g,) + gB_k, (gx_k[k] + B_k[k] * g,) + gxs
         gds = (gd_k[k] + A_n * w,) + gds
-    return ys, gxs, gds, gA_n, gl.join(*_over_channels(gB_k, gC_k, row, EXACT)), q
+    gBC_n = gl.join(*_over_channels(gB_k, gC_k, row, EXACT))
+    gBC_n = gl.permute(gl.reshape(gBC_n, [S, WARPS, LANES, 2]), (1, 0, 2, 3))
+    return ys, gxs, gds, gA_n, gBC_n, q
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
@@ -820,20 +843,15 @@ def _gradients(u, delta, A, BC, Dw, z, bias, gout, states, adjoint, gu, gdelta, 
             for pair in range(n0, gl.minimum(n0 + NB, N), 2):
                 for odd in gl.static_range(2):
                     n = pair + odd      # where n = N, A, B, C and the states are 0
-                    A_n, h0 = _state(hs[0], n - n0), _state(hs[1], n - n0)
-                    q0 = _state(hs[2], n - n0)
-                    B_k = _row(BCs, which * 2 * NB + n - n0, K)
-                    C_k = _row(BCs, which * 2 * NB + n - n0 + NB, K)
                     y_k, gx_k, gd_k, gA_n, gBC_n, leaving = _gradients_of_n(
-                        y_k, gx_k, gd_k, delta_k, x_k, gy_k, total, A_n, B_k, C_k, h0, q0, s, row,
-                        EXACT, K)
+                        y_k, gx_k, gd_k, delta_k, x_k, gy_k, total, hs, n - n0, BCs,
+                        which * 2 * NB + n - n0, s, row, EXACT, K)
                     first = in_d & (s == 0)
                     gl.store(to_adjoint, leaving, mask=(first & (s + n < N)) if odd else first)
                     # no other thread adds there; so the addition need not wait for the old number
                     gl.atomic_add(to_sums, gA_n, mask=in_d, sem="relaxed")
                     to_adjoint, to_sums = to_adjoint + D, to_sums + S * D
-                    of_warps[odd].index((pair - n0) // 2).store(
-                        gl.permute(gl.reshape(gBC_n, [S, WARPS, LANES, 2]), (1, 0, 2, 3)))
+                    of_warps[odd].index((pair - n0) // 2).store(gBC_n)
             for odd in gl.static_range(2):
                 sums_n = reinterpret(of_warps[odd], gl.float32, [NB // 2, WARPS, S, LANES, 2],
                                      RANK_5)
