@@ -4558,6 +4558,32 @@ def test_no_plan_for_products_of_other_settings():
             assert not launch.can_repeat(), name
 
 
+@fast
+def test_python_makes_one_kernel_at_a_time(monkeypatch):
+    pytest.importorskip("triton")
+    launch = importlib.import_module("mamba_fast.launch")
+    monkeypatch.setattr(launch, "LAUNCHERS_ARE_C", False)
+    inside, seen = [], []
+
+    class Source:
+        def make_ir(self, n):
+            inside.append(n)
+            time.sleep(0.01)
+            seen.append(list(inside))
+            inside.remove(n)
+            return 2 * n
+
+    def compiler(n):
+        src = Source()
+        return lambda: src.make_ir(n)       # by the name of src Triton's own closure is known
+
+    with launch.Threads() as threads:
+        made = [threads.submit(compiler(n)) for n in range(8)]
+        other = threads.submit(len, "no kernel")
+    assert [future.result() for future in made] == list(range(0, 16, 2)) and other.result() == 9
+    assert sorted(seen) == [[n] for n in range(8)]
+
+
 @in_cpp
 def test_plan_repeats_its_calls_with_other_memory(monkeypatch):
     """With a CPU in the place of the GPU, which reads what repeat.cpp gives to CUDA and to cuBLAS."""

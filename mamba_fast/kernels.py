@@ -8,7 +8,7 @@ try:
     if not torch.cuda.is_available():       # then Triton is not worth the time of its import
         raise ImportError
     from . import launch
-    launch.read_ahead()     # while the others are imported
+    launch.begin_ahead()    # while the others are imported
     from . import (
         heads_triton,
         rows_triton,

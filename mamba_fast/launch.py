@@ -14,6 +14,7 @@ import struct
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from inspect import getclosurevars
 from pathlib import Path
@@ -83,8 +84,9 @@ class Kernel:
 
 
 class Threads(ThreadPoolExecutor):
-    """Where Triton compiles kernels side by side; and beside each of them its launcher, which is C
-    until Triton 3.6: when Triton wants the launcher it finds it on the disk."""
+    """Where Triton compiles kernels side by side, but for what it does in Python: of that, kernels
+    take turns, or all would end late. And beside each of them its launcher, which is C until
+    Triton 3.6: when Triton wants the launcher it finds it on the disk."""
 
     def __init__(self):
         super().__init__()
@@ -94,24 +96,47 @@ class Threads(ThreadPoolExecutor):
         source = getattr(work, "__closure__", None) and getclosurevars(work).nonlocals.get("src")
         if source:      # work compiles a kernel
             source.make_ir = functools.partial(self.in_turn, source.make_ir)
-        if LAUNCHERS_ARE_C and source:
-            unknown = SimpleNamespace(**dict.fromkeys(OF_A_LAUNCHER))   # C does not depend on it
-            super().submit(triton.runtime.driver.active.launcher_cls, source, unknown)
+            if LAUNCHERS_ARE_C:
+                unknown = SimpleNamespace(**dict.fromkeys(OF_A_LAUNCHER))   # on which none depends
+                super().submit(triton.runtime.driver.active.launcher_cls, source, unknown)
         return super().submit(work, *inputs)
 
     def in_turn(self, make_ir, *inputs):
-        """make_ir, the part in Python, of which two side by side would both end late."""
         with self.turn:
             return make_ir(*inputs)
 
 
+def begin():
+    """What Triton otherwise does for a second before its first kernel: it compiles the functions by
+    which it calls the GPU, and reads all of its own code."""
+    with suppress(Exception):   # where it is needed, Triton tries again and says what is wrong
+        _ = triton.runtime.driver.active
+        triton.runtime.cache.triton_key()
+
+
 @functools.cache
-def read_ahead():
-    """The thread in which Triton reads all of its own code, which it else does for half a second
-    before it looks for its first kernel on the disk."""
-    thread = threading.Thread(target=getattr(triton.runtime.cache, "triton_key", None), daemon=True)
+def begin_ahead():
+    """The thread that does so while the program goes on."""
+    thread = threading.Thread(target=begin, daemon=True)
     thread.start()
     return thread
+
+
+@contextmanager
+def kernels_go_to(other):
+    before = taker.set(other)
+    try:
+        yield
+    finally:
+        taker.reset(before)
+
+
+class Nobody:
+    """Takes kernels where only the shapes of their results are wanted."""
+
+    @staticmethod
+    def take(*_):
+        pass
 
 
 class Rehearsal:
@@ -131,14 +156,11 @@ def compile_ahead(key, call):
     if torch._C._len_torch_dispatch_stack() > 0 or torch.cuda.is_current_stream_capturing():
         return      # neither a dispatch mode nor a CUDA graph is to see the rehearsal
     REHEARSED.add(key)
-    read_ahead().join()
-    before = taker.set(Rehearsal)
-    try:
-        with torch.no_grad(), Threads() as threads, triton.AsyncCompileMode(threads):
-            threads.submit(entry_points)    # which compiles repeat.cpp
-            call()
-    finally:
-        taker.reset(before)
+    begin_ahead().join()
+    with (kernels_go_to(Rehearsal), torch.no_grad(), Threads() as threads,
+          triton.AsyncCompileMode(threads)):
+        threads.submit(entry_points)    # which compiles repeat.cpp
+        call()
 
 
 def product(a, b, out=None, dtype=None, add=False):
@@ -190,12 +212,8 @@ class Plan(TorchDispatchMode):
         # and of each the first and the last request that it is in
         self.storages, self.spans, self.requests = {}, {}, []
         self.kernels, self.plans_back = [], {}      # kernels: so that they stay loaded
-        before = taker.set(self)
-        try:
-            with torch.no_grad(), self:
-                results, kept = call()
-        finally:
-            taker.reset(before)
+        with kernels_go_to(self), torch.no_grad(), self:
+            results, kept = call()
         self.assign_memory(results, kept)
         requests = [self.numbers_of(request) for request in self.requests]
         self.count, self.multiplies = len(requests), any(r[0] == 1 for r in requests)
@@ -501,9 +519,11 @@ def at_once(plans, key, inputs, prepare):
         function, back, of_kernels = prepare()
 
         def rehearse():
-            results, saved = function(*inputs)
+            with kernels_go_to(Nobody):
+                results, saved = function(*inputs)
             with torch.autocast("cuda", enabled=False):     # a result is like its gradient
                 back([True] * len(inputs), (results[0], *[None] * (len(results) - 1)), *saved)
+            function(*inputs)       # last, for kernels that go back take longer to compile
         if inputs[0].is_cuda:       # in Triton's interpreter it is not
             types = [None if t is None else t.dtype for t in inputs]
             compile_ahead((inputs[0].device, *types, of_kernels), rehearse)

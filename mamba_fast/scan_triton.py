@@ -575,7 +575,7 @@ def _load_numbers(x, n, d, in_d, N, D, EACH: constexpr):
     return rows
 
 
-# of four steps $0 to $3 are h, $4 to $7 a, $8 to $11 b, and $12 to $15 h of the steps before
+# PTX in which $0 to $3 are h, $4 to $7 a, $8 to $11 b, and $12 to $15 h of the four steps before
 CHAIN = constexpr(" ".join(f"fma.rn.f32 ${k}, ${4 + k}, ${k - 1 if k else 15}, ${8 + k};"
                            for k in range(4)))
 OF_CHAIN = constexpr(",".join(["=&f"] * 4 + ["f"] * 12))
@@ -583,9 +583,11 @@ OF_CHAIN = constexpr(",".join(["=&f"] * 4 + ["f"] * 12))
 
 @gluon.jit
 def _next_states(a, b, h):
-    """h_k = a_k h_{k - 1} + b_k for four steps, (S, BD, 4) each.  h: of the four before, of which
-    the last one counts, or (S, BD, 1). A thread has all four, and so they are one instruction to
-    Triton, which needs long for many."""
+    """
+    h_k = a_k h_{k - 1} + b_k for four steps, which a thread has: (S, BD, 4) each. To Triton this is
+    one operation; as many operations for single steps it would take a second longer to compile.
+    h: of the four steps before, of which the last one counts, or (S, BD, 1).
+    """
     return gl.inline_asm_elementwise(CHAIN, OF_CHAIN, [a, b, h], gl.float32, True, 4)
 
 
