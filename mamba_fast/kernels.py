@@ -7,16 +7,9 @@ import torch
 try:
     if not torch.cuda.is_available():       # then Triton is not worth the time of its import
         raise ImportError
-    from . import launch
-    launch.begin_ahead()    # while the others are imported
-    from . import (
-        heads_triton,
-        rows_triton,
-        scan_triton,
-        ssd_triton,
-        step_triton,
-        turn_triton,
-    )
+    from . import launch, scan_triton
+    launch.preparing()      # while the others are imported
+    from . import heads_triton, rows_triton, ssd_triton, step_triton, turn_triton
 except ImportError:
     heads_triton = launch = rows_triton = scan_triton = None
     ssd_triton = step_triton = turn_triton = None

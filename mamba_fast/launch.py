@@ -61,6 +61,7 @@ class Kernel:
         if (other := taker.get()) is not None:
             other.take(self, grid, version, tensors, numbers)
         elif version not in self.versions:
+            wait_for_triton()
             self.add(version, self.function[grid](*tensors, *numbers, **self.options))
         else:
             run, handle, metadata, _ = self.versions[version]
@@ -84,9 +85,9 @@ class Kernel:
 
 
 class Threads(ThreadPoolExecutor):
-    """Where Triton compiles kernels side by side, but for what it does in Python: of that, kernels
-    take turns, or all would end late. And beside each of them its launcher, which is C until
-    Triton 3.6: when Triton wants the launcher it finds it on the disk."""
+    """Where Triton compiles kernels side by side. For the part that is Python they take turns, or
+    all would end late. Beside each kernel its launcher is compiled, which is C until Triton 3.6:
+    when Triton wants the launcher it finds it on the disk."""
 
     def __init__(self):
         super().__init__()
@@ -94,32 +95,40 @@ class Threads(ThreadPoolExecutor):
 
     def submit(self, work, *inputs):
         source = getattr(work, "__closure__", None) and getclosurevars(work).nonlocals.get("src")
-        if source:      # work compiles a kernel
-            source.make_ir = functools.partial(self.in_turn, source.make_ir)
-            if LAUNCHERS_ARE_C:
-                unknown = SimpleNamespace(**dict.fromkeys(OF_A_LAUNCHER))   # on which none depends
-                super().submit(triton.runtime.driver.active.launcher_cls, source, unknown)
+        if make_ir := getattr(source, "make_ir", None):     # work compiles a kernel
+            source.make_ir = functools.partial(with_lock, self.turn, make_ir)
+        if LAUNCHERS_ARE_C and source:
+            unknown = SimpleNamespace(**dict.fromkeys(OF_A_LAUNCHER))   # C does not depend on it
+            super().submit(triton.runtime.driver.active.launcher_cls, source, unknown)
         return super().submit(work, *inputs)
 
-    def in_turn(self, make_ir, *inputs):
-        with self.turn:
-            return make_ir(*inputs)
 
-
-def begin():
-    """What Triton otherwise does for a second before its first kernel: it compiles the functions by
-    which it calls the GPU, and reads all of its own code."""
-    with suppress(Exception):   # where it is needed, Triton tries again and says what is wrong
-        _ = triton.runtime.driver.active
-        triton.runtime.cache.triton_key()
+def with_lock(lock, work, *inputs):
+    with lock:
+        return work(*inputs)
 
 
 @functools.cache
-def begin_ahead():
-    """The thread that does so while the program goes on."""
-    thread = threading.Thread(target=begin, daemon=True)
-    thread.start()
-    return thread
+def preparing():
+    """
+    Two threads that do, while the program goes on, what Triton otherwise does for a second before
+    its first kernel: it compiles the functions by which it calls the GPU, and reads all of its own
+    code. At its end a program waits for the first, or the compiler would complain on the terminal.
+    """
+    def run(work):
+        with suppress(Exception):   # where it is needed Triton tries again, and says what is wrong
+            work()
+    threads = [threading.Thread(target=run, args=(work,), daemon=daemon) for work, daemon in (
+        (lambda: triton.runtime.driver.default, False),
+        (lambda: triton.runtime.cache.triton_key(), True))]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def wait_for_triton():
+    for thread in preparing():
+        thread.join()
 
 
 @contextmanager
@@ -156,7 +165,7 @@ def compile_ahead(key, call):
     if torch._C._len_torch_dispatch_stack() > 0 or torch.cuda.is_current_stream_capturing():
         return      # neither a dispatch mode nor a CUDA graph is to see the rehearsal
     REHEARSED.add(key)
-    begin_ahead().join()
+    wait_for_triton()
     with (kernels_go_to(Rehearsal), torch.no_grad(), Threads() as threads,
           triton.AsyncCompileMode(threads)):
         threads.submit(entry_points)    # which compiles repeat.cpp
@@ -523,6 +532,7 @@ def at_once(plans, key, inputs, prepare):
                 results, saved = function(*inputs)
             with torch.autocast("cuda", enabled=False):     # a result is like its gradient
                 back([True] * len(inputs), (results[0], *[None] * (len(results) - 1)), *saved)
+            del results, saved
             function(*inputs)       # last, for kernels that go back take longer to compile
         if inputs[0].is_cuda:       # in Triton's interpreter it is not
             types = [None if t is None else t.dtype for t in inputs]

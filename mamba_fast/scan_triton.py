@@ -575,20 +575,22 @@ def _load_numbers(x, n, d, in_d, N, D, EACH: constexpr):
     return rows
 
 
-# PTX in which $0 to $3 are h, $4 to $7 a, $8 to $11 b, and $12 to $15 h of the four steps before
+# PTX in which $0 to $3 are h, $4 to $7 a, $8 to $11 b, and $12 to $15 h of the four steps before.
+# By & h is not in the place of an input. Triton gives it four numbers of a thread, in the order of
+# its registers: by OF_FOUR these are four steps
 CHAIN = constexpr(" ".join(f"fma.rn.f32 ${k}, ${4 + k}, ${k - 1 if k else 15}, ${8 + k};"
                            for k in range(4)))
-OF_CHAIN = constexpr(",".join(["=&f"] * 4 + ["f"] * 12))
+CHAIN_OPERANDS = constexpr(",".join(["=&f"] * 4 + ["f"] * 12))
 
 
 @gluon.jit
 def _next_states(a, b, h):
     """
-    h_k = a_k h_{k - 1} + b_k for four steps, which a thread has: (S, BD, 4) each. To Triton this is
-    one operation; as many operations for single steps it would take a second longer to compile.
-    h: of the four steps before, of which the last one counts, or (S, BD, 1).
+    h_k = a_k h_{k - 1} + b_k for four steps: (S, BD, 4) each. To Triton this is one operation, where
+    several for each step would take a second longer to compile.
+    h: the states after the four steps before, of which the last counts, or that alone (S, BD, 1).
     """
-    return gl.inline_asm_elementwise(CHAIN, OF_CHAIN, [a, b, h], gl.float32, True, 4)
+    return gl.inline_asm_elementwise(CHAIN, CHAIN_OPERANDS, [a, b, h], gl.float32, True, 4)
 
 
 @gluon.jit
@@ -719,9 +721,10 @@ def _gradients_of_n(y_k, gx_k, gd_k, delta_k, x_k, gy_k, total, hs, i, BCs, at, 
                     EXACT: constexpr, K: constexpr):
     """
     For one number of the states: y_k, gx_k and gd_k with what it adds, gA_n of these K steps alone,
-    the sums over the channels of a warp for gB and gC, and what of the adjoint leaves each segment.
-    hs: of which A, the state that enters the tile and the adjoint from behind are in row i.
-    BCs: B and C, of which B is in place at.
+    gB and gC as sums over the channels of each warp (WARPS, S, LANES, 2), and what of the adjoint
+    leaves each segment.
+    hs: A, the states that enter the tile and the adjoint from behind, this number's in row i.
+    BCs: B of the K steps in place at, C NB places later.
     """
     A_n, h, q = _state(hs[0], i), _state(hs[1], i), _state(hs[2], i)
     B_k, C_k = _row(BCs, at, K), _row(BCs, at + NB, K)
