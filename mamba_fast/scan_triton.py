@@ -586,7 +586,7 @@ CHAIN_OPERANDS = constexpr(",".join(["=&f"] * 4 + ["f"] * 12))
 @gluon.jit
 def _next_states(a, b, h):
     """
-    h_k = a_k h_{k - 1} + b_k for four steps: (S, BD, 4) each. To Triton this is one operation, where
+    h_k = a_k h_{k - 1} + b_k for four steps: (S, BD, 4) each. To Triton this is one operation;
     several for each step would take a second longer to compile.
     h: the states after the four steps before, of which the last counts, or that alone (S, BD, 1).
     """
