@@ -4584,6 +4584,27 @@ def test_python_makes_one_kernel_at_a_time(monkeypatch):
     assert sorted(seen) == [[n] for n in range(8)]
 
 
+@fast
+def test_a_kernel_that_does_not_compile_leaves_others_alone(monkeypatch):
+    pytest.importorskip("triton")
+    launch = importlib.import_module("mamba_fast.launch")
+    triton = importlib.import_module("triton.runtime._async_compile")
+    cleanup = [lambda future: None] * ("cleanup_fn" in inspect.signature(triton.AsyncCompileMode.submit).parameters)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    done = []
+
+    def fails():
+        raise ValueError("no kernel")
+
+    def call(key):
+        for work in (fails, lambda: key):
+            triton.active_mode.get().submit(work, work, done.append, *cleanup)
+    for key in ("first", "second"):
+        launch.compile_ahead(key, functools.partial(call, key))
+        assert triton.active_mode.get() is None and launch.taker.get() is None
+    assert done == ["first", "second"]
+
+
 @in_cpp
 def test_plan_repeats_its_calls_with_other_memory(monkeypatch):
     """With a CPU in the place of the GPU, which reads what repeat.cpp gives to CUDA and to cuBLAS."""

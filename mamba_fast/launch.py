@@ -1,10 +1,10 @@
 """
-How the kernels start. Kernel starts one of them within a few microseconds. Plan is for functions
-that ask the GPU for many: the first time, the function runs without starting anything, and what it
-would ask for, kernels and products of matrices, is written down. Then, and from then on, repeat.cpp
-asks for the same with other tensors. For a small block the host takes longer to ask in Python than
-the GPU to compute. at_once makes an operation of autograd of it: ByPlan, and once it is compiled
-that of node.cpp, whose backward pass does not wait for Python.
+How the kernels start. For a small block the host takes longer to ask in Python than the GPU to
+compute. So Kernel starts a kernel within a few microseconds, and Plan is for functions that ask the
+GPU for many things: the first time, the function runs without starting anything, and the kernels
+and products of matrices that it would ask for are written down; now and from then on, repeat.cpp
+asks for the same with other tensors. at_once makes an operation of autograd of such a function:
+ByPlan, and once node.cpp is compiled the one there, whose backward pass does not wait for Python.
 """
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import cpp
 from .operators import AtOnce, Context, differentiable_once, is_traced, without_autocast
 
-taker = ContextVar("taker", default=None)   # who gets kernels instead of the GPU: see take below
-thread = threading.local()      # in gpus those on which it has repeated a plan
+# what gets kernels instead of the GPU, by its take(kernel, grid, version, tensors, numbers)
+taker = ContextVar("taker", default=None)
+of_thread = threading.local()   # in gpus those on which this thread has repeated a plan
 NODE = {}       # the module of node.cpp or None, from begin_node on
 REHEARSED = set()       # keys of what has been compiled ahead
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}    # their numbers in cuBLAS
@@ -48,10 +49,10 @@ EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default,
 
 class Kernel:
     """
-    A kernel that starts within a few microseconds: kernel(grid, version, tensors, *numbers), its
-    arguments in their order; a tensor may be None. Triton looks at all arguments of each call, to
-    see which of the versions that it compiled they need. Here `version` says it: the GPU, then all
-    on which that depends.
+    A kernel that starts within a few microseconds: kernel(grid, version, tensors, *numbers), grid
+    of three numbers, then its arguments, all tensors first; one may be None. Triton looks at all
+    arguments of each call, to see which of the versions that it compiled they need. Here the caller
+    says it: version is the index of the GPU and then everything on which that choice depends.
     """
 
     def __init__(self, function, **options):
@@ -85,20 +86,24 @@ class Kernel:
 
 
 class Threads(ThreadPoolExecutor):
-    """Where Triton compiles kernels side by side. For the part that is Python they take turns, or
-    all would end late. Beside each kernel its launcher is compiled, which is C until Triton 3.6:
-    when Triton wants the launcher it finds it on the disk."""
+    """
+    Where Triton compiles kernels side by side. The first step, make_ir, is Python, of which one
+    thread runs at a time: if all shared it, the first would end as late as the last, so they take
+    turns. Up to Triton 3.6, that too, a kernel also needs a launcher in C; it is compiled beside
+    the kernel, and Triton finds it on the disk.
+    """
 
     def __init__(self):
         super().__init__()
         self.turn = threading.Lock()
 
     def submit(self, work, *inputs):
+        # where work compiles a kernel, src is what Triton compiles
         source = getattr(work, "__closure__", None) and getclosurevars(work).nonlocals.get("src")
-        if make_ir := getattr(source, "make_ir", None):     # work compiles a kernel
+        if make_ir := getattr(source, "make_ir", None):
             source.make_ir = functools.partial(with_lock, self.turn, make_ir)
         if LAUNCHERS_ARE_C and source:
-            unknown = SimpleNamespace(**dict.fromkeys(OF_A_LAUNCHER))   # C does not depend on it
+            unknown = SimpleNamespace(**dict.fromkeys(OF_A_LAUNCHER))   # asked for, not used in C
             super().submit(triton.runtime.driver.active.launcher_cls, source, unknown)
         return super().submit(work, *inputs)
 
@@ -112,27 +117,30 @@ def with_lock(lock, work, *inputs):
 def preparing():
     """
     Two threads that do, while the program goes on, what Triton otherwise does for a second before
-    its first kernel: it compiles the functions by which it calls the GPU, and reads all of its own
-    code. At its end a program waits for the first, or the compiler would complain on the terminal.
+    its first kernel. One compiles the functions by which Triton calls the GPU; a program waits for
+    it at its end, or the compiler would print an error there. The other computes the hash of all of
+    Triton's own code, a part of each name in its folder on the disk.
     """
     def run(work):
         with suppress(Exception):   # where it is needed Triton tries again, and says what is wrong
             work()
-    threads = [threading.Thread(target=run, args=(work,), daemon=daemon) for work, daemon in (
-        (lambda: triton.runtime.driver.default, False),
-        (lambda: triton.runtime.cache.triton_key(), True))]
+    works = ((lambda: triton.runtime.driver.default, False),
+             (lambda: triton.runtime.cache.triton_key(), True))
+    threads = [threading.Thread(target=run, args=(work,), daemon=daemon) for work, daemon in works]
     for thread in threads:
         thread.start()
     return threads
 
 
 def wait_for_triton():
+    """So that this thread does not do the same beside them."""
     for thread in preparing():
         thread.join()
 
 
 @contextmanager
 def kernels_go_to(other):
+    """Within it kernels are not started, but other takes them."""
     before = taker.set(other)
     try:
         yield
@@ -158,16 +166,21 @@ class Rehearsal:
 
 
 def compile_ahead(key, call):
-    """Before the first call of this key: its kernels are compiled side by side, as one after the
-    other they take seconds."""
+    """
+    The first time that this key is seen, call() runs as a rehearsal: its kernels are not started
+    but compiled side by side, for one after the other they take seconds. What else it asks of
+    PyTorch is done, and its results are dropped. Triton then has the kernels in memory.
+    key: all on which it depends which kernels these are.
+    """
     if key in REHEARSED or taker.get() is not None:
         return
     if torch._C._len_torch_dispatch_stack() > 0 or torch.cuda.is_current_stream_capturing():
         return      # neither a dispatch mode nor a CUDA graph is to see the rehearsal
     REHEARSED.add(key)
     wait_for_triton()
+    # ignore_errors: a kernel that fails here fails again when it is started, and says why
     with (kernels_go_to(Rehearsal), torch.no_grad(), Threads() as threads,
-          triton.AsyncCompileMode(threads)):
+          triton.AsyncCompileMode(threads, ignore_errors=True)):
         threads.submit(entry_points)    # which compiles repeat.cpp
         call()
 
@@ -392,9 +405,9 @@ class Plan(TorchDispatchMode):
         if first.device.index != torch.cuda.current_device():
             with torch.cuda.device_of(first):
                 return self.repeat(tensors)
-        if first.device.index not in getattr(thread, "gpus", ()):
+        if first.device.index not in getattr(of_thread, "gpus", ()):
             first.new_zeros(1)      # so that CUDA knows this thread
-            thread.gpus = {first.device.index, *getattr(thread, "gpus", ())}
+            of_thread.gpus = {first.device.index, *getattr(of_thread, "gpus", ())}
         allocated = [None if of is None else
                      torch.empty_like(of, memory_format=torch.contiguous_format)
                      for of in self.to_allocate]
